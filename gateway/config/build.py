@@ -1,0 +1,118 @@
+"""From a complete protobuf message to the plain, checked `ModelConfig` that the rest of the gateway reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gateway.config.check import ACCELERATORS, check
+from gateway.config.complete import normalise
+from gateway.config.model import (
+    Batching,
+    InstanceGroup,
+    ModelConfig,
+    ModelConfigProto,
+    TensorConfig,
+    Warmup,
+    WarmupInput,
+)
+from gateway.config.parse import Source
+from gateway.types import DataType
+
+
+def build(
+    proto: ModelConfigProto,
+    source: Source,
+    *,
+    gpus: Sequence[int] = (),
+    labels: Mapping[str, tuple[str, ...]] | None = None,
+) -> ModelConfig:
+    """Normalise, check and read a message whose name, backend, input and output are filled in.
+
+    `gpus` are the ids of the usable GPUs, `labels` the class names of outputs that have a label_filename.
+    Raises `InvalidArgument` naming the source, the line and a remedy.
+    """
+    full = normalise(proto, gpus)
+    check(full, gpus, source)
+    return ModelConfig(
+        name=full.name,
+        backend=full.backend,
+        platform=full.platform,
+        max_batch_size=full.max_batch_size,
+        inputs=tuple(_tensor(tensor, ()) for tensor in full.input),
+        outputs=tuple(_tensor(tensor, (labels or {}).get(tensor.name, ())) for tensor in full.output),
+        instance_groups=_groups(proto, full, gpus),
+        batching=_batching(full),
+        warmup=tuple(_warmup(sample) for sample in full.model_warmup),
+        default_model_filename=full.default_model_filename,
+        parameters={key: value.string_value for key, value in full.parameters.items()},
+        execution_providers=_providers(full, gpus),
+        decoupled=full.model_transaction_policy.decoupled,
+        proto=full,
+    )
+
+
+def datatype(name: str) -> DataType:
+    """The element type of a name in the schema, e.g. BYTES for TYPE_STRING."""
+    return DataType.BYTES if name == "TYPE_STRING" else DataType(name.removeprefix("TYPE_"))
+
+
+def _datatype(message: Any) -> DataType:
+    enum = message.DESCRIPTOR.fields_by_name["data_type"].enum_type
+    return datatype(enum.values_by_number[message.data_type].name)
+
+
+def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
+    return TensorConfig(
+        name=tensor.name,
+        datatype=_datatype(tensor),
+        dims=tuple(tensor.dims),
+        reshape=tuple(tensor.reshape.shape) if tensor.HasField("reshape") else None,
+        optional=getattr(tensor, "optional", False),
+        label_filename=getattr(tensor, "label_filename", ""),
+        labels=labels,
+    )
+
+
+def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]) -> tuple[InstanceGroup, ...]:
+    # The count as the author gave it: the full message holds Triton's default, which says nothing of this machine.
+    counts = [group.count for group in given.instance_group] or [0]
+    return tuple(
+        InstanceGroup(kind=_kind(group, gpus), count=count, gpus=tuple(group.gpus))
+        for group, count in zip(full.instance_group, counts, strict=True)
+    )
+
+
+def _kind(group: Any, gpus: Sequence[int]) -> str:
+    return "gpu" if group.kind == group.KIND_GPU or (group.kind == group.KIND_MODEL and gpus) else "cpu"
+
+
+def _batching(full: ModelConfigProto) -> Batching | None:
+    if not full.HasField("dynamic_batching") or full.max_batch_size <= 1:
+        return None
+    batching = full.dynamic_batching
+    return Batching(batching.max_queue_delay_microseconds, tuple(batching.preferred_batch_size))
+
+
+def _warmup(sample: Any) -> Warmup:
+    return Warmup(
+        name=sample.name,
+        batch_size=max(sample.batch_size, 1),
+        count=max(sample.count, 1),
+        inputs={name: _warmup_input(data) for name, data in sample.inputs.items()},
+    )
+
+
+def _warmup_input(data: Any) -> WarmupInput:
+    kind = data.WhichOneof("input_data_type")
+    source = data.input_data_file if kind == "input_data_file" else kind.removesuffix("_data")
+    return WarmupInput(_datatype(data), tuple(data.dims), source)
+
+
+def _providers(full: ModelConfigProto, gpus: Sequence[int]) -> tuple[str, ...]:
+    on_gpu = any(_kind(group, gpus) == "gpu" for group in full.instance_group)
+    accelerators = full.optimization.execution_accelerators
+    asked = accelerators.gpu_execution_accelerator if on_gpu else accelerators.cpu_execution_accelerator
+    names = [ACCELERATORS[accelerator.name] for accelerator in asked]
+    defaults = ["CUDAExecutionProvider", "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
+    return tuple(dict.fromkeys(names + defaults))

@@ -1,0 +1,169 @@
+"""Whether a complete, normalised configuration makes sense by itself, in Triton's words plus a remedy.
+
+Mirrors core `ValidateModelConfig`, `ValidateInstanceGroup` and `ValidateModelIOConfig` for what this version
+serves. Whether it fits the model file is `fit.py`; whether we do what it asks, `support.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from gateway.config.complete import FORMATS
+from gateway.config.model import ModelConfigProto
+from gateway.config.parse import Source
+
+ACCELERATORS = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+}
+"""Triton's execution accelerators by ONNX Runtime's names."""
+
+
+def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
+    """Raise `InvalidArgument` for the first thing wrong; `gpus` are the ids of the usable GPUs."""
+    _check_platform(proto, source)
+    for kind, tensors in (("input", proto.input), ("output", proto.output)):
+        if not tensors:
+            raise source.error(
+                f"model '{proto.name}' must specify '{kind}': list name, data_type and dims of each {kind} tensor"
+            )
+        for tensor in tensors:
+            _check_tensor(tensor, kind, proto.max_batch_size, source)
+        _check_unique([tensor.name for tensor in tensors], kind, source)
+    _check_batching(proto, source)
+    for group in proto.instance_group:
+        _check_group(group, gpus, source)
+    accelerators = proto.optimization.execution_accelerators
+    for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
+        if accelerator.name not in ACCELERATORS:
+            raise source.error(
+                f"unknown Execution Accelerator '{accelerator.name}' is requested; there are: {', '.join(ACCELERATORS)}",
+                "execution_accelerators",
+                accelerator.name,
+            )
+    for warmup in proto.model_warmup:
+        _check_warmup(warmup, proto, source)
+
+
+def _check_platform(proto: ModelConfigProto, source: Source) -> None:
+    platforms = {known.platform for known in FORMATS if known.backend == proto.backend}
+    if platforms and proto.platform not in platforms:
+        raise source.error(
+            f"unexpected 'platform' and 'backend' pair, got:{proto.platform}, {proto.backend}. Remove platform",
+            "platform",
+        )
+
+
+def _check_unique(names: list[str], kind: str, source: Source) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise source.error(f"model {kind} '{name}' is given twice; remove one", kind, name)
+
+
+def _check_tensor(tensor: Any, kind: str, max_batch_size: int, source: Source) -> None:
+    def problem(text: str, *words: str) -> Exception:
+        return source.error(f"model {kind} '{tensor.name}' {text}", kind, tensor.name, *words)
+
+    if not tensor.name:
+        raise source.error(f"model {kind} must specify 'name'", kind)
+    if not tensor.data_type:
+        raise problem("must specify 'data_type', e.g. TYPE_FP32")
+    if not tensor.dims:
+        raise problem("must specify 'dims'; for one number per row use dims: [ 1 ] with reshape: { shape: [ ] }")
+    if any(dim < 1 and dim != -1 for dim in (*tensor.dims, *tensor.reshape.shape)):
+        raise problem("dimension must be integer >= 1, or -1 to indicate a variable-size dimension", "dims")
+    if tensor.HasField("reshape"):
+        if not tensor.reshape.shape and max_batch_size == 0:
+            raise problem("cannot have empty reshape for non-batching model as scalar tensors are not supported")
+        if _segments(tensor.dims) != _segments(tensor.reshape.shape):
+            raise problem("has different size for dims and reshape", "reshape")
+    if kind == "input" and tensor.format and len(tensor.dims) != 3:
+        raise problem("has format NHWC/NCHW, which require 3 dims. Remove format", "format")
+    if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
+        raise problem("is a shape tensor or has a non-linear format, which only TensorRT models have")
+
+
+def _segments(dims: Sequence[int]) -> list[int]:
+    """Element counts between the open dimensions: equal for shapes that always hold equally many elements."""
+    counts = [1]
+    for dim in dims:
+        if dim == -1:
+            counts.append(1)
+        else:
+            counts[-1] = math.prod((counts[-1], dim))
+    return counts
+
+
+def _check_batching(proto: ModelConfigProto, source: Source) -> None:
+    if proto.max_batch_size < 0:
+        raise source.error(
+            f"'max_batch_size' must be non-negative value for {proto.name}; 0 means no batching", "max_batch_size"
+        )
+    words = ("dynamic_batching", "preferred_batch_size")
+    for size in proto.dynamic_batching.preferred_batch_size:
+        if size <= 0:
+            raise source.error(f"dynamic batching preferred size must be positive for {proto.name}", *words)
+        if size > proto.max_batch_size:
+            raise source.error(
+                f"dynamic batching preferred size must be <= max batch size for {proto.name}: {size} is more than "
+                f"{proto.max_batch_size}",
+                *words,
+            )
+
+
+def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:
+    head = f"instance group {group.name}"
+    if group.count < 0:
+        raise source.error(f"{head} has a negative count; leave it out or use 1 or more", "instance_group", "count")
+    if group.profile:
+        raise source.error(f"{head} has a profile, which is only supported for TensorRT models", "profile")
+    if group.kind == group.KIND_GPU:
+        if not gpus:
+            raise source.error(
+                f"{head} has kind KIND_GPU but no GPUs are available. Use KIND_AUTO to run on whatever there is, "
+                "or KIND_CPU",
+                "instance_group",
+                "KIND_GPU",
+            )
+        if missing := sorted(set(group.gpus) - set(gpus)):
+            raise source.error(
+                f"{head} specifies invalid or unsupported gpu id {missing[0]}; there are: {list(gpus)}",
+                "instance_group",
+                "gpus",
+            )
+    elif group.gpus:
+        raise source.error(
+            f"{head} lists gpus {list(group.gpus)} and runs on the CPU. Remove gpus, or serve it where they exist",
+            "instance_group",
+            "gpus",
+        )
+
+
+def _check_warmup(warmup: Any, proto: ModelConfigProto, source: Source) -> None:
+    def problem(text: str, *words: str) -> Exception:
+        return source.error(f"model_warmup '{warmup.name}' {text}", "model_warmup", warmup.name, *words)
+
+    if proto.max_batch_size == 0 and warmup.batch_size > 1 or 0 < proto.max_batch_size < warmup.batch_size:
+        raise problem(f"has batch_size {warmup.batch_size}, more than max_batch_size {proto.max_batch_size}")
+    known = {tensor.name: tensor for tensor in proto.input}
+    for name, sample in warmup.inputs.items():
+        if name not in known:
+            raise problem(f"has an input '{name}', which the model has not; it has: {', '.join(known)}", name)
+        if sample.data_type != known[name].data_type:
+            raise problem(f"gives input '{name}' another data_type than the model's input has", name)
+        if any(dim < 0 for dim in sample.dims):
+            raise problem(f"has an open dimension in the dims of '{name}'; give the size to run with", name)
+        if sample.WhichOneof("input_data_type") is None:
+            raise problem(f"gives no data for '{name}'; set zero_data, random_data or input_data_file", name)
+    if missing := [name for name, tensor in known.items() if name not in warmup.inputs and not tensor.optional]:
+        raise problem(f"lacks the input '{missing[0]}'")
+
+
+def plain_name(name: str) -> bool:
+    """Whether a file name from a configuration stays below the folder it is relative to."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -1,0 +1,87 @@
+"""One model's configuration, read once from Triton's `ModelConfig` protobuf into plain frozen values.
+
+`ModelConfig.proto` keeps the whole normalised message for the model configuration extension; the rest of
+the gateway reads the fields here and never touches protobuf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from gateway.types import DataType
+
+ModelConfigProto: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelConfig, which has no stubs
+
+
+@dataclass(frozen=True, slots=True)
+class TensorConfig:
+    """One input or output. `dims` exclude the batch dimension when `max_batch_size` > 0; -1 is open.
+
+    `reshape` is the shape the model itself wants where that differs from `dims`, the shape clients use.
+    """
+
+    name: str
+    datatype: DataType
+    dims: tuple[int, ...]
+    reshape: tuple[int, ...] | None = None
+    optional: bool = False
+    label_filename: str = ""
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """Triton's `dynamic_batching`: when a batch is sent though it could still grow."""
+
+    max_queue_delay_us: int = 0
+    preferred_batch_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceGroup:
+    """Where instances live: `kind` is `cpu`, `gpu` or `auto`; `count` 0 leaves the number to the gateway."""
+
+    kind: str = "auto"
+    count: int = 0
+    gpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupInput:
+    """One input of a warm-up sample; exactly one of zero, random or file data."""
+
+    datatype: DataType
+    dims: tuple[int, ...]
+    source: str  # "zero", "random", or the name of a file in <model>/warmup/
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """One warm-up sample, run `count` times at `batch_size` before an instance is ready."""
+
+    name: str
+    batch_size: int
+    count: int
+    inputs: Mapping[str, WarmupInput]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model's configuration, complete and checked: every field filled, inputs and outputs known."""
+
+    name: str
+    backend: str
+    platform: str
+    max_batch_size: int  # 0: the model takes requests as they are, one at a time
+    inputs: tuple[TensorConfig, ...]
+    outputs: tuple[TensorConfig, ...]
+    instance_groups: tuple[InstanceGroup, ...]
+    batching: Batching | None  # None: max_batch_size > 1 still lets a client send batches, requests are not joined
+    warmup: tuple[Warmup, ...]
+    default_model_filename: str
+    parameters: Mapping[str, str]
+    execution_providers: tuple[str, ...]  # from optimization.execution_accelerators and instance kinds, in order
+    decoupled: bool
+    proto: ModelConfigProto

@@ -1,0 +1,153 @@
+"""What this version does not do of what a model configuration can ask for.
+
+Asking for something whose absence would change answers makes the model unavailable; asking for something that
+only tunes how they are reached is accepted with a warning. Nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+from gateway.config.model import ModelConfigProto
+from gateway.config.parse import Source
+
+
+class Gap(NamedTuple):
+    """A field that is not done: when it is asked for, where it stands, and what to tell its author."""
+
+    asked: Callable[[ModelConfigProto], bool]
+    words: tuple[str, ...]
+    text: str
+
+
+def require_supported(proto: ModelConfigProto, backends: Collection[str], source: Source) -> None:
+    """Raise `InvalidArgument` for a configuration that this version cannot serve faithfully.
+
+    `backends` are the names of the engines there are; the backend of `proto` is already filled in.
+    """
+    for gap in _REFUSED:
+        if gap.asked(proto):
+            raise source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
+    known = ", ".join(sorted(backends))
+    if proto.backend and proto.backend not in backends:
+        raise source.error(
+            f"backend '{proto.backend}' is not supported by this version, which has: {known}. Export the model to "
+            "ONNX, or serve it with a server that has the backend",
+            "backend" if "backend" in source.text else "platform",
+        )
+    if not proto.backend:
+        asked = f"platform '{proto.platform}' is not known" if proto.platform else "the configuration names no backend"
+        raise source.error(
+            f"{asked} for model '{proto.name}' and no model file tells it. Set backend to one of: {known}; or put "
+            f"model.onnx into {proto.name}/1/",
+            "platform",
+        )
+
+
+def warnings(proto: ModelConfigProto, source: Source) -> tuple[str, ...]:
+    """Say which fields of the configuration have no effect here, one text each."""
+    return tuple(
+        source.describe(f"{gap.words[-1]} has no effect in this version. {gap.text}", *gap.words)
+        for gap in _WITHOUT_EFFECT
+        if gap.asked(proto)
+    )
+
+
+def _has(field: str) -> Callable[[ModelConfigProto], bool]:
+    return lambda proto: bool(proto.HasField(field))
+
+
+def _any(field: str) -> Callable[[ModelConfigProto], bool]:
+    return lambda proto: bool(getattr(proto, field))
+
+
+def _batching(*fields: str) -> Callable[[ModelConfigProto], bool]:
+    return lambda proto: _set_in(proto.dynamic_batching, fields)
+
+
+def _groups(*fields: str) -> Callable[[ModelConfigProto], bool]:
+    return lambda proto: any(_set_in(group, fields) for group in proto.instance_group)
+
+
+def _set_in(message: ModelConfigProto, fields: Iterable[str]) -> bool:
+    return any(field.name in fields for field, _ in message.ListFields())
+
+
+_REFUSED = (
+    Gap(
+        lambda proto: proto.HasField("ensemble_scheduling") or proto.platform == "ensemble",
+        ("ensemble_scheduling",),
+        "Call the models of the ensemble one after the other from the client",
+    ),
+    Gap(_has("sequence_batching"), ("sequence_batching",), "Keep the state in the client, as inputs and outputs"),
+    Gap(
+        lambda proto: bool(proto.model_transaction_policy.decoupled),
+        ("model_transaction_policy", "decoupled"),
+        "Set it to false if the model gives exactly one response per request",
+    ),
+    Gap(_any("batch_input"), ("batch_input",), "Add the tensor to input and let clients send it"),
+    Gap(_any("batch_output"), ("batch_output",), "Remove it and let the model give one row per request row"),
+    Gap(
+        lambda proto: any(tensor.allow_ragged_batch for tensor in proto.input),
+        ("input", "allow_ragged_batch"),
+        "Remove it: requests of different shapes are then batched apart",
+    ),
+    Gap(_has("model_operations"), ("model_operations",), "Export the model with standard ONNX operators"),
+    Gap(_has("model_repository_agents"), ("model_repository_agents",), "Remove it and check the files before serving"),
+    Gap(_any("cc_model_filenames"), ("cc_model_filenames",), "Use default_model_filename"),
+)
+
+_WITHOUT_EFFECT = (
+    Gap(
+        lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"
+    ),
+    Gap(
+        _batching("priority_levels", "default_priority_level", "priority_queue_policy"),
+        ("dynamic_batching", "priority_levels"),
+        "All requests have the same priority",
+    ),
+    Gap(
+        _batching("default_queue_policy"),
+        ("dynamic_batching", "default_queue_policy"),
+        "Requests wait until their own deadline",
+    ),
+    Gap(
+        _batching("preserve_ordering"),
+        ("dynamic_batching", "preserve_ordering"),
+        "Responses are sent as soon as they are ready",
+    ),
+    Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
+    Gap(
+        _groups("passive", "secondary_devices", "host_policy"),
+        ("instance_group",),
+        "Of an instance group only name, kind, count and gpus count: passive, secondary_devices and host_policy do not",
+    ),
+    Gap(
+        lambda proto: any(group.kind == group.KIND_MODEL for group in proto.instance_group),
+        ("instance_group", "KIND_MODEL"),
+        "The instances are placed as with KIND_AUTO",
+    ),
+    Gap(
+        lambda proto: _set_in(
+            proto.optimization, ("graph", "priority", "cuda", "gather_kernel_buffer_threshold", "eager_batching")
+        ),
+        ("optimization",),
+        "Of optimization only execution_accelerators counts",
+    ),
+    Gap(
+        lambda proto: any(
+            accelerator.parameters
+            for accelerators in (
+                proto.optimization.execution_accelerators.gpu_execution_accelerator,
+                proto.optimization.execution_accelerators.cpu_execution_accelerator,
+            )
+            for accelerator in accelerators
+        ),
+        ("optimization", "execution_accelerators", "parameters"),
+        "The execution provider runs with its defaults",
+    ),
+    Gap(_any("metric_tags"), ("metric_tags",), "Metrics carry the labels model and version"),
+    Gap(_has("model_metrics"), ("model_metrics",), "The histograms have fixed buckets"),
+    Gap(_any("runtime"), ("runtime",), "Each backend has one runtime"),
+)

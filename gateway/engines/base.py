@@ -1,0 +1,45 @@
+"""The `Engine` protocol: the adapter that runs one loaded copy of a model on one device.
+
+Promises every engine keeps (tests/contract/test_engine.py): blocking work never runs on the event loop;
+`run` calls `batch.stack()` on the engine's own thread; a failed run raises and leaves the engine usable;
+`provider` says what the model really runs on, not what was asked; `close` is idempotent and frees threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gateway.config.model import ModelConfig
+from gateway.types import Batch, BatchResult
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine is made from.
+
+    `threads` is how many cores a run gets when its device is loaded; `cores` is how many a lone run may
+    use. An engine whose two numbers differ is elastic: it looks at `batch.cores` on each run.
+    """
+
+    config: ModelConfig
+    version: str
+    path: Path  # the version folder, e.g. model_repo/digits/1
+    device: str  # "cpu", "gpu:0", ...
+    threads: int = 1
+    cores: int = 1
+
+
+class Engine(Protocol):
+    """One instance's way to run batches."""
+
+    provider: str
+    concurrency: int  # how many runs may be open at once
+
+    def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+        """Run a batch; a model of one answer yields once. Raises `GatewayError`, or anything on a crash."""
+
+    async def close(self) -> None:
+        """Release the model and its threads. Idempotent."""

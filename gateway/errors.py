@@ -1,0 +1,217 @@
+"""The one error table: each class is a row giving the gRPC status, the HTTP status and whether to retry.
+
+The codes are Triton's (`http_server.cc` HttpCodeFromError, `grpc_utils.cc` CodeToStatus) but for overload
+(429 / RESOURCE_EXHAUSTED) and a request's own deadline (504 / DEADLINE_EXCEEDED), which Triton folds into
+503. The text of an error is written for the client: what was wrong, what was expected, what to do. It never
+carries a path or a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class GatewayError(Exception):
+    """An error with an answer on both wires. Subclasses are the rows; raise one of those."""
+
+    grpc: ClassVar[int] = 2  # UNKNOWN
+    http: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidArgument(GatewayError):
+    """The request can never succeed as it stands."""
+
+    grpc, http = 3, 400
+
+
+class NotFound(GatewayError):
+    """No such model, version, region or path."""
+
+    grpc, http = 5, 404
+
+
+class AlreadyExists(GatewayError):
+    """The name is taken. 400 on HTTP, as Triton has it."""
+
+    grpc, http = 6, 400
+
+
+class Unsupported(GatewayError):
+    """Known to the protocol, not done by this server or this model."""
+
+    grpc, http = 12, 501
+
+
+class Unavailable(GatewayError):
+    """Not now: not ready, draining, or refused by the model's own queue policy."""
+
+    grpc, http, retryable = 14, 503, True
+
+
+class ResourceExhausted(GatewayError):
+    """Refused or shed by the gateway's own limits; try again later."""
+
+    grpc, http, retryable = 8, 429, True
+
+
+class DeadlineExceeded(GatewayError):
+    """The request's own deadline passed before it was answered."""
+
+    grpc, http = 4, 504
+
+
+class Cancelled(GatewayError):
+    """The client gave up. 400 on HTTP, as Triton has it; nobody reads it."""
+
+    grpc, http = 1, 400
+
+
+class Internal(GatewayError):
+    """The model or the gateway failed; also, as Triton has it, a body that is not JSON."""
+
+    grpc, http = 13, 500
+
+
+class Unauthenticated(GatewayError):
+    """No token, or one that is not known."""
+
+    grpc, http = 16, 401
+
+
+class PermissionDenied(GatewayError):
+    """A known caller without the right to this."""
+
+    grpc, http = 7, 403
+
+
+class MethodNotAllowed(GatewayError):
+    """HTTP only: the path exists, the method does not."""
+
+    grpc, http = 12, 405
+
+
+def request_prefix(request_id: str) -> str:
+    """The prefix of every message about a request's content (Triton `infer_request.h` LogRequest)."""
+    return f"[request id: {request_id or '<id_unknown>'}] "
+
+
+def unknown_model(name: str) -> NotFound:
+    """No model of this name."""
+    return NotFound(f"Request for unknown model: '{name}' is not found")
+
+
+def unknown_version(name: str, version: str) -> NotFound:
+    """The model has no such version."""
+    return NotFound(f"Request for unknown model: '{name}' version {version} is not found")
+
+
+def version_not_ready(name: str, version: str) -> Unavailable:
+    """The version is loading, unloading or broken."""
+    return Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
+
+
+def no_versions(name: str) -> NotFound:
+    """The model is known and none of its versions is ready."""
+    return NotFound(f"Request for unknown model: '{name}' has no available versions")
+
+
+def bad_version(version: str) -> InvalidArgument:
+    """A version on gRPC that is not a positive integer."""
+    return InvalidArgument(
+        f"failed to get model version from specified version string '{version}' (details: stol), "
+        "version should be an integral value > 0"
+    )
+
+
+def unexpected_shape(
+    name: str, model: str, expected: Sequence[int], got: Sequence[int], *, batched: bool
+) -> InvalidArgument:
+    """An input whose shape the model does not take; `expected` includes the batch dimension."""
+    note = (
+        " NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended "
+        "to each input shape. If you want to specify the full shape including the batch dim in your input dims "
+        "config, try setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
+    )
+    return InvalidArgument(
+        f"unexpected shape for input '{name}' for model '{model}'. Expected {_dims(expected)}, got {_dims(got)}."
+        + (note if batched else "")
+    )
+
+
+def batch_too_big(limit: int, model: str) -> InvalidArgument:
+    """More rows in one request than `max_batch_size`."""
+    return InvalidArgument(f"inference request batch-size must be <= {limit} for '{model}'")
+
+
+def batch_mismatch(name: str, model: str) -> InvalidArgument:
+    """Inputs of one request with different batch sizes."""
+    return InvalidArgument(f"input '{name}' batch size does not match other inputs for '{model}'")
+
+
+def wrong_datatype(name: str, model: str, got: str, expected: str) -> InvalidArgument:
+    """An input of another element type than the model's."""
+    return InvalidArgument(f"inference input '{name}' data-type is '{got}', but model '{model}' expects '{expected}'")
+
+
+def wrong_inputs(model: str, got: Sequence[str], missing: Sequence[str], least: int, most: int) -> InvalidArgument:
+    """Too few or too many inputs. `least` is the number of required inputs, `most` counts the optional too."""
+    head = (
+        f"expected {most} inputs but got {len(got)} inputs for model '{model}'."
+        if least == most
+        else f"expected number of inputs between {least} and {most} but got {len(got)} inputs for model '{model}'."
+    )
+    tail = (
+        f" Got input(s) {_names(got)}, but missing required input(s) {_names(missing)}. "
+        "Please provide all required input(s)."
+        if missing
+        else ""
+    )
+    return InvalidArgument(head + tail)
+
+
+def unexpected_input(name: str, model: str) -> InvalidArgument:
+    """An input the model does not have."""
+    return InvalidArgument(f"unexpected inference input '{name}' for model '{model}'")
+
+
+def unexpected_output(name: str, model: str) -> InvalidArgument:
+    """An output the model does not have."""
+    return InvalidArgument(f"unexpected inference output '{name}' for model '{model}'")
+
+
+def duplicate_output(name: str) -> InvalidArgument:
+    """The same output asked for twice."""
+    return InvalidArgument(f"output '{name}' already exists in request")
+
+
+def byte_size_mismatch(name: str, model: str, expected: int, got: int) -> InvalidArgument:
+    """An input whose bytes do not fill its shape."""
+    return InvalidArgument(
+        f"input byte size mismatch for input '{name}' for model '{model}'. Expected {expected}, got {got}"
+    )
+
+
+def reserved_parameter() -> InvalidArgument:
+    """A request parameter in Triton's own name space."""
+    return InvalidArgument(
+        "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified."
+    )
+
+
+def deadline_passed() -> DeadlineExceeded:
+    """The request's own deadline, wherever it came from, is over."""
+    return DeadlineExceeded("Request timeout expired")
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return "[" + ",".join(str(dim) for dim in shape) + "]"
+
+
+def _names(names: Sequence[str]) -> str:
+    return "[" + ",".join(f"'{name}'" for name in names) + "]"

@@ -1,0 +1,145 @@
+"""The meeting place of the gateway and its workers: the `Queue`, `Consumer` and `Job` protocols.
+
+The gateway submits requests and never learns who ran them; workers take jobs and never learn who asked.
+What every implementation promises (tests/contract/test_queue.py):
+
+- A submitted request is answered at most once, and answering a job nobody waits for is a no-op that
+  returns False, so one cancelled or expired caller never disturbs its batch-mates.
+- Closing the iterator of `submit` cancels the job: it is `done` from then on and is not run if not begun.
+- A request whose deadline passes is answered with `DeadlineExceeded` at that time, even if its worker hangs.
+- Jobs of a lane are taken in the order they were submitted. A released job goes back to the front.
+- A pool's state is what its workers last published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from gateway.config.model import ModelConfig
+from gateway.errors import GatewayError
+from gateway.types import InferRequest, InferResponse
+
+
+class Lane(NamedTuple):
+    """One queue of one model."""
+
+    model: str
+    version: str
+
+
+class Job(Protocol):
+    """One request on its way through a worker. `enqueued` is in `time.monotonic` seconds."""
+
+    request: InferRequest
+    enqueued: float
+
+    @property
+    def done(self) -> bool:
+        """True when nobody waits any more: answered, cancelled or expired."""
+
+    def reply(self, response: InferResponse) -> bool:
+        """Answer; `response.final` ends the job. Returns False when nobody waits any more."""
+
+    def fail(self, error: GatewayError) -> bool:
+        """Answer with an error, which ends the job. Returns False when nobody waits any more."""
+
+    def release(self) -> None:
+        """Hand the job back unrun, to the front of its lane."""
+
+
+class Consumer(Protocol):
+    """A worker's end of some lanes."""
+
+    async def take(self, credits: int) -> list[Job]:
+        """Wait for at least one job and return up to `credits` of them, oldest first per lane."""
+
+    def close(self) -> None:
+        """Take no more; a waiting `take` returns an empty list. Jobs already taken stay the caller's."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """One loaded copy of a model: its device and what it really runs on."""
+
+    device: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionState:
+    """One version of a model in a pool: READY, LOADING, UNLOADING or UNAVAILABLE, and why."""
+
+    version: str
+    state: str
+    reason: str = ""
+    config: ModelConfig | None = None  # known once READY
+    instances: tuple[InstanceState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """What the workers hold of one model; `reason` says why when there are no versions at all."""
+
+    model: str
+    versions: tuple[VersionState, ...] = ()
+    reason: str = ""  # why there are no versions, e.g. a config that does not parse
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load the model from the repository, or reload it if it changed; `parameters` as Triton's load call."""
+
+    model: str
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Stop routing to the model, answer what was accepted, and drop it."""
+
+    model: str
+
+
+Command = Load | Unload
+
+
+class Order(Protocol):
+    """A command on its way to a worker, to be reported on when carried out."""
+
+    command: Command
+
+    def finish(self, error: GatewayError | None) -> None:
+        """Report success (None) or the error for the caller."""
+
+
+class Queue(Protocol):
+    """See the module's promises."""
+
+    def submit(self, lane: Lane, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """Queue a request and yield its responses, the last with `final` true. Raises `GatewayError`."""
+
+    def consumer(self, lanes: Sequence[Lane]) -> Consumer:
+        """Open a worker's end of these lanes."""
+
+    async def drained(self, lane: Lane) -> None:
+        """Wait until no accepted request of the lane is unanswered."""
+
+    def publish(self, state: PoolState) -> None:
+        """Tell every gateway what this worker holds of a model."""
+
+    def withdraw(self, model: str) -> None:
+        """Tell every gateway that this worker no longer knows the model."""
+
+    def pool(self, model: str) -> PoolState | None:
+        """What the workers hold of a model; None if none ever told."""
+
+    def pools(self) -> list[PoolState]:
+        """Every pool, in name order."""
+
+    async def send(self, command: Command) -> None:
+        """Have every worker carry out a command. Raises what the worker reported."""
+
+    def commands(self) -> AsyncIterator[Order]:
+        """The commands for this worker, in order, for as long as it iterates."""

@@ -1,0 +1,252 @@
+"""`MemoryQueue`: gateway and worker in one process meet in deques and futures.
+
+Everything happens on one event loop, so there is no lock: a state change and the wake-ups it causes are one
+step. A job holds its own answers; whoever closes it first (answer, cancel, deadline) wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+
+from gateway import errors
+from gateway.queues.base import Command, Job, Lane, PoolState
+from gateway.types import InferRequest, InferResponse
+
+
+class MemoryQueue:
+    """The `Queue` protocol within one process."""
+
+    def __init__(self) -> None:
+        self._lanes: dict[Lane, _LaneState] = {}
+        self._pools: dict[str, PoolState] = {}
+        self._orders: deque[MemoryOrder] = deque()
+        self._order_waiter: asyncio.Future[None] | None = None
+
+    async def submit(self, lane: Lane, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """See `Queue.submit`."""
+        state = self._lane(lane)
+        job = MemoryJob(request, state)
+        timer: asyncio.TimerHandle | None = None
+        if request.deadline is not None:
+            left = request.deadline - job.enqueued
+            if left <= 0:
+                raise errors.deadline_passed()
+            timer = asyncio.get_running_loop().call_later(left, job.fail, errors.deadline_passed())
+        state.add(job)
+        try:
+            while True:
+                response = await job.next()
+                yield response
+                if response.final:
+                    return
+        finally:
+            job.close()
+            state.remove()
+            if timer is not None:
+                timer.cancel()
+
+    def consumer(self, lanes: Sequence[Lane]) -> MemoryConsumer:
+        """See `Queue.consumer`."""
+        return MemoryConsumer([self._lane(lane) for lane in lanes])
+
+    async def drained(self, lane: Lane) -> None:
+        """See `Queue.drained`."""
+        await self._lane(lane).empty()
+        self._lanes.pop(lane, None)
+
+    def publish(self, state: PoolState) -> None:
+        """See `Queue.publish`."""
+        self._pools[state.model] = state
+
+    def withdraw(self, model: str) -> None:
+        """See `Queue.withdraw`."""
+        self._pools.pop(model, None)
+
+    def pool(self, model: str) -> PoolState | None:
+        """See `Queue.pool`."""
+        return self._pools.get(model)
+
+    def pools(self) -> list[PoolState]:
+        """See `Queue.pools`."""
+        return [self._pools[name] for name in sorted(self._pools)]
+
+    async def send(self, command: Command) -> None:
+        """See `Queue.send`."""
+        order = MemoryOrder(command)
+        self._orders.append(order)
+        _wake(self._order_waiter)
+        await order.reported
+
+    async def commands(self) -> AsyncGenerator[MemoryOrder, None]:
+        """See `Queue.commands`."""
+        while True:
+            while self._orders:
+                yield self._orders.popleft()
+            self._order_waiter = asyncio.get_running_loop().create_future()
+            await self._order_waiter
+
+    def _lane(self, lane: Lane) -> _LaneState:
+        state = self._lanes.get(lane)
+        if state is None:
+            state = self._lanes[lane] = _LaneState()
+        return state
+
+
+class MemoryOrder:
+    """A command and the future of its report."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def finish(self, error: errors.GatewayError | None) -> None:
+        """See `Order.finish`."""
+        if self.reported.done():
+            return
+        if error is None:
+            self.reported.set_result(None)
+        else:
+            self.reported.set_exception(error)
+
+
+class MemoryJob:
+    """The `Job` protocol: one request and the answers on their way back to it."""
+
+    __slots__ = ("_answers", "_lane", "_waiter", "done", "enqueued", "request")
+
+    def __init__(self, request: InferRequest, lane: _LaneState) -> None:
+        self.request = request
+        self.enqueued = time.monotonic()
+        self.done = False
+        self._lane = lane
+        self._answers: deque[InferResponse | errors.GatewayError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def reply(self, response: InferResponse) -> bool:
+        """See `Job.reply`."""
+        if self.done:
+            return False
+        self.done = response.final
+        self._answers.append(response)
+        _wake(self._waiter)
+        return True
+
+    def fail(self, error: errors.GatewayError) -> bool:
+        """See `Job.fail`."""
+        if self.done:
+            return False
+        self.done = True
+        self._answers.append(error)
+        _wake(self._waiter)
+        return True
+
+    def release(self) -> None:
+        """See `Job.release`."""
+        if not self.done:
+            self._lane.put_back(self)
+
+    async def next(self) -> InferResponse:
+        """The next answer, raising it if it is an error."""
+        if not self._answers:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        answer = self._answers.popleft()
+        if isinstance(answer, errors.GatewayError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self.done = True
+
+
+class MemoryConsumer:
+    """The `Consumer` protocol over lanes of this process."""
+
+    def __init__(self, lanes: list[_LaneState]) -> None:
+        self._lanes = lanes
+        self._closed = False
+        self._waiter: asyncio.Future[None] | None = None
+        for lane in lanes:
+            lane.consumers.append(self)
+
+    async def take(self, credits: int) -> list[Job]:
+        """See `Consumer.take`."""
+        while not self._closed:
+            jobs = self._collect(credits)
+            if jobs:
+                return jobs
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return []
+
+    def close(self) -> None:
+        """See `Consumer.close`."""
+        if self._closed:
+            return
+        self._closed = True
+        for lane in self._lanes:
+            lane.consumers.remove(self)
+            lane.wake()  # what this consumer was woken for must not be forgotten
+        _wake(self._waiter)
+
+    def wake(self) -> bool:
+        """Wake a waiting `take`; False if none is waiting."""
+        if self._waiter is None or self._waiter.done():
+            return False
+        self._waiter.set_result(None)
+        return True
+
+    def _collect(self, credits: int) -> list[Job]:
+        jobs: list[Job] = []
+        while len(jobs) < credits:
+            filled = [lane for lane in self._lanes if lane.waiting]
+            if not filled:
+                break
+            lane = min(filled, key=lambda lane: lane.waiting[0].enqueued) if len(filled) > 1 else filled[0]
+            job = lane.waiting.popleft()
+            if not job.done:
+                jobs.append(job)
+        return jobs
+
+
+class _LaneState:
+    """The jobs of a lane that no worker has taken, and how many it has accepted and not seen off."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[MemoryJob] = deque()
+        self.consumers: list[MemoryConsumer] = []
+        self._outstanding = 0
+        self._emptied: asyncio.Event | None = None
+
+    def add(self, job: MemoryJob) -> None:
+        self._outstanding += 1
+        self.waiting.append(job)
+        self.wake()
+
+    def put_back(self, job: MemoryJob) -> None:
+        self.waiting.appendleft(job)
+        self.wake()
+
+    def remove(self) -> None:
+        self._outstanding -= 1
+        if not self._outstanding and self._emptied is not None:
+            self._emptied.set()
+
+    def wake(self) -> None:
+        for consumer in self.consumers:
+            if consumer.wake():
+                return
+
+    async def empty(self) -> None:
+        while self._outstanding:
+            self._emptied = asyncio.Event()
+            await self._emptied.wait()
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,70 @@
+"""Notices changed files by name, size and modification time, per version and for what versions share.
+
+Reads no file's content. A file that is still being copied changes its fingerprint again and is simply seen
+as changed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A model's files at one moment; equal when nothing has changed."""
+
+    shared: str
+    versions: Mapping[int, str]
+
+    def of(self, version: int) -> str:
+        """The fingerprint of all that one version is served from."""
+        return f"{self.shared}/{self.versions[version]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Model names by what happened to them since `previous`, and the fingerprints to compare with next time."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    now: Mapping[str, Fingerprint]
+
+
+def fingerprint(model: Path, versions: Mapping[int, Path], override: str = "") -> Fingerprint:
+    """Take the fingerprint of a model folder; `override` is configuration text used in place of its file."""
+    own = set(versions.values())
+    shared = [line for entry in sorted(model.iterdir()) if entry not in own for line in _entries(entry)]
+    return Fingerprint(
+        _digest([override, *shared]),
+        {number: _digest(list(_entries(folder))) for number, folder in versions.items()},
+    )
+
+
+def diff(previous: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> Changes:
+    """Compare two scans of a repository."""
+    return Changes(
+        added=tuple(name for name in now if name not in previous),
+        changed=tuple(name for name in now if name in previous and now[name] != previous[name]),
+        removed=tuple(name for name in previous if name not in now),
+        now=now,
+    )
+
+
+def _entries(path: Path) -> Iterator[str]:
+    if path.name[0] in "._":
+        return
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            yield from _entries(entry)
+        return
+    status = path.stat()
+    yield f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

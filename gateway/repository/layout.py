@@ -1,0 +1,104 @@
+"""Triton's folder layout: `<repository>/<model>/config.pbtxt` and `<model>/<version>/`.
+
+Knows names and folders only; what a configuration says is read in `repository.py`. Errors name folders and
+files, never where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.config.check import plain_name
+from gateway.config.parse import Source
+from gateway.errors import GatewayError, InvalidArgument, Unavailable
+
+CONFIG = "config.pbtxt"
+_NOT_VERSIONS = {"configs", "warmup", "initial_state"}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model's name and its folders: more than one when repositories disagree about who has it."""
+
+    name: str
+    paths: tuple[Path, ...]
+
+
+def scan(repositories: Sequence[Path]) -> dict[str, Found]:
+    """Every model folder in name order. Hidden and underscored folders and plain files are no models.
+
+    Raises `Unavailable` when a repository cannot be read, `InvalidArgument` when it is a model's own folder.
+    """
+    found: dict[str, tuple[Path, ...]] = {}
+    for repository in repositories:
+        if (repository / CONFIG).exists():
+            raise InvalidArgument(
+                f"model repository '{repository.name}' is the folder of one model; give the folder that holds it"
+            )
+        for folder in subfolders(repository):
+            found[folder.name] = (*found.get(folder.name, ()), folder)
+    return {name: Found(name, found[name]) for name in sorted(found)}
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, in name order. Raises `Unavailable` when it cannot be read."""
+    try:
+        return sorted(entry for entry in folder.iterdir() if entry.name[0] not in "._" and entry.is_dir())
+    except OSError as problem:
+        raise unreadable(f"folder '{folder.name}'", problem) from None
+
+
+def versions(model: Path) -> tuple[dict[int, Path], list[str]]:
+    """The version folders of a model by number, lowest first, and a warning for each folder that is not one."""
+    numbered: dict[int, Path] = {}
+    warnings = []
+    for folder in subfolders(model):
+        name = folder.name
+        # Triton's rule: a positive number written the one usual way.
+        if name.isascii() and name.isdigit() and name[0] != "0":
+            numbered[int(name)] = folder
+        elif name not in _NOT_VERSIONS:
+            warnings.append(
+                f"folder '{model.name}/{name}' is ignored: a version folder is a positive number without leading zeros"
+            )
+    return dict(sorted(numbered.items())), warnings
+
+
+def config_source(model: Path, config_name: str) -> Source | None:
+    """The configuration file of a model: `configs/<config_name>.pbtxt` if there, else `config.pbtxt`, else None.
+
+    Raises `InvalidArgument` for one that is not UTF-8 text and `Unavailable` for one that cannot be read.
+    """
+    chosen = model / "configs" / f"{config_name}.pbtxt"
+    path = chosen if config_name and chosen.is_file() else model / CONFIG
+    if not path.exists():
+        return None
+    name = str(path.relative_to(model.parent))
+    return Source(name, read_text(path, name))
+
+
+def read_text(path: Path, name: str) -> str:
+    """The text of a UTF-8 file, which errors call `name`."""
+    try:
+        return path.read_text("utf-8-sig")
+    except OSError as problem:
+        raise unreadable(f"'{name}'", problem) from None
+    except UnicodeDecodeError as problem:
+        line = problem.object.count(b"\n", 0, problem.start) + 1
+        raise InvalidArgument(f"{name} line {line}: the file is not UTF-8 text; save it as UTF-8") from None
+
+
+def below(base: Path, name: str, repository: Path) -> Path | None:
+    """`base/name`, or None when that leaves both `base` and `repository`, by its text or by a link."""
+    if not plain_name(name):
+        return None
+    path = base / name
+    real = path.resolve()
+    return path if any(real.is_relative_to(root.resolve()) for root in (base, repository)) else None
+
+
+def unreadable(what: str, problem: OSError) -> GatewayError:
+    """The error for a file or folder that the system will not read."""
+    return Unavailable(f"{what} cannot be read: {problem.strerror}. Check that it exists and its permissions")

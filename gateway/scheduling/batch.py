@@ -1,0 +1,117 @@
+"""The one place where requests become a batch and a batch becomes answers again.
+
+`stack` joins inputs row by row in job order; `split` hands each request exactly its rows back and refuses a
+result whose rows are not the batch's rows, so that an answer can never go to the wrong request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gateway import errors
+from gateway.config.model import ModelConfig, TensorConfig
+from gateway.types import Array, Buffer, DataType, InferRequest, Tensor
+
+_JOIN_BYTES = 64 * 1024  # below this, joining bytes is quicker than concatenating arrays (2 us against 20 for 32 rows)
+
+
+def stack(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Array]:
+    """The model's inputs for these requests, batch dimension first, `reshape` applied."""
+    inputs: dict[str, Array] = {}
+    for tensor in config.inputs:
+        if tensor.name not in requests[0].inputs:
+            continue  # optional, and absent from all: presence is part of the signature
+        parts = [request.inputs[tensor.name] for request in requests]
+        array = parts[0].array if len(parts) == 1 else _join(parts)
+        if tensor.reshape is not None:
+            array = array.reshape(_translate(array.shape, tensor.dims, tensor.reshape))
+        inputs[tensor.name] = array
+    return inputs
+
+
+def wanted_outputs(requests: Sequence[InferRequest]) -> tuple[str, ...]:
+    """The outputs that any of these requests asks for; empty means all."""
+    names: dict[str, None] = {}
+    for request in requests:
+        if not request.outputs:
+            return ()
+        names.update((output.name, None) for output in request.outputs)
+    return tuple(names)
+
+
+def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: ModelConfig) -> list[dict[str, Tensor]]:
+    """One dict of output tensors per request, in order, holding what that request asked for.
+
+    Raises `Internal` when an output is missing, of another type, or has other rows than the batch.
+    """
+    results: list[dict[str, Tensor]] = [{} for _ in requests]
+    rows = sum(request.rows for request in requests)
+    wanted = wanted_outputs(requests)
+    for tensor in config.outputs:
+        if wanted and tensor.name not in wanted:
+            continue
+        array = _checked(outputs.get(tensor.name), tensor, rows, config)
+        if len(requests) == 1:
+            parts = [Tensor.from_array(tensor.datatype, array)]
+        else:
+            parts = _slices(tensor.datatype, array, requests)
+        for request, result, part in zip(requests, results, parts, strict=True):
+            if not request.outputs or any(output.name == tensor.name for output in request.outputs):
+                result[tensor.name] = part
+    return results
+
+
+def _join(parts: list[Tensor]) -> Array:
+    first = parts[0]
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    if first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
+        return np.frombuffer(b"".join([part.wire for part in parts]), first.datatype.dtype).reshape(shape)
+    return np.concatenate([part.array for part in parts])
+
+
+def _translate(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """`target` with its open dimensions filled in order from `shape`, which is `source` after any batch dimension."""
+    batch = shape[: len(shape) - len(source)]
+    sizes = iter([size for size, dim in zip(shape[len(batch) :], source, strict=True) if dim == -1])
+    return (*batch, *(next(sizes) if dim == -1 else dim for dim in target))
+
+
+def _checked(array: Array | None, tensor: TensorConfig, rows: int, config: ModelConfig) -> Array:
+    """The output in the shape clients see, or `Internal` saying what is wrong with it."""
+    if array is None:
+        raise errors.Internal(f"model '{config.name}' gave no output '{tensor.name}', which its configuration lists")
+    if array.dtype != tensor.datatype.dtype:
+        raise errors.Internal(
+            f"model '{config.name}' gave output '{tensor.name}' as {array.dtype}, "
+            f"its configuration says {tensor.datatype.name}"
+        )
+    if config.max_batch_size and (not array.shape or array.shape[0] != rows):
+        got = array.shape[0] if array.shape else "no"
+        raise errors.Internal(
+            f"model '{config.name}' gave {got} rows in output '{tensor.name}' for a batch of {rows}; "
+            "a model must give one row for each row it is given"
+        )
+    if tensor.reshape is None:
+        return array
+    return array.reshape(_translate(array.shape, tensor.reshape, tensor.dims))
+
+
+def _slices(datatype: DataType, array: Array, requests: Sequence[InferRequest]) -> list[Tensor]:
+    """Each request's rows; as slices of one byte view, which costs a tenth of slicing the array."""
+    inner = array.shape[1:]
+    parts: list[Tensor] = []
+    start = 0
+    if datatype is DataType.BYTES or array.size == 0:
+        for request in requests:
+            parts.append(Tensor.from_array(datatype, array[start : start + request.rows]))
+            start += request.rows
+        return parts
+    wire: Buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    step = array.nbytes // array.shape[0]
+    for request in requests:
+        stop = start + request.rows * step
+        parts.append(Tensor(datatype, (request.rows, *inner), wire=wire[start:stop]))
+        start = stop
+    return parts

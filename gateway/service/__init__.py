@@ -1,0 +1,5 @@
+"""The gateway side of an inference and of model control. Transports call `Service` and nothing else."""
+
+from gateway.service.service import Service
+
+__all__ = ["Service"]

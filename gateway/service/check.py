@@ -1,0 +1,109 @@
+"""Checks a request against its model: names, types, shapes, batch and byte sizes, in Triton's order and words.
+
+A `Checker` is compiled once per model version, so that a request costs a few comparisons. It fills in the
+request's `rows` and `signature` and touches nothing else.
+"""
+
+from __future__ import annotations
+
+from gateway import errors
+from gateway.config.model import ModelConfig, TensorConfig
+from gateway.types import DataType, InferRequest, Tensor, element_count
+
+
+class Checker:
+    """The checks of one model version."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._model = config.name
+        self._max_batch_size = config.max_batch_size
+        self._inputs = {tensor.name: tensor for tensor in config.inputs}
+        self._required = [tensor.name for tensor in config.inputs if not tensor.optional]
+        self._outputs = frozenset(tensor.name for tensor in config.outputs)
+        # With every shape fixed all requests fit one batch, and the signature need not be built.
+        self._fixed = len(self._required) == len(self._inputs) and not any(
+            -1 in tensor.dims for tensor in config.inputs
+        )
+
+    def check(self, request: InferRequest) -> None:
+        """Raise `InvalidArgument` for a request the model cannot take; else set `rows` and `signature`."""
+        try:
+            self._check_outputs(request)
+            self._check_names(request)
+            request.rows = self._rows(request)
+            for name, tensor in request.inputs.items():
+                self._check_tensor(self._inputs[name], tensor)
+        except errors.InvalidArgument as error:
+            raise errors.InvalidArgument(errors.request_prefix(request.id) + error.message) from None
+        if not self._fixed:
+            skip = 1 if self._max_batch_size else 0
+            request.signature = tuple(sorted((name, t.shape[skip:]) for name, t in request.inputs.items()))
+
+    def _check_outputs(self, request: InferRequest) -> None:
+        seen: set[str] = set()
+        for output in request.outputs:
+            if output.name not in self._outputs:
+                raise errors.unexpected_output(output.name, self._model)
+            if output.name in seen:
+                raise errors.duplicate_output(output.name)
+            seen.add(output.name)
+
+    def _check_names(self, request: InferRequest) -> None:
+        got = request.inputs.keys()
+        if got == self._inputs.keys():
+            return
+        missing = [name for name in self._required if name not in got]
+        if missing or len(got) > len(self._inputs):
+            raise errors.wrong_inputs(self._model, list(got), missing, len(self._required), len(self._inputs))
+        for name in got:
+            if name not in self._inputs:
+                raise errors.unexpected_input(name, self._model)
+
+    def _rows(self, request: InferRequest) -> int:
+        if not self._max_batch_size:
+            return 1
+        rows = -1
+        for name, tensor in request.inputs.items():
+            if not tensor.shape:
+                raise self._bad_shape(self._inputs[name], tensor)
+            if rows == -1:
+                rows = tensor.shape[0]
+            elif tensor.shape[0] != rows:
+                raise errors.batch_mismatch(name, self._model)
+        if rows > self._max_batch_size:
+            raise errors.batch_too_big(self._max_batch_size, self._model)
+        if rows == 0:
+            raise errors.InvalidArgument(f"inference request batch-size must be >= 1 for '{self._model}'")
+        return max(rows, 1)
+
+    def _check_tensor(self, config: TensorConfig, tensor: Tensor) -> None:
+        if tensor.datatype is not config.datatype:
+            raise errors.wrong_datatype(config.name, self._model, tensor.datatype.name, config.datatype.name)
+        shape = tensor.shape[1:] if self._max_batch_size else tensor.shape
+        if shape != config.dims and not _fits(shape, config.dims):
+            raise self._bad_shape(config, tensor)
+        if tensor.datatype is DataType.BYTES:
+            self._check_elements(config, tensor)
+            return
+        expected = element_count(tensor.shape) * tensor.datatype.itemsize
+        if tensor.nbytes != expected:
+            raise errors.byte_size_mismatch(config.name, self._model, expected, tensor.nbytes)
+
+    def _check_elements(self, config: TensorConfig, tensor: Tensor) -> None:
+        # Reading the elements now is no extra work: the engine needs them, and the array is kept.
+        try:
+            _ = tensor.array
+        except ValueError as problem:
+            raise errors.InvalidArgument(
+                f"{problem} for inference input '{config.name}' for model '{self._model}'"
+            ) from None
+
+    def _bad_shape(self, config: TensorConfig, tensor: Tensor) -> errors.InvalidArgument:
+        expected = (-1, *config.dims) if self._max_batch_size else config.dims
+        return errors.unexpected_shape(
+            config.name, self._model, expected, tensor.shape, batched=bool(self._max_batch_size)
+        )
+
+
+def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:
+    return len(shape) == len(dims) and all(dim in (-1, size) for size, dim in zip(shape, dims, strict=True))

@@ -1,0 +1,275 @@
+"""Resolves model and version to a lane, checks and submits requests; answers what clients ask about models.
+
+It knows models only through what workers publish in the `Queue`, so it is the same with workers in this
+process or on other machines. It keeps no request: once submitted, a request is the queue's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from gateway import __version__, errors
+from gateway.config.model import ModelConfig
+from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
+from gateway.service.check import Checker
+from gateway.statistics import Statistics, VersionStatistics
+from gateway.types import InferRequest, InferResponse
+
+EXTENSIONS = ("classification", "model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+"""The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """What the operator chose; see the settings of the same names."""
+
+    server_id: str = "triton"
+    strict_readiness: bool = True
+    explicit_control: bool = False
+    max_inflight_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One version of one model in the repository index; a never-loaded model has a name only."""
+
+    name: str
+    version: str = ""
+    state: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """A resolved (model, version): where to submit and what to check."""
+
+    pool: PoolState
+    lane: Lane
+    config: ModelConfig
+    checker: Checker
+    statistics: VersionStatistics
+
+
+class Service:
+    """The one thing both transports talk to. All methods raise `GatewayError` and run on the event loop."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        statistics: Statistics,
+        repository_names: Callable[[], Awaitable[Sequence[str]]],
+        options: ServiceOptions,
+    ) -> None:
+        self._queue = queue
+        self._statistics = statistics
+        self._repository_names = repository_names
+        self._options = options
+        self._routes: dict[tuple[str, str], _Route] = {}
+        self._inflight_bytes = 0
+        self._draining = False
+        self._started = False
+
+    # --- inference
+
+    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        """Run a request (an `Infer`). Closing the iterator cancels it."""
+        started = time.monotonic_ns()
+        route = self._admit(request)
+        size = sum(tensor.nbytes for tensor in request.inputs.values())
+        self._reserve(size)
+        statistics = route.statistics
+        statistics.pending += 1
+        answered = False
+        try:
+            async with aclosing(self._queue.submit(route.lane, request)) as responses:
+                async for response in responses:
+                    if response.final:
+                        answered = True
+                        statistics.record_success(time.monotonic_ns() - started, response.timings, request.rows)
+                    yield response
+        except errors.GatewayError as error:
+            answered = True
+            statistics.record_failure(_failure_reason(error), time.monotonic_ns() - started)
+            raise
+        finally:
+            self._inflight_bytes -= size
+            statistics.pending -= 1
+            if not answered:
+                statistics.record_failure("CANCELED", time.monotonic_ns() - started)
+
+    def _admit(self, request: InferRequest) -> _Route:
+        if self._draining:
+            raise errors.Unavailable("Server not ready")
+        route = self._resolve(request.model_name, request.model_version)
+        try:
+            _apply_parameters(request)
+            route.checker.check(request)
+        except errors.GatewayError:
+            route.statistics.record_failure("OTHER", 0)
+            raise
+        return route
+
+    def _reserve(self, size: int) -> None:
+        # A lone request is always let in, however large: the transport's own limit bounded it.
+        limit = self._options.max_inflight_bytes
+        if self._inflight_bytes and self._inflight_bytes + size > limit:
+            raise errors.ResourceExhausted(
+                f"the gateway holds {self._inflight_bytes} bytes of requests and its limit is {limit}; "
+                "retry later, or raise --max-inflight-bytes"
+            )
+        self._inflight_bytes += size
+
+    def _resolve(self, name: str, version: str) -> _Route:
+        pool = self._queue.pool(name)
+        if pool is None:
+            raise errors.unknown_model(name)
+        route = self._routes.get((name, version))
+        if route is not None and route.pool is pool:
+            return route
+        state = _pick(pool, version)
+        assert state.config is not None
+        route = _Route(
+            pool,
+            Lane(name, state.version),
+            state.config,
+            Checker(state.config),
+            self._statistics.of(name, state.version),
+        )
+        self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
+        self._routes[name, version] = route
+        return route
+
+    # --- health and metadata
+
+    def live(self) -> bool:
+        """True while the process serves at all."""
+        return not self._draining
+
+    def ready(self) -> bool:
+        """True when requests can be served: started, not draining and, if strict, every loaded model ready."""
+        if self._draining or not self._started:
+            return False
+        if not self._options.strict_readiness:
+            return True
+        return all(_pool_ready(pool) for pool in self._queue.pools())
+
+    def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
+        """Name, version and extensions of this server."""
+        return self._options.server_id, __version__, EXTENSIONS
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """True when the version (the newest, if empty) answers. Raises as `infer` would for an unknown model."""
+        self._resolve(name, version)
+        return not self._draining
+
+    def model_config(self, name: str, version: str = "") -> ModelConfig:
+        """The complete configuration of a ready version."""
+        return self._resolve(name, version).config
+
+    def ready_versions(self, name: str) -> list[str]:
+        """The versions of a model that are ready, oldest first."""
+        pool = self._queue.pool(name)
+        return [state.version for state in pool.versions if state.state == "READY"] if pool else []
+
+    def statistics(self, name: str = "", version: str = "") -> list[dict[str, object]]:
+        """Triton's `model_stats` entries of one version, one model, or (name empty) every ready model."""
+        if not name:
+            targets = [(pool.model, v) for pool in self._queue.pools() for v in self.ready_versions(pool.model)]
+        elif version:
+            targets = [(name, version)] if version in self.ready_versions(name) else []
+        else:
+            targets = [(name, ready) for ready in self.ready_versions(name)]
+        if name and not targets:
+            which = f"{name}' version {version}" if version else f"{name}'"
+            raise errors.InvalidArgument(f"requested model '{which} is not available")
+        return [self._statistics.of(*target).to_triton() for target in targets]
+
+    # --- model control
+
+    async def index(self, *, ready: bool = False) -> list[IndexEntry]:
+        """Every model of the repositories and the state of its versions; `ready` keeps only the ready."""
+        known = {pool.model: pool for pool in self._queue.pools()}
+        names = sorted(known.keys() | set(await self._repository_names()))
+        entries = [entry for name in names for entry in _index_entries(name, known.get(name))]
+        return [entry for entry in entries if entry.state == "READY"] if ready else entries
+
+    async def load(self, name: str, parameters: dict[str, str]) -> None:
+        """Load or reload a model and return when it serves, or raise why it does not."""
+        self._require_explicit()
+        await self._queue.send(Load(name, parameters))
+
+    async def unload(self, name: str) -> None:
+        """Stop a model once its accepted requests are answered."""
+        self._require_explicit()
+        await self._queue.send(Unload(name))
+
+    def _require_explicit(self) -> None:
+        if not self._options.explicit_control:
+            raise errors.Unavailable("explicit model load / unload is not allowed if polling is enabled")
+
+    # --- life
+
+    def start(self) -> None:
+        """Readiness may be reported from now on: the first loads have been carried out."""
+        self._started = True
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+
+def _pick(pool: PoolState, version: str) -> VersionState:
+    ready = [state for state in pool.versions if state.state == "READY"]
+    if not version:
+        if not ready:
+            raise errors.no_versions(pool.model)
+        return max(ready, key=lambda state: int(state.version))
+    for state in pool.versions:
+        if state.version == version:
+            if state.state != "READY":
+                raise errors.version_not_ready(pool.model, version)
+            return state
+    raise errors.unknown_version(pool.model, version)
+
+
+def _pool_ready(pool: PoolState) -> bool:
+    if not pool.versions:
+        return not pool.reason
+    return all(state.state == "READY" or state.reason == "unloaded" for state in pool.versions)
+
+
+def _index_entries(name: str, pool: PoolState | None) -> list[IndexEntry]:
+    if pool is None:
+        return [IndexEntry(name)]
+    if not pool.versions:
+        return [IndexEntry(name, "", "UNAVAILABLE", pool.reason)]
+    return [IndexEntry(name, state.version, state.state, state.reason) for state in pool.versions]
+
+
+def _failure_reason(error: errors.GatewayError) -> str:
+    """Triton's `reason` label of `nv_inference_request_failure`."""
+    if isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
+        return "REJECTED"
+    return "BACKEND" if isinstance(error, errors.Internal) else "OTHER"
+
+
+_ALLOWED_RESERVED = "triton_enable_empty_final_response"
+
+
+def _apply_parameters(request: InferRequest) -> None:
+    """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
+    if not request.parameters:
+        return
+    for key in request.parameters:
+        if key.startswith("triton_") and key != _ALLOWED_RESERVED:
+            raise errors.reserved_parameter()
+    timeout = request.parameters.get("timeout", 0)
+    if isinstance(timeout, int) and timeout > 0:
+        deadline = time.monotonic() + timeout / 1e6
+        request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
+    priority = request.parameters.get("priority", 0)
+    if isinstance(priority, int) and priority > 0:
+        request.priority = priority

@@ -1,0 +1,196 @@
+"""How the process tells people what happens: log lines, and metrics in Prometheus' text format.
+
+The only module that knows the log format or Prometheus. It imports nothing of ours: callers hand it an
+event with plain fields, or metric families with plain numbers. One event is one line, and a field is a
+scalar, so a tensor cannot be logged. Lines go to standard error from the calling thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Field: TypeAlias = str | int | float | bool | None
+LogFormat: TypeAlias = Literal["text", "json"]
+_LOGGER = "gateway"
+_MAX_FIELD = 2000
+
+
+class Event:
+    """What one log line says: a name and its fields. As a string it is the text format."""
+
+    __slots__ = ("fields", "name")
+
+    def __init__(self, name: str, fields: Mapping[str, Field]) -> None:
+        self.name = name
+        self.fields = {key: _loggable(value) for key, value in fields.items()}
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{key}={_quoted(value)}" for key, value in self.fields.items())])
+
+
+def log_event(event: str, level: int = logging.INFO, trace_of: BaseException | None = None, /, **fields: Field) -> None:
+    """Log one event, its name in snake_case, with its fields in the order given; `trace_of` adds its traceback.
+
+    DEBUG events appear with `--log-verbose` 1 or more. A field cannot be called time, level, event or trace.
+    """
+    logger = logging.getLogger(_LOGGER)
+    if logger.isEnabledFor(level):
+        logger.log(level, Event(event, fields), exc_info=trace_of)
+
+
+def configure_logging(log_format: LogFormat, verbose: int) -> None:
+    """Send every log line of the process to standard error in this format; `verbose` > 0 adds DEBUG events.
+
+    Other libraries' records of WARNING and above become events named `log`. Call it again to change it.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger(_LOGGER).setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
+
+
+class Refusals:
+    """Logs each class of refusal at its 1st, 10th, 100th ... time with the count so far, so a flood stays readable.
+
+    A class is one of a fixed set of words, never text a client sent: each is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def note(self, kind: str, **fields: Field) -> None:
+        """Count one refusal; `fields` describe this one, as an example of its class."""
+        count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        if str(count).rstrip("0") == "1":
+            log_event("refused", logging.WARNING, kind=kind, count=count, **fields)
+
+
+class _TextFormatter(logging.Formatter):
+    """`<time> <LEVEL> <event> key=value ...`, a traceback indented below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_timestamp(record)} {record.levelname} {_event_of(record)}"
+        if record.exc_info:
+            # Indented, so that no text inside an exception can pass for a line of its own.
+            line += "".join(f"\n    {trace}" for trace in self.formatException(record.exc_info).splitlines())
+        return line
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, then the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = _event_of(record)
+        head = {"time": _timestamp(record), "level": record.levelname, "event": event.name}
+        line: dict[str, Field] = {**head, **event.fields, **head}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def _event_of(record: logging.LogRecord) -> Event:
+    if isinstance(record.msg, Event):
+        return record.msg
+    return Event("log", {"logger": record.name, "message": record.getMessage()})
+
+
+def _timestamp(record: logging.LogRecord) -> str:
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _loggable(value: Field) -> Field:
+    if isinstance(value, str) and len(value) > _MAX_FIELD:
+        return f"{value[:_MAX_FIELD]}... ({len(value)} characters)"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _quoted(value: Field) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value)
+    printable = value.isprintable()
+    if value and printable and not any(mark in value for mark in ' "='):
+        return value
+    return json.dumps(value, ensure_ascii=not printable)
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """A histogram's state: `counts[i]` of values <= `bounds[i]`, one more count for larger ones, and their sum."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+@dataclass(slots=True)
+class Family:
+    """One metric: its full name (a counter's `_total` included), help, and a value for each set of labels."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    samples: list[tuple[Mapping[str, str], float | Buckets]] = field(default_factory=list)
+
+
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def write_metrics(families: Iterable[Family]) -> bytes:
+    """The families in Prometheus' text format 0.0.4, names exactly as given.
+
+    Not `prometheus_client`'s writer: there, as in OpenMetrics, a counter's name must end in `_total`, and
+    Triton's do not.
+    """
+    lines: list[str] = []
+    for family in families:
+        lines.append(f"# HELP {family.name} {family.help}")
+        lines.append(f"# TYPE {family.name} {family.kind}")
+        for labels, value in family.samples:
+            text = ",".join(f'{name}="{_escaped(label)}"' for name, label in labels.items())
+            if isinstance(value, Buckets):
+                lines.extend(_histogram_lines(family.name, text, value))
+            else:
+                lines.append(f"{family.name}{{{text}}} {value}" if text else f"{family.name} {value}")
+    lines.append("")
+    return "\n".join(lines).encode()
+
+
+def _histogram_lines(name: str, labels: str, buckets: Buckets) -> list[str]:
+    prefix = f"{labels}," if labels else ""
+    suffix = f"{{{labels}}}" if labels else ""
+    lines: list[str] = []
+    seen = 0
+    for bound, count in zip((*buckets.bounds, "+Inf"), buckets.counts, strict=True):
+        seen += count
+        lines.append(f'{name}_bucket{{{prefix}le="{bound}"}} {seen}')
+    return [*lines, f"{name}_sum{suffix} {buckets.total}", f"{name}_count{suffix} {seen}"]
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def process_metrics() -> list[Family]:
+    """The standard `process_*` metrics of this process. Reads /proc: call it off the event loop."""
+    from prometheus_client import ProcessCollector
+
+    families = []
+    for metric in ProcessCollector(registry=None).collect():
+        counter = metric.type == "counter"
+        families.append(
+            Family(
+                f"{metric.name}_total" if counter else metric.name,
+                "counter" if counter else "gauge",
+                metric.documentation,
+                [(sample.labels, sample.value) for sample in metric.samples],
+            )
+        )
+    return families

@@ -1,0 +1,198 @@
+"""`/metrics`: the statistics under Triton's metric names and our own, as an RSGI app for a port of its own.
+
+Maps counters to metric families and answers GET. The counters are read on the event loop, whose they are;
+reading /proc and writing the text happen on a thread, so a scrape of many models delays no inference.
+GPU metrics are not here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from gateway import __version__
+from gateway.statistics import Histogram, Statistics, VersionStatistics
+from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
+
+Scope: TypeAlias = Any  # granian.rsgi.Scope
+Protocol: TypeAlias = Any  # granian.rsgi.HTTPProtocol
+
+_COUNTS = (
+    ("success_count", "nv_inference_request_success", "Number of successful inference requests, all batch sizes"),
+    ("inference_count", "nv_inference_count", "Number of inferences performed (does not include cached requests)"),
+    (
+        "execution_count",
+        "nv_inference_exec_count",
+        "Number of model executions performed (does not include cached requests)",
+    ),
+    ("cache_hit_count", "nv_cache_num_hits_per_model", "Number of cache hits per model"),
+    ("cache_miss_count", "nv_cache_num_misses_per_model", "Number of cache misses per model"),
+)
+
+_DURATIONS = (
+    (
+        "success_ns",
+        "nv_inference_request_duration_us",
+        "Cumulative inference request duration in microseconds (includes cached requests)",
+    ),
+    (
+        "queue_ns",
+        "nv_inference_queue_duration_us",
+        "Cumulative inference queuing duration in microseconds (includes cached requests)",
+    ),
+    (
+        "compute_input_ns",
+        "nv_inference_compute_input_duration_us",
+        "Cumulative compute input duration in microseconds (does not include cached requests)",
+    ),
+    (
+        "compute_infer_ns",
+        "nv_inference_compute_infer_duration_us",
+        "Cumulative compute inference duration in microseconds (does not include cached requests)",
+    ),
+    (
+        "compute_output_ns",
+        "nv_inference_compute_output_duration_us",
+        "Cumulative inference compute output duration in microseconds (does not include cached requests)",
+    ),
+    ("cache_hit_ns", "nv_cache_hit_duration_per_model", "Total cache hit duration per model, in microseconds"),
+    (
+        "cache_miss_ns",
+        "nv_cache_miss_duration_per_model",
+        "Total cache miss (insert+lookup) duration per model, in microseconds",
+    ),
+)
+
+# Attribute, name, help, and how many of the attribute's units make one of the metric's.
+_HISTOGRAMS = (
+    ("queue_times", "gateway_queue_seconds", "Time an answered request waited for a batch", 1e9),
+    ("compute_times", "gateway_compute_seconds", "Time the batch of an answered request took", 1e9),
+    ("request_times", "gateway_request_seconds", "Time from accepting a request to its answer", 1e9),
+    ("row_sizes", "gateway_batch_rows", "Rows of the batches that ran", 1),
+)
+
+
+def model_metrics(statistics: Statistics) -> list[Family]:
+    """Every model version's counters and histograms. Call it on the event loop."""
+    versions = [({"model": each.model, "version": each.version}, each) for each in statistics]
+
+    def total(name: str, text: str, read: Callable[[VersionStatistics], int]) -> Family:
+        return Family(name, "counter", text, [(labels, read(each)) for labels, each in versions])
+
+    families = [total(name, text, attrgetter(attribute)) for attribute, name, text in _COUNTS]
+    families += [total(name, text, _microseconds(attribute)) for attribute, name, text in _DURATIONS]
+    for attribute, name, text, scale in _HISTOGRAMS:
+        read = attrgetter(attribute)
+        families.append(
+            Family(name, "histogram", text, [(labels, _buckets(read(each), scale)) for labels, each in versions])
+        )
+    failed = "Number of failed inference requests, all batch sizes"
+    closed = "Number of batches by why they were closed"
+    waiting = "Instantaneous number of pending requests awaiting execution per-model."
+    families += [
+        Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
+        Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
+        Family(
+            "nv_inference_pending_request_count",
+            "gauge",
+            waiting,
+            # A cancelled request leaves `pending` at once and `executing` only with its batch.
+            [(labels, max(0, each.pending - each.executing)) for labels, each in versions],
+        ),
+    ]
+    return families
+
+
+def _microseconds(attribute: str) -> Callable[[VersionStatistics], int]:
+    read = attrgetter(attribute)
+    return lambda each: read(each) // 1000
+
+
+def _buckets(histogram: Histogram, scale: float) -> Buckets:
+    return Buckets(tuple(bound / scale for bound in histogram.bounds), tuple(histogram.counts), histogram.total / scale)
+
+
+def _by_reason(
+    versions: list[tuple[dict[str, str], VersionStatistics]], attribute: str
+) -> list[tuple[Mapping[str, str], float | Buckets]]:
+    return [
+        ({**labels, "reason": reason}, count)
+        for labels, each in versions
+        for reason, count in getattr(each, attribute).items()
+    ]
+
+
+class HostMetrics:
+    """Triton's CPU metrics of the whole machine, from /proc; none where /proc does not tell.
+
+    Utilization is the mean since the last call, since boot on the first.
+    """
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
+        self._busy = 0
+        self._ticks = 0
+
+    def collect(self) -> list[Family]:
+        """Read the machine's CPU and memory. Blocks on files: call it off the event loop."""
+        try:
+            utilization = self._utilization()
+            total, available = self._memory()
+        except (OSError, LookupError, ValueError):
+            return []
+        used = total - available
+        return [
+            Family("nv_cpu_utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", [({}, utilization)]),
+            Family("nv_cpu_memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", [({}, total)]),
+            Family("nv_cpu_memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", [({}, used)]),
+        ]
+
+    def _memory(self) -> tuple[int, int]:
+        lines = (line.split() for line in (self._proc / "meminfo").read_text().splitlines())
+        sizes = {key: int(kib) * 1024 for key, kib, *_ in lines}
+        return sizes["MemTotal:"], sizes["MemAvailable:"]
+
+    def _utilization(self) -> float:
+        # user nice system idle iowait irq softirq steal; the guest columns after them are part of user.
+        columns = [int(column) for column in (self._proc / "stat").read_text().splitlines()[0].split()[1:9]]
+        ticks = sum(columns)
+        busy = ticks - columns[3] - columns[4]
+        elapsed, worked = ticks - self._ticks, busy - self._busy
+        self._ticks, self._busy = ticks, busy
+        return worked / elapsed if elapsed else 0.0
+
+
+class MetricsApp:
+    """The RSGI application of the metrics port: GET /metrics."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
+        self._host = HostMetrics()
+        self._scrape = asyncio.Lock()
+
+    async def __rsgi__(self, scope: Scope, protocol: Protocol) -> None:
+        """Answer one request: 200 with the metrics, 404 for another path, 405 for another method."""
+        if scope.path != "/metrics":
+            protocol.response_str(404, [("content-type", "application/json")], '{"error":"Not Found"}')
+        elif scope.method != "GET":
+            headers = [("content-type", "application/json"), ("allow", "GET")]
+            protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
+        else:
+            async with self._scrape:
+                # One at a time: HostMetrics keeps state, and scrapers must not take every thread of the pool.
+                body = await asyncio.to_thread(self._write, model_metrics(self._statistics))
+            protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
+
+    def _write(self, families: list[Family]) -> bytes:
+        python = platform.python_version()
+        build = Family(
+            "gateway_build_info",
+            "gauge",
+            "Always 1; the labels say what is running",
+            [({"version": __version__, "python": python}, 1)],
+        )
+        return write_metrics([*families, *self._host.collect(), *process_metrics(), build])

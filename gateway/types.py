@@ -1,0 +1,272 @@
+"""What travels through the gateway: tensors, requests, responses and the one endpoint type.
+
+A `Tensor` is wire bytes and a numpy array at once, each made from the other only when asked for, so a
+binary request reaches an engine without a copy. Nothing here validates against a model: that is
+`service.py`. Nothing here imports the rest of the package.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Parameter: TypeAlias = str | int | float | bool
+
+
+_NUMPY = {
+    "BOOL": "?",
+    "UINT8": "u1",
+    "UINT16": "<u2",
+    "UINT32": "<u4",
+    "UINT64": "<u8",
+    "INT8": "i1",
+    "INT16": "<i2",
+    "INT32": "<i4",
+    "INT64": "<i8",
+    "FP16": "<f2",
+    "FP32": "<f4",
+    "FP64": "<f8",
+    "BF16": "<u2",
+    "BYTES": "O",
+}
+
+
+class DataType(enum.Enum):
+    """A tensor element type by its name on the wire (KServe V2, "Tensor Data Types").
+
+    `dtype` is the numpy type an engine sees: BYTES is an object array of `bytes`, BF16 is carried as its
+    raw 16 bits in uint16 because numpy has no bfloat16.
+    """
+
+    BOOL = "BOOL"
+    UINT8 = "UINT8"
+    UINT16 = "UINT16"
+    UINT32 = "UINT32"
+    UINT64 = "UINT64"
+    INT8 = "INT8"
+    INT16 = "INT16"
+    INT32 = "INT32"
+    INT64 = "INT64"
+    FP16 = "FP16"
+    FP32 = "FP32"
+    FP64 = "FP64"
+    BF16 = "BF16"
+    BYTES = "BYTES"
+
+    dtype: np.dtype[Any]
+    itemsize: int  # bytes per element on the wire; 0 for BYTES, whose elements vary
+
+    def __init__(self, wire: str) -> None:
+        self.dtype = np.dtype(_NUMPY[wire])
+        self.itemsize = 0 if wire == "BYTES" else self.dtype.itemsize
+
+
+class Tensor:
+    """One named value: element type, shape, and data as wire bytes or as an array.
+
+    `wire` is little-endian and row-major; BYTES elements carry a 4-byte little-endian length each.
+    `array` has exactly `shape`. Whichever was not given is made on first use and kept.
+    """
+
+    __slots__ = ("_array", "_wire", "datatype", "shape")
+
+    def __init__(
+        self, datatype: DataType, shape: tuple[int, ...], *, wire: Buffer | None = None, array: Array | None = None
+    ) -> None:
+        self.datatype = datatype
+        self.shape = shape
+        self._wire = wire
+        self._array = array
+
+    @classmethod
+    def from_array(cls, datatype: DataType, array: Array) -> Tensor:
+        """Wrap an array whose dtype is already `datatype.dtype`."""
+        return cls(datatype, array.shape, array=array)
+
+    @property
+    def array(self) -> Array:
+        """The data as an array of `shape`; a view of the wire bytes where the type allows.
+
+        Raises ValueError when the wire bytes do not fit the shape.
+        """
+        if self._array is None:
+            assert self._wire is not None
+            if self.datatype is DataType.BYTES:
+                self._array = decode_bytes(self._wire, element_count(self.shape)).reshape(self.shape)
+            else:
+                self._array = np.frombuffer(self._wire, self.datatype.dtype).reshape(self.shape)
+        return self._array
+
+    @property
+    def wire(self) -> Buffer:
+        """The data as wire bytes; a view of the array's memory where it is contiguous."""
+        if self._wire is None:
+            assert self._array is not None
+            if self.datatype is DataType.BYTES:
+                self._wire = encode_bytes(self._array)
+            elif self._array.size == 0:
+                self._wire = b""
+            else:
+                flat = np.ascontiguousarray(self._array).reshape(-1)
+                self._wire = flat.view(np.uint8).data
+        return self._wire
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the wire bytes."""
+        if self._wire is not None:
+            return len(self._wire)
+        if self.datatype is DataType.BYTES:
+            return len(self.wire)
+        assert self._array is not None
+        return self._array.nbytes
+
+    def __repr__(self) -> str:
+        return f"Tensor({self.datatype.name}, {list(self.shape)})"
+
+
+def element_count(shape: tuple[int, ...]) -> int:
+    """How many elements a shape holds; 1 for a scalar, 0 when any dimension is 0."""
+    return math.prod(shape)
+
+
+def decode_bytes(wire: Buffer, count: int) -> Array:
+    """Read `count` length-prefixed elements into a flat object array of `bytes`.
+
+    Raises ValueError when the buffer holds fewer or more than `count` elements.
+    """
+    if count * 4 > len(wire):
+        raise ValueError(f"expected {count} string elements, got at most {len(wire) // 4}")
+    view = memoryview(wire)
+    elements = np.empty(count, dtype=object)
+    offset = 0
+    for index in range(count):
+        if offset + 4 > len(view):
+            raise ValueError(f"expected {count} string elements, got {index}")
+        (length,) = struct.unpack_from("<I", view, offset)
+        offset += 4
+        if offset + length > len(view):
+            raise ValueError(f"string element {index} claims {length} bytes, {len(view) - offset} are left")
+        elements[index] = bytes(view[offset : offset + length])
+        offset += length
+    if offset != len(view):
+        raise ValueError(f"{len(view) - offset} bytes are left after {count} string elements")
+    return elements
+
+
+def encode_bytes(array: Array) -> bytes:
+    """Write an array of `bytes` or `str` elements with a 4-byte little-endian length before each."""
+    parts: list[bytes] = []
+    for element in array.reshape(-1):
+        raw = element.encode() if isinstance(element, str) else bytes(element)
+        parts.append(struct.pack("<I", len(raw)))
+        parts.append(raw)
+    return b"".join(parts)
+
+
+@dataclass(slots=True)
+class RequestedOutput:
+    """An output the client asked for; `classification` > 0 asks for the top classes instead of the tensor."""
+
+    name: str
+    classification: int = 0
+
+
+@dataclass(slots=True)
+class InferRequest:
+    """One inference as the client sent it. Times are `time.monotonic` seconds.
+
+    `rows` and `signature` are filled in by the service when it checks the request against the model: the
+    request's batch size, and what must be equal for two requests to share a batch.
+    """
+
+    model_name: str
+    inputs: dict[str, Tensor]
+    model_version: str = ""
+    id: str = ""
+    outputs: tuple[RequestedOutput, ...] = ()
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    deadline: float | None = None
+    priority: int = 0
+    tenant: str = ""
+    rows: int = 1
+    signature: Hashable = None
+
+
+@dataclass(slots=True)
+class Timings:
+    """Where one request's time went, in nanoseconds, and the batch it ran in."""
+
+    queue_ns: int = 0
+    compute_input_ns: int = 0
+    compute_infer_ns: int = 0
+    compute_output_ns: int = 0
+    batch_rows: int = 0
+
+
+@dataclass(slots=True)
+class InferResponse:
+    """One answer to a request; a unary model gives exactly one, with `final` true."""
+
+    model_name: str
+    model_version: str
+    outputs: dict[str, Tensor]
+    id: str = ""
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    timings: Timings | None = None
+    final: bool = True
+
+
+Infer: TypeAlias = Callable[[InferRequest], AsyncGenerator[InferResponse, None]]
+"""The one endpoint type: a unary call is a stream of one. Closing the iterator cancels the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a model file says of one input or output; -1 is a dimension it leaves open."""
+
+    name: str
+    datatype: DataType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIO:
+    """What a model file takes and gives, batch dimension included."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(slots=True)
+class Batch:
+    """What an engine is asked to run.
+
+    `stack` builds the model's inputs (batch dimension included, `reshape` applied) and is called on the
+    engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
+    `cores` is how many cores this run may use.
+    """
+
+    rows: int
+    stack: Callable[[], dict[str, Array]]
+    outputs: tuple[str, ...] = ()
+    cores: int = 1
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """One answer of an engine to a batch, with `time.monotonic_ns` marks of its steps."""
+
+    outputs: dict[str, Array]
+    started_ns: int  # before stack()
+    stacked_ns: int  # after stack(), before the model ran
+    finished_ns: int  # after the model ran

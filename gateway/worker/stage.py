@@ -1,0 +1,94 @@
+"""The jobs of one model version that were taken from the queue and are not running yet.
+
+All instances of the version choose their batches here. The stage knows no device and no engine; it applies
+the policy and keeps count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from gateway.config.model import ModelConfig
+from gateway.queues.base import Job
+from gateway.scheduling.policy import Decision, Limits, on_free
+
+
+class Stage:
+    """Staged jobs, oldest first, and the rows that are staged and running."""
+
+    def __init__(self, config: ModelConfig, instances: int) -> None:
+        batching = config.batching
+        self._limits = Limits(
+            max_rows=max(config.max_batch_size, 1),
+            joins=batching is not None and config.max_batch_size > 1,
+            delay=batching.max_queue_delay_us / 1e6 if batching else 0.0,
+            preferred=batching.preferred_batch_sizes if batching else (),
+        )
+        self._instances = instances
+        self._jobs: deque[Job] = deque()
+        self._staged_rows = 0
+        self._running_rows = 0
+        self._quiet = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def extend(self, jobs: Iterable[Job]) -> None:
+        """Add jobs at the end of the line."""
+        for job in jobs:
+            self._jobs.append(job)
+            self._staged_rows += job.request.rows
+
+    def urgency(self) -> tuple[float, float] | None:
+        """What lanes on one device are ordered by, least first: the head's deadline, then its age. None if empty."""
+        while self._jobs and self._jobs[0].done:
+            self._staged_rows -= self._jobs.popleft().request.rows
+        if not self._jobs:
+            return None
+        head = self._jobs[0]
+        deadline = head.request.deadline
+        return (math.inf if deadline is None else deadline, head.enqueued)
+
+    def choose(self, now: float) -> Decision[Job]:
+        """Take out the batch that a free instance should run now, or learn when to ask again."""
+        share = math.ceil((self._staged_rows + self._running_rows) / self._instances)
+        decision = on_free(self._jobs, self._limits, share, now)
+        if decision.jobs:
+            self._remove(decision.jobs)
+            self._running_rows += decision.rows
+        return decision
+
+    def finished(self, rows: int) -> None:
+        """A batch of this many rows no longer runs."""
+        self._running_rows -= rows
+        if not self._running_rows:
+            self._quiet.set()
+
+    async def settled(self) -> None:
+        """Wait until nothing is staged or running."""
+        while self.urgency() or self._running_rows:
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    def release(self) -> None:
+        """Hand every staged job back to the queue."""
+        while self._jobs:
+            self._jobs.pop().release()
+        self._staged_rows = 0
+
+    def _remove(self, chosen: list[Job]) -> None:
+        left = {id(job) for job in chosen}
+        kept: list[Job] = []
+        while left:
+            job = self._jobs.popleft()
+            if id(job) in left:
+                left.remove(id(job))
+                self._staged_rows -= job.request.rows
+            elif job.done:
+                self._staged_rows -= job.request.rows
+            else:
+                kept.append(job)
+        self._jobs.extendleft(reversed(kept))

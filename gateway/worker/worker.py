@@ -1,0 +1,196 @@
+"""Carries out load and unload commands and publishes what this worker holds.
+
+Owns the order of a model's life: a new version is loaded and warm before it takes over its lane, and an old
+one leaves only after it has answered what it took. Commands for one model are carried out one at a time;
+models load side by side, `load_threads` at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gateway import errors
+from gateway.placement import Device, plan
+from gateway.queues.base import Load, Order, PoolState, Queue, Unload, VersionState
+from gateway.repository import ModelSource
+from gateway.statistics import Statistics
+from gateway.worker.host import Host, Source
+from gateway.worker.slots import Slots
+
+_log = logging.getLogger("gateway.worker")
+
+ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
+"""Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
+
+
+@dataclass(slots=True)
+class _Model:
+    """One model on this worker: its versions as published, and the hosts of those that are loaded."""
+
+    name: str
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    hosts: dict[str, Host] = field(default_factory=dict)
+    states: dict[str, VersionState] = field(default_factory=dict)
+    reason: str = ""
+
+
+class Worker:
+    """The models of this process. `run` until cancelled, after `drain`."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        read: ReadModel,
+        devices: Sequence[Device],
+        statistics: Statistics,
+        load_threads: int = 4,
+    ) -> None:
+        self._queue = queue
+        self._read = read
+        self._devices = devices
+        self._slots = {device.name: Slots(device.cores) for device in devices}
+        self._statistics = statistics
+        self._loading = asyncio.Semaphore(load_threads)
+        self._models: dict[str, _Model] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+
+    async def run(self) -> None:
+        """Carry out the queue's commands until cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            async for order in self._queue.commands():
+                self._tasks.create_task(self._carry_out(order))
+
+    async def drain(self) -> None:
+        """Answer everything accepted and stop every model."""
+        async with asyncio.TaskGroup() as tasks:
+            for model in self._models.values():
+                for host in model.hosts.values():
+                    tasks.create_task(host.drain())
+
+    async def _carry_out(self, order: Order) -> None:
+        try:
+            model = self._models.setdefault(order.command.model, _Model(order.command.model))
+            async with model.lock:
+                if isinstance(order.command, Load):
+                    await self._load(model, order.command)
+                else:
+                    await self._unload(model, order.command)
+        except errors.GatewayError as error:
+            order.finish(error)
+        except Exception as error:  # a model's own code or file may raise anything; the caller must hear of it
+            _log.exception("command %s failed", order.command)
+            order.finish(errors.Internal(f"{type(error).__name__} while handling model '{order.command.model}'"))
+        else:
+            order.finish(None)
+
+    # --- load
+
+    async def _load(self, model: _Model, command: Load) -> None:
+        try:
+            source = await asyncio.to_thread(self._read, model.name, command.parameters)
+        except errors.GatewayError as problem:
+            self._unreadable(model, problem)
+            raise
+        wanted = {
+            str(number): Source(source.config, str(number), path, source.fingerprint)
+            for number, path in source.versions.items()
+        }
+        changed = [w for w in wanted.values() if not _same(model.hosts.get(w.version), w)]
+        for new in changed:
+            if new.version not in model.hosts:
+                model.states[new.version] = VersionState(new.version, "LOADING")
+        model.reason = ""
+        self._publish(model)
+        async with asyncio.TaskGroup() as tasks:
+            for new in changed:
+                tasks.create_task(self._replace(model, new))
+        for version in [version for version in model.hosts if version not in wanted]:
+            await self._remove(model, version)
+        self._report_failures(model, wanted)
+
+    def _unreadable(self, model: _Model, problem: errors.GatewayError) -> None:
+        """A model that does not even read: what is loaded of it goes on serving."""
+        if isinstance(problem, errors.NotFound) and not model.hosts:
+            self._models.pop(model.name, None)
+            raise errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
+        _log.error("model '%s' cannot be loaded: %s", model.name, problem.message)
+        if not model.hosts:
+            model.reason = problem.message
+            model.states.clear()
+            self._publish(model)
+        raise errors.InvalidArgument(f"load failed for model '{model.name}': {problem.message}")
+
+    async def _replace(self, model: _Model, source: Source) -> None:
+        """Load one version and, once it is warm, let it take over the lane from its predecessor."""
+        host = Host(source, self._queue, self._statistics, self._slots)
+        predecessor = model.hosts.get(source.version)
+        try:
+            async with self._loading:
+                await host.load(plan(source.config, self._devices))
+        except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
+            reason = problem.message if isinstance(problem, errors.GatewayError) else f"{type(problem).__name__}: {problem}"
+            _log.error("model '%s' version %s cannot be loaded: %s", model.name, source.version, reason)
+            if predecessor is None:
+                model.states[source.version] = VersionState(source.version, "UNAVAILABLE", reason)
+                self._publish(model)
+            else:
+                model.reason = reason
+            return
+        await self._open(model, host)
+        if predecessor is not None:
+            await predecessor.retire()
+
+    async def _open(self, model: _Model, host: Host) -> None:
+        assert self._tasks is not None
+        opened = asyncio.Event()
+        self._tasks.create_task(host.serve(opened))
+        await opened.wait()
+        version = host.source.version
+        model.hosts[version] = host
+        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances)
+        self._publish(model)
+        _log.info("model '%s' version %s is ready", model.name, version)
+
+    def _report_failures(self, model: _Model, wanted: Mapping[str, Source]) -> None:
+        failed = [
+            f"version {version} is at UNAVAILABLE state: {model.states[version].reason};"
+            for version in wanted
+            if model.states[version].state != "READY"
+        ]
+        if model.reason:
+            failed.append(f"{model.reason}; the version loaded before goes on serving")
+        if failed:
+            raise errors.InvalidArgument(f"load failed for model '{model.name}': {' '.join(failed)}")
+
+    # --- unload
+
+    async def _unload(self, model: _Model, command: Unload) -> None:
+        if not model.states and not model.reason:
+            self._models.pop(command.model, None)
+            return
+        for version in list(model.hosts):
+            await self._remove(model, version)
+        model.states = {v: VersionState(v, "UNAVAILABLE", "unloaded") for v in model.states}
+        model.reason = ""
+        self._publish(model)
+        _log.info("model '%s' is unloaded", model.name)
+
+    async def _remove(self, model: _Model, version: str) -> None:
+        host = model.hosts.pop(version)
+        model.states[version] = VersionState(version, "UNLOADING")
+        self._publish(model)
+        await host.drain()
+        model.states[version] = VersionState(version, "UNAVAILABLE", "unloaded")
+        self._statistics.forget(model.name, version)
+        self._publish(model)
+
+    def _publish(self, model: _Model) -> None:
+        states = tuple(model.states[version] for version in sorted(model.states, key=int))
+        self._queue.publish(PoolState(model.name, states, model.reason))
+
+
+def _same(host: Host | None, source: Source) -> bool:
+    return host is not None and host.source.fingerprint == source.fingerprint and host.source.path == source.path

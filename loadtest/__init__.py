@@ -1,0 +1,1 @@
+"""Load tests and benchmarks: what drives a running gateway from outside and judges what it answers."""

@@ -1,0 +1,1 @@
+"""Servers that the benchmark compares the gateway with."""

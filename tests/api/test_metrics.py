@@ -1,0 +1,180 @@
+"""`/metrics` as a scraper sees it: Triton's names, types and labels, and our histograms."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway import __version__
+from gateway.statistics import Statistics
+from gateway.transport.metrics import HostMetrics, MetricsApp
+from gateway.types import Timings
+
+LABELS = {"model": "digits", "version": "3"}
+
+
+@dataclass
+class Scope:
+    """What the app reads of granian's scope."""
+
+    path: str = "/metrics"
+    method: str = "GET"
+
+
+@dataclass
+class Protocol:
+    """Takes the one response that granian's protocol would send."""
+
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def response_bytes(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        assert self.status == 0, "a second response"
+        self.status, self.headers, self.body = status, dict(headers), body
+
+    def response_str(self, status: int, headers: list[tuple[str, str]], body: str) -> None:
+        self.response_bytes(status, headers, body.encode())
+
+
+async def get(app: MetricsApp, path: str = "/metrics", method: str = "GET") -> Protocol:
+    protocol = Protocol()
+    await app.__rsgi__(Scope(path, method), protocol)
+    return protocol
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    """One batch of 5 rows of two requests, a failure, and a third request that is still running."""
+    statistics = Statistics(lambda: 1_700_000_000_000)
+    counters = statistics.of("digits", "3")
+    counters.record_batch(5, 10_000, 200_000, 30_000, "idle")
+    counters.record_success(1_000_000, Timings(400_000, 10_000, 200_000, 30_000, 5), 1)
+    counters.record_success(1_500_000, Timings(700_000, 10_000, 200_000, 30_000, 5), 4)
+    counters.record_failure("REJECTED", 90)
+    counters.pending, counters.executing = 3, 1
+    return statistics
+
+
+async def scrape(statistics: Statistics) -> str:
+    return (await get(MetricsApp(statistics))).body.decode()
+
+
+async def test_the_response_is_prometheus_text(statistics: Statistics) -> None:
+    response = await get(MetricsApp(statistics))
+    assert response.status == 200
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert len(list(text_string_to_metric_families(response.body.decode()))) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nv_inference_request_success", 2),
+        ("nv_inference_count", 5),
+        ("nv_inference_exec_count", 1),
+        ("nv_inference_request_duration_us", 2500),
+        ("nv_inference_queue_duration_us", 1100),
+        ("nv_inference_compute_input_duration_us", 20),
+        ("nv_inference_compute_infer_duration_us", 400),
+        ("nv_inference_compute_output_duration_us", 60),
+        ("nv_cache_num_hits_per_model", 0),
+        ("nv_cache_num_misses_per_model", 0),
+        ("nv_cache_hit_duration_per_model", 0),
+        ("nv_cache_miss_duration_per_model", 0),
+    ],
+)
+async def test_triton_counters_keep_their_names_and_type(statistics: Statistics, name: str, value: int) -> None:
+    text = await scrape(statistics)
+    assert f'\n{name}{{model="digits",version="3"}} {value}\n' in "\n" + text
+    assert f"# TYPE {name} counter\n" in text
+
+
+async def test_failures_carry_every_reason(statistics: Statistics) -> None:
+    text = await scrape(statistics)
+    for reason, count in (("REJECTED", 1), ("CANCELED", 0), ("BACKEND", 0), ("OTHER", 0)):
+        assert f'nv_inference_request_failure{{model="digits",version="3",reason="{reason}"}} {count}\n' in text
+
+
+async def test_pending_leaves_out_what_executes_and_is_never_negative(statistics: Statistics) -> None:
+    counters = statistics.of("digits", "3")
+    assert 'nv_inference_pending_request_count{model="digits",version="3"} 2\n' in await scrape(statistics)
+    counters.pending = 0
+    assert 'nv_inference_pending_request_count{model="digits",version="3"} 0\n' in await scrape(statistics)
+
+
+async def test_histograms_and_reasons(statistics: Statistics) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(await scrape(statistics))}
+
+    def value(family: str, suffix: str, **labels: str) -> float:
+        wanted = {**LABELS, **labels}
+        (found,) = [s.value for s in families[family].samples if s.name == family + suffix and s.labels == wanted]
+        return found
+
+    assert value("gateway_queue_seconds", "_bucket", le="0.0005") == 1
+    assert value("gateway_queue_seconds", "_bucket", le="0.001") == 2
+    assert value("gateway_queue_seconds", "_sum") == pytest.approx(0.0011)
+    assert value("gateway_compute_seconds", "_bucket", le="0.00025") == 2
+    assert value("gateway_request_seconds", "_bucket", le="0.001") == 1
+    assert value("gateway_request_seconds", "_count") == 2
+    assert value("gateway_batch_rows", "_bucket", le="4.0") == 0
+    assert value("gateway_batch_rows", "_bucket", le="8.0") == 1
+    assert value("gateway_batches_closed", "_total", reason="idle") == 1
+
+
+async def test_the_process_and_the_build_are_described(statistics: Statistics) -> None:
+    families = {family.name: family for family in text_string_to_metric_families(await scrape(statistics))}
+    assert families["gateway_build_info"].samples[0].labels["version"] == __version__
+    assert families["process_resident_memory_bytes"].samples[0].value > 1_000_000
+
+
+async def test_a_scrape_sees_what_was_counted_since_the_last(statistics: Statistics) -> None:
+    app = MetricsApp(statistics)
+    await get(app)
+    statistics.of("digits", "3").record_success(1_000, None, 1)
+    text = (await get(app)).body.decode()
+    assert 'nv_inference_request_success{model="digits",version="3"} 3\n' in text
+
+
+async def test_no_models_is_a_valid_answer() -> None:
+    response = await get(MetricsApp(Statistics()))
+    assert response.status == 200
+    assert b"# TYPE nv_inference_count counter" in response.body
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status", "body"),
+    [
+        ("/", "GET", 404, b'{"error":"Not Found"}'),
+        ("/metrics/", "GET", 404, b'{"error":"Not Found"}'),
+        ("/metrics", "POST", 405, b'{"error":"Method Not Allowed"}'),
+    ],
+)
+async def test_anything_else_is_refused(path: str, method: str, status: int, body: bytes) -> None:
+    response = await get(MetricsApp(Statistics()), path, method)
+    assert (response.status, response.body) == (status, body)
+
+
+def write_proc(folder: Path, stat: str) -> None:
+    (folder / "stat").write_text(stat + "\ncpu0 1 1 1 1\n")
+    (folder / "meminfo").write_text("MemTotal:  1000 kB\nMemFree:  1 kB\nMemAvailable:  400 kB\nHugePages_Total:  0\n")
+
+
+def test_host_metrics_are_the_change_since_the_last_call(tmp_path: Path) -> None:
+    host = HostMetrics(tmp_path)
+    write_proc(tmp_path, "cpu  100 0 100 700 100 0 0 0 0 0")
+    first = {family.name: family.samples[0][1] for family in host.collect()}
+    assert first["nv_cpu_utilization"] == pytest.approx(0.2)
+    assert first["nv_cpu_memory_total_bytes"] == 1_024_000
+    assert first["nv_cpu_memory_used_bytes"] == 614_400
+    write_proc(tmp_path, "cpu  190 0 100 710 100 0 0 0 90 0")
+    second = {family.name: family.samples[0][1] for family in host.collect()}
+    assert second["nv_cpu_utilization"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("stat", [None, "", "cpu nonsense", "cpu 1 2"])
+def test_host_metrics_are_absent_where_proc_does_not_tell(tmp_path: Path, stat: str | None) -> None:
+    if stat is not None:
+        write_proc(tmp_path, stat)
+    assert HostMetrics(tmp_path).collect() == []
