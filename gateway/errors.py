@@ -204,6 +204,16 @@ def reserved_parameter() -> InvalidArgument:
     )
 
 
+def shared_memory_disabled() -> Unsupported:
+    """Any use of client shared memory, which this server does not offer yet."""
+    return Unsupported("Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.")
+
+
+def stopping() -> Unavailable:
+    """The server is shutting down."""
+    return Unavailable("Server not ready")
+
+
 def deadline_passed() -> DeadlineExceeded:
     """The request's own deadline, wherever it came from, is over."""
     return DeadlineExceeded("Request timeout expired")

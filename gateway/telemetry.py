@@ -13,6 +13,8 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 Field: TypeAlias = str | int | float | bool | None
@@ -164,14 +166,19 @@ def write_metrics(families: Iterable[Family]) -> bytes:
 
 
 def _histogram_lines(name: str, labels: str, buckets: Buckets) -> list[str]:
-    prefix = f"{labels}," if labels else ""
+    start = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
     suffix = f"{{{labels}}}" if labels else ""
-    lines: list[str] = []
-    seen = 0
-    for bound, count in zip((*buckets.bounds, "+Inf"), buckets.counts, strict=True):
-        seen += count
-        lines.append(f'{name}_bucket{{{prefix}le="{bound}"}} {seen}')
-    return [*lines, f"{name}_sum{suffix} {buckets.total}", f"{name}_count{suffix} {seen}"]
+    reached = list(accumulate(buckets.counts))
+    return [
+        *[f'{start}{bound}"}} {count}' for bound, count in zip(_bound_labels(buckets.bounds), reached, strict=True)],
+        f"{name}_sum{suffix} {buckets.total}",
+        f"{name}_count{suffix} {reached[-1]}",
+    ]
+
+
+@lru_cache(maxsize=16)  # every model has the same few bounds, and turning floats into text is slow
+def _bound_labels(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return (*map(str, bounds), "+Inf")
 
 
 def _escaped(label: str) -> str:

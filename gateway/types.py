@@ -185,8 +185,8 @@ class RequestedOutput:
 class InferRequest:
     """One inference as the client sent it. Times are `time.monotonic` seconds.
 
-    `rows` and `signature` are filled in by the service when it checks the request against the model: the
-    request's batch size, and what must be equal for two requests to share a batch.
+    `rows`, `size` and `signature` are filled in by the service when it checks the request against the model:
+    the request's batch size, its bytes, and what must be equal for two requests to share a batch.
     """
 
     model_name: str
@@ -199,6 +199,7 @@ class InferRequest:
     priority: int = 0
     tenant: str = ""
     rows: int = 1
+    size: int = 0
     signature: Hashable = None
 
 

@@ -7,10 +7,13 @@ tokens of a sentence, a handwritten digit. It owns no wire format (`bench/bodies
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from loadtest.record import ROOT
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -31,14 +34,27 @@ class Sample:
     inputs: Arrays
 
 
-def _picture() -> NDArray[np.float32]:
-    """A smooth picture with grain, as 8-bit pixels normalised the way the classifier wants: (x - 127) / 128."""
+def _pattern() -> NDArray[np.float32]:
+    """A smooth picture with grain, for a machine without the photograph or without Pillow."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[0:224, 0:224] / 224.0
     waves = [np.sin(6.3 * (x * (c + 1) + y)) + np.cos(9.1 * (y * (c + 2) - x)) for c in range(3)]
-    pixels = np.clip(np.stack(waves) * 50 + 127 + rng.normal(0, 12, (3, 224, 224)), 0, 255).astype(np.uint8)
-    scaled = (pixels.astype(np.float32) - 127) / 128
-    return scaled[None].astype(np.float32)
+    pixels = np.clip(np.stack(waves) * 50 + 127 + rng.normal(0, 12, (3, 224, 224)), 0, 255)
+    return np.floor(pixels).astype(np.float32)
+
+
+def _picture() -> NDArray[np.float32]:
+    """The photograph beside the model, 224 x 224, as the classifier wants its pixels: (x - 127) / 128."""
+    photo = ROOT / "model_repo" / "efficientnet_lite0" / "sample.jpg"
+    if photo.is_file() and find_spec("PIL"):
+        from PIL import Image
+
+        with Image.open(photo) as opened:
+            square = opened.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
+        pixels = np.asarray(square, dtype=np.float32).transpose(2, 0, 1)
+    else:
+        pixels = _pattern()
+    return np.ascontiguousarray((pixels[None] - 127) / 128, dtype=np.float32)
 
 
 def add_sub(seed: int = 1) -> Sample:
@@ -60,7 +76,7 @@ def sample(model: str) -> Sample:
             model, {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         )
     if model == "digits":
-        return Sample(model, {"image": np.array(_DIGIT.split(), dtype=np.float32).reshape(1, 1, 8, 8) / 16})
+        return Sample(model, {"image": np.array(_DIGIT.split(), dtype=np.float32).reshape(1, 1, 8, 8)})
     message = f"no sample for model {model!r}; there is one for add_sub, efficientnet_lite0, minilm and digits"
     raise ValueError(message)
 

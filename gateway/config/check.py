@@ -6,7 +6,6 @@ serves. Whether it fits the model file is `fit.py`; whether we do what it asks, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -65,26 +64,36 @@ def _check_unique(names: list[str], kind: str, source: Source) -> None:
 
 
 def _check_tensor(tensor: Any, kind: str, max_batch_size: int, source: Source) -> None:
-    def problem(text: str, *words: str) -> Exception:
-        return source.error(f"model {kind} '{tensor.name}' {text}", kind, tensor.name, *words)
-
     if not tensor.name:
         raise source.error(f"model {kind} must specify 'name'", kind)
-    if not tensor.data_type:
-        raise problem("must specify 'data_type', e.g. TYPE_FP32")
-    if not tensor.dims:
-        raise problem("must specify 'dims'; for one number per row use dims: [ 1 ] with reshape: { shape: [ ] }")
-    if any(dim < 1 and dim != -1 for dim in (*tensor.dims, *tensor.reshape.shape)):
-        raise problem("dimension must be integer >= 1, or -1 to indicate a variable-size dimension", "dims")
-    if tensor.HasField("reshape"):
-        if not tensor.reshape.shape and max_batch_size == 0:
-            raise problem("cannot have empty reshape for non-batching model as scalar tensors are not supported")
-        if _segments(tensor.dims) != _segments(tensor.reshape.shape):
-            raise problem("has different size for dims and reshape", "reshape")
-    if kind == "input" and tensor.format and len(tensor.dims) != 3:
-        raise problem("has format NHWC/NCHW, which require 3 dims. Remove format", "format")
-    if tensor.is_shape_tensor or tensor.is_non_linear_format_io:
-        raise problem("is a shape tensor or has a non-linear format, which only TensorRT models have")
+    scalar = tensor.HasField("reshape") and not tensor.reshape.shape
+    faults = (
+        (not tensor.data_type, "must specify 'data_type', e.g. TYPE_FP32"),
+        (not tensor.dims, "must specify 'dims'; for one number per row use dims: [ 1 ] with reshape: { shape: [ ] }"),
+        (
+            any(dim < 1 and dim != -1 for dim in (*tensor.dims, *tensor.reshape.shape)),
+            "dimension must be integer >= 1, or -1 to indicate a variable-size dimension",
+        ),
+        (
+            scalar and max_batch_size == 0,
+            "cannot have empty reshape for non-batching model as scalar tensors are not supported. Remove reshape",
+        ),
+        (
+            tensor.HasField("reshape") and _segments(tensor.dims) != _segments(tensor.reshape.shape),
+            "has different size for dims and reshape. Both must hold equally many elements",
+        ),
+        (
+            kind == "input" and tensor.format and len(tensor.dims) != 3,
+            "has format NHWC/NCHW, which require 3 dims. Remove format",
+        ),
+        (
+            tensor.is_shape_tensor or tensor.is_non_linear_format_io,
+            "is a shape tensor or has a non-linear format, which is only supported for TensorRT models",
+        ),
+    )
+    for at_fault, text in faults:
+        if at_fault:
+            raise source.error(f"model {kind} '{tensor.name}' {text}", kind, tensor.name)
 
 
 def _segments(dims: Sequence[int]) -> list[int]:
@@ -94,7 +103,7 @@ def _segments(dims: Sequence[int]) -> list[int]:
         if dim == -1:
             counts.append(1)
         else:
-            counts[-1] = math.prod((counts[-1], dim))
+            counts[-1] *= dim
     return counts
 
 
@@ -144,23 +153,30 @@ def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:
 
 
 def _check_warmup(warmup: Any, proto: ModelConfigProto, source: Source) -> None:
-    def problem(text: str, *words: str) -> Exception:
-        return source.error(f"model_warmup '{warmup.name}' {text}", "model_warmup", warmup.name, *words)
-
-    if proto.max_batch_size == 0 and warmup.batch_size > 1 or 0 < proto.max_batch_size < warmup.batch_size:
-        raise problem(f"has batch_size {warmup.batch_size}, more than max_batch_size {proto.max_batch_size}")
+    words = ("model_warmup", warmup.name)
+    head = f"model_warmup '{warmup.name}'"
+    if warmup.batch_size > max(proto.max_batch_size, 1):
+        raise source.error(
+            f"{head} has batch_size {warmup.batch_size}, more than max_batch_size {proto.max_batch_size}", *words
+        )
     known = {tensor.name: tensor for tensor in proto.input}
     for name, sample in warmup.inputs.items():
         if name not in known:
-            raise problem(f"has an input '{name}', which the model has not; it has: {', '.join(known)}", name)
-        if sample.data_type != known[name].data_type:
-            raise problem(f"gives input '{name}' another data_type than the model's input has", name)
-        if any(dim < 0 for dim in sample.dims):
-            raise problem(f"has an open dimension in the dims of '{name}'; give the size to run with", name)
-        if sample.WhichOneof("input_data_type") is None:
-            raise problem(f"gives no data for '{name}'; set zero_data, random_data or input_data_file", name)
+            raise source.error(
+                f"{head} has an input '{name}', which the model has not; it has: {', '.join(known)}", *words, name
+            )
+        _check_sample(sample, known[name], f"{head} input '{name}'", (*words, name), source)
     if missing := [name for name, tensor in known.items() if name not in warmup.inputs and not tensor.optional]:
-        raise problem(f"lacks the input '{missing[0]}'")
+        raise source.error(f"{head} lacks the input '{missing[0]}'; add it", *words)
+
+
+def _check_sample(sample: Any, tensor: Any, head: str, words: tuple[str, ...], source: Source) -> None:
+    if sample.data_type != tensor.data_type:
+        raise source.error(f"{head} has another data_type than the model's input; make them equal", *words)
+    if any(dim < 0 for dim in sample.dims):
+        raise source.error(f"{head} has an open dimension; give the size to run with", *words)
+    if sample.WhichOneof("input_data_type") is None:
+        raise source.error(f"{head} has no data; set zero_data, random_data or input_data_file", *words)
 
 
 def plain_name(name: str) -> bool:

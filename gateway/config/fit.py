@@ -50,7 +50,9 @@ def _check_tensor(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) -
     # A scalar is written as dims [1] where there is no batch dimension to reshape.
     if spec.shape == () and complete == (1,):
         return
-    if len(complete) != len(spec.shape) or any(want not in (-1, dim) for want, dim in zip(spec.shape, complete, strict=True)):
+    if len(complete) != len(spec.shape) or any(
+        want not in (-1, dim) for want, dim in zip(spec.shape, complete, strict=True)
+    ):
         raise InvalidArgument(
             f"{head}: the model expects shape {_text(spec.shape)} and the configuration gives {_text(complete)}"
             + (" (the batch dimension, then dims)" if batched else "")

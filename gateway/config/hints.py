@@ -21,6 +21,14 @@ _ALIASES = {
     "TYPE_INT": "TYPE_INT32",
     "TYPE_LONG": "TYPE_INT64",
 }
+_FORMS = (
+    ("should not have multiple|specified along with", "Give it once"),
+    ("missing ending quote", "Close the quote on the same line"),
+    ("Couldn't parse integer: [A-Za-z_]", "Write a number; if the word is a template placeholder, fill in its value"),
+    ('Expected "{"', 'The field holds a message; write its fields in { }, e.g. value: { string_value: "1" }'),
+    ("Expected string", 'Put the value in quotes ("...")'),
+    ("", "Compare with Triton's model configuration documentation"),
+)
 
 
 def remedy(problem: str, text: str, line: str, pool: Any) -> str:
@@ -41,7 +49,7 @@ def _wrong_file(text: str, line: str) -> str:
 
 def _wrong_character(line: str) -> str:
     if any(quote in line for quote in _SMART_QUOTES):
-        return "Replace the typographic quotes with plain ones (\")"
+        return 'Replace the typographic quotes with plain ones (")'
     if placeholder := _PLACEHOLDER.search(line):
         return f"'{placeholder.group()}' looks like a template placeholder; fill in its value"
     return ""
@@ -67,18 +75,9 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _wrong_form(problem: str, line: str) -> str:
-    if "multiple" in problem or "specified along with" in problem:
-        return "Give it once"
-    if "missing ending quote" in problem:
-        return "Close the quote on the same line"
+    # The end of the file has no line to look at, and protobuf's complaint about it misleads.
     if not line.strip():
         return "The file ends inside a [ or {; close it"
     if re.search(r",\s*[\]}]", line):
         return "Remove the comma before the closing bracket"
-    if re.search(r"Couldn't parse integer: [A-Za-z_]", problem):
-        return "Write a number; if the word is a template placeholder, fill in its value"
-    if 'Expected "{"' in problem:
-        return "The field holds a message; write its fields in { }, e.g. value: { string_value: \"1\" }"
-    if "Expected string" in problem:
-        return 'Put the value in quotes ("...")'
-    return "Compare with Triton's model configuration documentation"
+    return next(text for pattern, text in _FORMS if re.search(pattern, problem))

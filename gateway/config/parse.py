@@ -45,9 +45,9 @@ class Source:
         return line
 
     def _tokens(self) -> Iterator[tuple[str, int]]:
+        # A comment is one token, so that no word in it is taken for a field.
         for match in _TOKEN.finditer(self.text):
-            if not match.group().startswith("#"):
-                yield match.group().strip("\"'"), self.text.count("\n", 0, match.start()) + 1
+            yield match.group().strip("\"'"), self.text.count("\n", 0, match.start()) + 1
 
 
 def empty() -> ModelConfigProto:
@@ -67,7 +67,7 @@ def parse_text(source: Source) -> ModelConfigProto:
         content = (source.text.splitlines() + [""] * line)[line - 1]
         problem = re.sub(r"^\d+:\d+ : ", "", str(error)).removeprefix(f"'{content}': ").rstrip(".")
         problem = problem.removeprefix("'': ")  # protobuf quotes an empty line at the end of the file
-        problem = problem.replace('Message type "inference.', 'Message type "')
+        problem = problem.replace('"inference.', '"')
         hint = remedy(str(error), source.text, content, _schema().DESCRIPTOR.pool)
         raise InvalidArgument(f"{source.file} line {line} column {column}: {problem}. {hint}") from None
     return proto
@@ -81,7 +81,7 @@ def parse_json(text: str) -> ModelConfigProto:
     from google.protobuf import json_format
 
     if not text.lstrip().startswith("{"):
-        raise InvalidArgument("model configuration: expected a JSON object, e.g. {\"max_batch_size\": 8}")
+        raise InvalidArgument('model configuration: expected a JSON object, e.g. {"max_batch_size": 8}')
     try:
         return json_format.Parse(text, empty())
     except json_format.ParseError as error:

@@ -99,9 +99,7 @@ _REFUSED = (
 )
 
 _WITHOUT_EFFECT = (
-    Gap(
-        lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"
-    ),
+    Gap(lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"),
     Gap(
         _batching("priority_levels", "default_priority_level", "priority_queue_policy"),
         ("dynamic_batching", "priority_levels"),

@@ -36,6 +36,7 @@ class Engine(Protocol):
     """One instance's way to run batches."""
 
     provider: str
+    warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
     concurrency: int  # how many runs may be open at once
 
     def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:

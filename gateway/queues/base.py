@@ -52,8 +52,8 @@ class Job(Protocol):
 class Consumer(Protocol):
     """A worker's end of some lanes."""
 
-    async def take(self, credits: int) -> list[Job]:
-        """Wait for at least one job and return up to `credits` of them, oldest first per lane."""
+    async def take(self, limit: int) -> list[Job]:
+        """Wait for at least one job and return up to `limit` of them, oldest first per lane."""
 
     def close(self) -> None:
         """Take no more; a waiting `take` returns an empty list. Jobs already taken stay the caller's."""
@@ -143,3 +143,6 @@ class Queue(Protocol):
 
     def commands(self) -> AsyncIterator[Order]:
         """The commands for this worker, in order, for as long as it iterates."""
+
+    def close(self) -> None:
+        """Answer every request and command that still waits with `Unavailable`, and accept no more."""

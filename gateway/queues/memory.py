@@ -24,9 +24,12 @@ class MemoryQueue:
         self._pools: dict[str, PoolState] = {}
         self._orders: deque[MemoryOrder] = deque()
         self._order_waiter: asyncio.Future[None] | None = None
+        self._closed = False
 
     async def submit(self, lane: Lane, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         """See `Queue.submit`."""
+        if self._closed:
+            raise errors.stopping()
         state = self._lane(lane)
         job = MemoryJob(request, state)
         timer: asyncio.TimerHandle | None = None
@@ -44,7 +47,7 @@ class MemoryQueue:
                     return
         finally:
             job.close()
-            state.remove()
+            state.remove(job)
             if timer is not None:
                 timer.cancel()
 
@@ -75,6 +78,8 @@ class MemoryQueue:
 
     async def send(self, command: Command) -> None:
         """See `Queue.send`."""
+        if self._closed:
+            raise errors.stopping()
         order = MemoryOrder(command)
         self._orders.append(order)
         _wake(self._order_waiter)
@@ -87,6 +92,15 @@ class MemoryQueue:
                 yield self._orders.popleft()
             self._order_waiter = asyncio.get_running_loop().create_future()
             await self._order_waiter
+
+    def close(self) -> None:
+        """See `Queue.close`."""
+        self._closed = True
+        for lane in self._lanes.values():
+            for job in lane.unanswered:
+                job.fail(errors.stopping())
+        while self._orders:
+            self._orders.popleft().finish(errors.stopping())
 
     def _lane(self, lane: Lane) -> _LaneState:
         state = self._lanes.get(lane)
@@ -173,14 +187,18 @@ class MemoryConsumer:
         for lane in lanes:
             lane.consumers.append(self)
 
-    async def take(self, credits: int) -> list[Job]:
+    async def take(self, limit: int) -> list[Job]:
         """See `Consumer.take`."""
         while not self._closed:
-            jobs = self._collect(credits)
+            jobs = self._collect(limit)
             if jobs:
                 return jobs
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self._pass_on()
+                raise
         return []
 
     def close(self) -> None:
@@ -190,7 +208,7 @@ class MemoryConsumer:
         self._closed = True
         for lane in self._lanes:
             lane.consumers.remove(self)
-            lane.wake()  # what this consumer was woken for must not be forgotten
+        self._pass_on()
         _wake(self._waiter)
 
     def wake(self) -> bool:
@@ -200,9 +218,15 @@ class MemoryConsumer:
         self._waiter.set_result(None)
         return True
 
-    def _collect(self, credits: int) -> list[Job]:
+    def _pass_on(self) -> None:
+        # This consumer may have been woken for a job that it will not take now.
+        for lane in self._lanes:
+            if lane.waiting:
+                lane.wake()
+
+    def _collect(self, limit: int) -> list[Job]:
         jobs: list[Job] = []
-        while len(jobs) < credits:
+        while len(jobs) < limit:
             filled = [lane for lane in self._lanes if lane.waiting]
             if not filled:
                 break
@@ -214,16 +238,16 @@ class MemoryConsumer:
 
 
 class _LaneState:
-    """The jobs of a lane that no worker has taken, and how many it has accepted and not seen off."""
+    """The jobs of a lane: those that no worker has taken, and all that are not seen off."""
 
     def __init__(self) -> None:
         self.waiting: deque[MemoryJob] = deque()
+        self.unanswered: set[MemoryJob] = set()
         self.consumers: list[MemoryConsumer] = []
-        self._outstanding = 0
-        self._emptied: asyncio.Event | None = None
+        self._emptied = asyncio.Event()
 
     def add(self, job: MemoryJob) -> None:
-        self._outstanding += 1
+        self.unanswered.add(job)
         self.waiting.append(job)
         self.wake()
 
@@ -231,9 +255,9 @@ class _LaneState:
         self.waiting.appendleft(job)
         self.wake()
 
-    def remove(self) -> None:
-        self._outstanding -= 1
-        if not self._outstanding and self._emptied is not None:
+    def remove(self, job: MemoryJob) -> None:
+        self.unanswered.remove(job)
+        if not self.unanswered:
             self._emptied.set()
 
     def wake(self) -> None:
@@ -242,8 +266,8 @@ class _LaneState:
                 return
 
     async def empty(self) -> None:
-        while self._outstanding:
-            self._emptied = asyncio.Event()
+        while self.unanswered:
+            self._emptied.clear()
             await self._emptied.wait()
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.repository.layout import names
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -36,9 +38,14 @@ class Changes:
 
 
 def fingerprint(model: Path, versions: Mapping[int, Path], override: str = "") -> Fingerprint:
-    """Take the fingerprint of a model folder; `override` is configuration text used in place of its file."""
+    """Take the fingerprint of a model folder with all its version folders; `override` is configuration text used in
+    place of its file.
+
+    Raises `Unavailable` when the folder cannot be read.
+    """
     own = set(versions.values())
-    shared = [line for entry in sorted(model.iterdir()) if entry not in own for line in _entries(entry)]
+    entries = [model / name for name in names(model) if name[0] not in "._"]
+    shared = [line for entry in entries if entry not in own for line in _entries(entry)]
     return Fingerprint(
         _digest([override, *shared]),
         {number: _digest(list(_entries(folder))) for number, folder in versions.items()},
@@ -56,14 +63,20 @@ def diff(previous: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) ->
 
 
 def _entries(path: Path) -> Iterator[str]:
-    if path.name[0] in "._":
-        return
-    if path.is_dir():
-        for entry in sorted(path.iterdir()):
-            yield from _entries(entry)
-        return
-    status = path.stat()
-    yield f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
+    if not path.is_dir():
+        yield _entry(path)
+    for folder, folders, files in os.walk(path):
+        # Python writes __pycache__ beside a model while serving it. Linked folders are not followed: no loops.
+        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        yield from (_entry(Path(folder, name)) for name in sorted(files) if name[0] not in "._")
+
+
+def _entry(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path}\0gone"  # deleted since it was listed, or a dangling link
+    return f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
 
 
 def _digest(lines: list[str]) -> str:

@@ -44,8 +44,13 @@ def scan(repositories: Sequence[Path]) -> dict[str, Found]:
 
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, in name order. Raises `Unavailable` when it cannot be read."""
+    return [folder / name for name in names(folder) if name[0] not in "._" and (folder / name).is_dir()]
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder, in name order. Raises `Unavailable` when it cannot be read."""
     try:
-        return sorted(entry for entry in folder.iterdir() if entry.name[0] not in "._" and entry.is_dir())
+        return sorted(entry.name for entry in folder.iterdir())
     except OSError as problem:
         raise unreadable(f"folder '{folder.name}'", problem) from None
 

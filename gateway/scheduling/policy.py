@@ -43,9 +43,9 @@ class Limits:
 class Decision(Generic[W]):
     """Jobs to run now, with why the batch closed; or none, and when to ask again (None: on the next event).
 
-    Reasons: `full` no further row fits, `preferred` a preferred size was reached, `delay` the queue delay or
-    a deadline ran out, `shape` the next job cannot share the batch, `share` the rest is left to the other
-    instances, `single` the model does not join requests, `drained` nothing else was waiting.
+    Reasons: `full` no further row fits, `preferred` a preferred size was reached or would be passed, `delay`
+    the queue delay or a deadline ran out, `shape` what else waits cannot share the batch, `share` the rest is
+    left to the other instances, `single` the model does not join requests, `drained` nothing else waits.
     """
 
     jobs: list[W]
@@ -62,12 +62,15 @@ def on_free(waiting: Iterable[W], limits: Limits, share: int, now: float) -> Dec
     """
     if limits.preferred or limits.delay > 0:
         most = max(limits.preferred, default=limits.max_rows)
-        return _patient(_gather(waiting, limits, most), limits, now)
-    return _gather(waiting, limits, min(limits.max_rows, max(share, 1)))
+        return _patient(_gather(waiting, limits, most, "preferred"), limits, now)
+    return _gather(waiting, limits, min(limits.max_rows, max(share, 1)), "share")
 
 
-def _gather(waiting: Iterable[W], limits: Limits, most: int) -> Decision[W]:
-    """The head of the line and those behind it that fit with it, up to `most` rows."""
+def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str) -> Decision[W]:
+    """The head of the line and those behind it that fit with it, up to `most` rows.
+
+    `short` is why to stop at `most` where the model itself would take more.
+    """
     jobs: list[W] = []
     rows = 0
     reason = "drained"
@@ -83,12 +86,12 @@ def _gather(waiting: Iterable[W], limits: Limits, most: int) -> Decision[W]:
             # Passed over, not waited for: it heads the next batch, and order among its own shape is kept.
             reason = "shape"
         elif rows + job.request.rows > most:
-            return Decision(jobs, rows, "full" if rows + job.request.rows > limits.max_rows else "share")
+            return Decision(jobs, rows, "full" if rows + job.request.rows > limits.max_rows else short)
         else:
             jobs.append(job)
             rows += job.request.rows
         if rows >= most:
-            return Decision(jobs, rows, "full" if rows >= limits.max_rows else "share")
+            return Decision(jobs, rows, "full" if rows >= limits.max_rows else short)
     return Decision(jobs, rows, reason)
 
 
@@ -102,9 +105,10 @@ def _patient(gathered: Decision[W], limits: Limits, now: float) -> Decision[W]:
     if gathered.reason != "drained":
         return gathered
     until = min(job.enqueued for job in gathered.jobs) + limits.delay
-    deadlines = [job.request.deadline for job in gathered.jobs if job.request.deadline is not None]
-    # Half of the time that is left goes to waiting, so that the other half is there for the engine.
-    until = min([until, *(now + (deadline - now) / 2 for deadline in deadlines)])
+    for job in gathered.jobs:
+        if job.request.deadline is not None:
+            # Half of a job's time may go to waiting, so that the other half is there for the engine.
+            until = min(until, (job.enqueued + job.request.deadline) / 2)
     if now >= until:
         return Decision(gathered.jobs, gathered.rows, "delay")
     return Decision([], 0, "wait", ask_at=until)

@@ -26,13 +26,14 @@ class Checker:
         )
 
     def check(self, request: InferRequest) -> None:
-        """Raise `InvalidArgument` for a request the model cannot take; else set `rows` and `signature`."""
+        """Raise `InvalidArgument` for a request the model cannot take; else set `rows`, `size` and `signature`."""
         try:
             self._check_outputs(request)
             self._check_names(request)
             request.rows = self._rows(request)
+            request.size = 0
             for name, tensor in request.inputs.items():
-                self._check_tensor(self._inputs[name], tensor)
+                request.size += self._check_tensor(self._inputs[name], tensor)
         except errors.InvalidArgument as error:
             raise errors.InvalidArgument(errors.request_prefix(request.id) + error.message) from None
         if not self._fixed:
@@ -52,31 +53,37 @@ class Checker:
         got = request.inputs.keys()
         if got == self._inputs.keys():
             return
+        least, most = len(self._required), len(self._inputs)
         missing = [name for name in self._required if name not in got]
-        if missing or len(got) > len(self._inputs):
-            raise errors.wrong_inputs(self._model, list(got), missing, len(self._required), len(self._inputs))
-        for name in got:
-            if name not in self._inputs:
-                raise errors.unexpected_input(name, self._model)
+        unknown = [name for name in got if name not in self._inputs]
+        # Triton's order: the count first, then names it does not know.
+        if unknown and least <= len(got) <= most:
+            raise errors.unexpected_input(unknown[0], self._model)
+        if missing or unknown:
+            raise errors.wrong_inputs(self._model, list(got), missing, least, most)
 
     def _rows(self, request: InferRequest) -> int:
         if not self._max_batch_size:
             return 1
-        rows = -1
+        rows: int | None = None
         for name, tensor in request.inputs.items():
             if not tensor.shape:
                 raise self._bad_shape(self._inputs[name], tensor)
-            if rows == -1:
+            if rows is None:
                 rows = tensor.shape[0]
             elif tensor.shape[0] != rows:
                 raise errors.batch_mismatch(name, self._model)
+        return 1 if rows is None else self._bounded(rows)
+
+    def _bounded(self, rows: int) -> int:
         if rows > self._max_batch_size:
             raise errors.batch_too_big(self._max_batch_size, self._model)
-        if rows == 0:
+        if rows < 1:
             raise errors.InvalidArgument(f"inference request batch-size must be >= 1 for '{self._model}'")
-        return max(rows, 1)
+        return rows
 
-    def _check_tensor(self, config: TensorConfig, tensor: Tensor) -> None:
+    def _check_tensor(self, config: TensorConfig, tensor: Tensor) -> int:
+        """Returns the tensor's bytes on the wire."""
         if tensor.datatype is not config.datatype:
             raise errors.wrong_datatype(config.name, self._model, tensor.datatype.name, config.datatype.name)
         shape = tensor.shape[1:] if self._max_batch_size else tensor.shape
@@ -84,10 +91,12 @@ class Checker:
             raise self._bad_shape(config, tensor)
         if tensor.datatype is DataType.BYTES:
             self._check_elements(config, tensor)
-            return
+            return tensor.nbytes
         expected = element_count(tensor.shape) * tensor.datatype.itemsize
-        if tensor.nbytes != expected:
-            raise errors.byte_size_mismatch(config.name, self._model, expected, tensor.nbytes)
+        size = tensor.nbytes
+        if size != expected:
+            raise errors.byte_size_mismatch(config.name, self._model, expected, size)
+        return size
 
     def _check_elements(self, config: TensorConfig, tensor: Tensor) -> None:
         # Reading the elements now is no extra work: the engine needs them, and the array is kept.
@@ -106,4 +115,6 @@ class Checker:
 
 
 def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:
-    return len(shape) == len(dims) and all(dim in (-1, size) for size, dim in zip(shape, dims, strict=True))
+    return len(shape) == len(dims) and all(
+        size == dim or (dim == -1 and size >= 0) for size, dim in zip(shape, dims, strict=True)
+    )

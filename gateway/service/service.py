@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.statistics import Statistics, VersionStatistics
+from gateway.statistics import ModelStatistics, Statistics, VersionStatistics
 from gateway.types import InferRequest, InferResponse
 
-EXTENSIONS = ("classification", "model_repository", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
 """The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
 
 
@@ -78,37 +84,38 @@ class Service:
         """Run a request (an `Infer`). Closing the iterator cancels it."""
         started = time.monotonic_ns()
         route = self._admit(request)
-        size = sum(tensor.nbytes for tensor in request.inputs.values())
-        self._reserve(size)
         statistics = route.statistics
         statistics.pending += 1
         answered = False
+        responses = self._queue.submit(route.lane, request)
         try:
-            async with aclosing(self._queue.submit(route.lane, request)) as responses:
-                async for response in responses:
-                    if response.final:
-                        answered = True
-                        statistics.record_success(time.monotonic_ns() - started, response.timings, request.rows)
-                    yield response
+            async for response in responses:
+                if response.final:
+                    answered = True
+                    statistics.record_success(time.monotonic_ns() - started, response.timings, request.rows)
+                yield response
         except errors.GatewayError as error:
             answered = True
             statistics.record_failure(_failure_reason(error), time.monotonic_ns() - started)
             raise
         finally:
-            self._inflight_bytes -= size
+            await responses.aclose()
+            self._inflight_bytes -= request.size
             statistics.pending -= 1
             if not answered:
                 statistics.record_failure("CANCELED", time.monotonic_ns() - started)
 
     def _admit(self, request: InferRequest) -> _Route:
+        """Where the request goes, its bytes reserved."""
         if self._draining:
-            raise errors.Unavailable("Server not ready")
+            raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
             _apply_parameters(request)
             route.checker.check(request)
-        except errors.GatewayError:
-            route.statistics.record_failure("OTHER", 0)
+            self._reserve(request.size)
+        except errors.GatewayError as error:
+            route.statistics.record_failure(_failure_reason(error), 0)
             raise
         return route
 
@@ -174,7 +181,7 @@ class Service:
         pool = self._queue.pool(name)
         return [state.version for state in pool.versions if state.state == "READY"] if pool else []
 
-    def statistics(self, name: str = "", version: str = "") -> list[dict[str, object]]:
+    def statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
         """Triton's `model_stats` entries of one version, one model, or (name empty) every ready model."""
         if not name:
             targets = [(pool.model, v) for pool in self._queue.pools() for v in self.ready_versions(pool.model)]

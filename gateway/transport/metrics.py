@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -172,7 +173,8 @@ class MetricsApp:
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
         self._host = HostMetrics()
-        self._scrape = asyncio.Lock()
+        # A thread of its own: scrapes queue up behind each other, and need none of the threads that serve requests.
+        self._thread = ThreadPoolExecutor(1, "metrics")
 
     async def __rsgi__(self, scope: Scope, protocol: Protocol) -> None:
         """Answer one request: 200 with the metrics, 404 for another path, 405 for another method."""
@@ -182,9 +184,8 @@ class MetricsApp:
             headers = [("content-type", "application/json"), ("allow", "GET")]
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
-            async with self._scrape:
-                # One at a time: HostMetrics keeps state, and scrapers must not take every thread of the pool.
-                body = await asyncio.to_thread(self._write, model_metrics(self._statistics))
+            models = model_metrics(self._statistics)
+            body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, models)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 
     def _write(self, families: list[Family]) -> bytes:

@@ -8,6 +8,7 @@ taken). The `Worker` owns the order of these steps.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
 from gateway.queues.base import Consumer, InstanceState, Lane, Queue
 from gateway.statistics import Statistics
+from gateway.telemetry import log_event
 from gateway.worker.instance import Instance
 from gateway.worker.slots import Slots
 from gateway.worker.stage import Stage
 from gateway.worker.warmup import warm_up
 
+_CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
 _CREDITS = 1 << 30  # in one process the stage is the queue: taking all costs nothing, and the policy sees all
 
 
@@ -42,6 +45,7 @@ class Host:
     def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Mapping[str, Slots]) -> None:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
+        self.warnings: tuple[str, ...] = ()
         self._lane = Lane(source.config.name, source.version)
         self._queue = queue
         self._statistics = statistics.of(*self._lane)
@@ -64,21 +68,22 @@ class Host:
             await self._close_engines()
             raise
         self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
+        self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._stage = Stage(self.source.config, len(self._engines))
-
-    async def serve(self, opened: asyncio.Event) -> None:
-        """Take and run jobs from now on; return after `drain` or `retire`. `opened` is set once it takes."""
-        assert self._stage is not None
         self._consumer = self._queue.consumer([self._lane])
-        opened.set()
+
+    async def serve(self) -> None:
+        """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
+        assert self._stage is not None
+        assert self._consumer is not None
         try:
             async with asyncio.TaskGroup() as tasks:
                 serving = [tasks.create_task(self._read(self._consumer, self._stage))]
                 for engine, placement in self._engines:
                     instance = Instance(engine, self.source.config, self.source.version, self._statistics)
                     slots = self._slots[placement.device.name]
-                    for _ in range(engine.concurrency):
-                        serving.append(tasks.create_task(instance.serve(slots.seat(self._stage, placement.threads))))
+                    seats = [slots.seat(self._stage, placement.threads) for _ in range(engine.concurrency)]
+                    serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 await self._stopped.wait()
                 for task in serving:
                     task.cancel()
@@ -94,9 +99,10 @@ class Host:
 
     async def retire(self) -> None:
         """Take no more, finish what was taken, then stop."""
-        if self._consumer is not None and self._stage is not None:
-            self._consumer.close()
-            await self._stage.settled()
+        assert self._stage is not None
+        assert self._consumer is not None
+        self._consumer.close()
+        await self._stage.settled()
         self._stopped.set()
 
     async def _read(self, consumer: Consumer, stage: Stage) -> None:
@@ -109,7 +115,12 @@ class Host:
     async def _close_engines(self) -> None:
         while self._engines:
             engine, _ = self._engines.pop()
-            await engine.close()
+            try:
+                async with asyncio.timeout(_CLOSE_SECONDS):
+                    await engine.close()
+            except TimeoutError:
+                # A thread that hangs inside a model cannot be ended; it is a daemon and dies with the process.
+                log_event("engine_hangs", logging.ERROR, model=self._lane.model, version=self._lane.version)
 
     def _spec(self, placement: Placement) -> EngineSpec:
         return EngineSpec(

@@ -17,10 +17,9 @@ from gateway.engines.base import Engine
 from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
+from gateway.telemetry import log_event
 from gateway.types import Batch, InferRequest, InferResponse, Tensor, Timings
-from gateway.worker.slots import Assignment, Seat
-
-_log = logging.getLogger("gateway.worker")
+from gateway.worker.slots import Seat
 
 
 class Instance:
@@ -37,32 +36,32 @@ class Instance:
         while True:
             assignment = await seat.next()
             try:
-                await self._run(assignment)
+                await self._run(assignment.jobs, assignment.reason, assignment.cores)
+            except asyncio.CancelledError:
+                for job in assignment.jobs:  # a forced stop: the engine is let go, the callers are told
+                    job.fail(errors.stopping())
+                raise
             finally:
                 seat.release(assignment)
 
-    async def _run(self, assignment: Assignment) -> None:
-        jobs = [job for job in assignment.jobs if not job.done]
+    async def _run(self, taken: list[Job], reason: str, cores: int) -> None:
+        jobs = [job for job in taken if not job.done]
         if not jobs:
             return
         try:
-            await self._attempt(jobs, assignment)
-        except asyncio.CancelledError:
-            for job in jobs:  # a forced stop: the engine is let go, the callers are told
-                job.fail(errors.Unavailable("Server not ready"))
-            raise
+            await self._attempt(jobs, reason, cores)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             if len(jobs) == 1:
                 jobs[0].fail(self._explain(problem))
                 return
-            _log.warning(
-                "model '%s' failed a batch of %d requests, running them one by one: %s",
-                self._config.name, len(jobs), problem,
-            )
+            log_event(
+                "batch_failed", logging.WARNING, model=self._config.name, version=self._version, requests=len(jobs),
+                reason=str(problem), action="running them one by one",
+            )  # fmt: skip
             for job in jobs:
-                await self._run(Assignment([job], job.request.rows, "retry", assignment.cores))
+                await self._run([job], "retry", cores)
 
-    async def _attempt(self, jobs: list[Job], assignment: Assignment) -> None:
+    async def _attempt(self, jobs: list[Job], reason: str, cores: int) -> None:
         begun = time.monotonic_ns()
         requests = [job.request for job in jobs]
         rows = sum(request.rows for request in requests)
@@ -70,20 +69,26 @@ class Instance:
             rows=rows,
             stack=lambda: batching.stack(requests, self._config),
             outputs=batching.wanted_outputs(requests),
-            cores=assignment.cores,
+            cores=cores,
         )
-        async with aclosing(self._engine.run(batch)) as results:
-            async for result in results:
-                answers = batching.split(result.outputs, requests, self._config)
-                spent = (
-                    result.stacked_ns - result.started_ns,
-                    result.finished_ns - result.stacked_ns,
-                    time.monotonic_ns() - result.finished_ns,
-                )
-                self._statistics.record_batch(rows, *spent, assignment.reason)
-                for job, outputs in zip(jobs, answers, strict=True):
-                    queued = max(begun - int(job.enqueued * 1e9), 0)
-                    job.reply(self._response(job.request, outputs, Timings(queued, *spent, rows)))
+        self._statistics.executing += len(jobs)
+        try:
+            async with aclosing(self._engine.run(batch)) as results:
+                async for result in results:
+                    answers = batching.split(result.outputs, requests, self._config)
+                    spent = (
+                        result.stacked_ns - result.started_ns,
+                        result.finished_ns - result.stacked_ns,
+                        time.monotonic_ns() - result.finished_ns,
+                    )
+                    self._statistics.record_batch(rows, *spent, reason)
+                    for job, outputs in zip(jobs, answers, strict=True):
+                        queued = max(begun - int(job.enqueued * 1e9), 0)
+                        job.reply(self._response(job.request, outputs, Timings(queued, *spent, rows)))
+        finally:
+            self._statistics.executing -= len(jobs)
+        if not all(job.done for job in jobs):
+            raise errors.Internal(f"model '{self._config.name}' ran and gave no answer")
 
     def _response(self, request: InferRequest, outputs: dict[str, Tensor], timings: Timings) -> InferResponse:
         return InferResponse(request.model_name, self._version, outputs, id=request.id, timings=timings)
@@ -91,9 +96,8 @@ class Instance:
     def _explain(self, problem: Exception) -> errors.GatewayError:
         if isinstance(problem, errors.GatewayError):
             return problem
-        _log.error("model '%s' version %s failed a request", self._config.name, self._version, exc_info=problem)
+        log_event("request_failed", logging.ERROR, problem, model=self._config.name, version=self._version)
         return errors.Internal(
             f"model '{self._config.name}' failed to run this request ({type(problem).__name__}); "
             "the server's log has the details"
         )
-

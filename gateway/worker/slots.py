@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass
+from operator import itemgetter
 
 from gateway.queues.base import Job
 from gateway.worker.stage import Stage
@@ -127,10 +128,8 @@ class Slots:
         return False
 
     def _by_urgency(self) -> list[Stage]:
-        if len(self._idle) == 1:
-            return [stage for stage in self._idle if stage.urgency()]
-        ranked = [(urgency, index, stage) for index, stage in enumerate(self._idle) if (urgency := stage.urgency())]
-        return [stage for _, _, stage in sorted(ranked)]
+        ranked = [(urgency, stage) for stage in self._idle if (urgency := stage.urgency()) is not None]
+        return [stage for _, stage in sorted(ranked, key=itemgetter(0))]
 
     def _start(self, seat: Seat, jobs: list[Job], rows: int, reason: str) -> None:
         # A lone run may use every core; with anything else to do, each run keeps to its own.

@@ -6,8 +6,7 @@ is fixed; whether that succeeds says nothing about the model, so its failure is 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+import asyncio
 from contextlib import aclosing
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import numpy as np
 from gateway import errors
 from gateway.config.model import ModelConfig, Warmup, WarmupInput
 from gateway.engines.base import Engine
-from gateway.types import Array, Batch, DataType, Tensor, element_count
-
-_log = logging.getLogger("gateway.worker")
+from gateway.scheduling.batch import stack
+from gateway.telemetry import log_event
+from gateway.types import Array, Batch, DataType, InferRequest, Tensor, element_count
 
 
 async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tuple[int, ...]) -> None:
@@ -28,33 +27,37 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
     cannot be made and `Internal` for one that fails.
     """
     for sample in config.warmup:
-        inputs = {name: _data(sample, name, spec, config, folder) for name, spec in sample.inputs.items()}
+        request = await asyncio.to_thread(_request, sample, config, folder)
         try:
             for _ in range(max(sample.count, 1)):
-                await _run(engine, inputs, max(sample.batch_size, 1), cores)
-        except Exception as problem:
+                await _run(engine, request, config, cores)
+        except Exception as problem:  # an engine may raise anything, and the operator must know which sample did it
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
     if not config.warmup and not any(-1 in tensor.dims for tensor in config.inputs):
         try:
-            await _run(engine, _zeros(config), 1, cores)
+            await _run(engine, _zeros(config), config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
-            _log.info("model '%s' does not run on zeros, so it is not warmed up: %s", config.name, problem)
+            log_event("not_warmed_up", model=config.name, reason=f"it does not run on zeros: {problem}")
 
 
-async def _run(engine: Engine, inputs: Mapping[str, Array], rows: int, cores: tuple[int, ...]) -> None:
+async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores: tuple[int, ...]) -> None:
     for number in cores:
-        async with aclosing(engine.run(Batch(rows, lambda: dict(inputs), (), number))) as results:
+        batch = Batch(request.rows, lambda: stack([request], config), (), number)
+        async with aclosing(engine.run(batch)) as results:
             async for _ in results:
                 pass
 
 
-def _zeros(config: ModelConfig) -> dict[str, Array]:
+def _zeros(config: ModelConfig) -> InferRequest:
     lead = (1,) if config.max_batch_size else ()
-    return {
-        tensor.name: _fill(tensor.datatype, (*lead, *(tensor.dims if tensor.reshape is None else tensor.reshape)))
-        for tensor in config.inputs
-        if not tensor.optional
-    }
+    return InferRequest(
+        config.name,
+        {
+            tensor.name: Tensor.from_array(tensor.datatype, _fill(tensor.datatype, (*lead, *tensor.dims)))
+            for tensor in config.inputs
+            if not tensor.optional
+        },
+    )
 
 
 def _fill(datatype: DataType, shape: tuple[int, ...]) -> Array:
@@ -63,15 +66,23 @@ def _fill(datatype: DataType, shape: tuple[int, ...]) -> Array:
     return np.zeros(shape, datatype.dtype)
 
 
-def _data(sample: Warmup, name: str, spec: WarmupInput, config: ModelConfig, folder: Path) -> Array:
-    """One input of a sample, the same rows `batch_size` times over."""
+def _request(sample: Warmup, config: ModelConfig, folder: Path) -> InferRequest:
+    """A sample as a client would send it, the same row `batch_size` times over. Blocking: reads files."""
+    rows = max(sample.batch_size, 1) if config.max_batch_size else 1
+    inputs = {}
+    for name, spec in sample.inputs.items():
+        row = _data(sample, name, spec, folder)
+        array = np.stack([row] * rows) if config.max_batch_size else row
+        inputs[name] = Tensor.from_array(spec.datatype, array)
+    return InferRequest(config.name, inputs, rows=rows)
+
+
+def _data(sample: Warmup, name: str, spec: WarmupInput, folder: Path) -> Array:
     if spec.source == "zero":
-        row = _fill(spec.datatype, spec.dims)
-    elif spec.source == "random":
-        row = _random(spec.datatype, spec.dims)
-    else:
-        row = _from_file(sample, name, spec, folder)
-    return np.stack([row] * max(sample.batch_size, 1)) if config.max_batch_size else row
+        return _fill(spec.datatype, spec.dims)
+    if spec.source == "random":
+        return _random(spec.datatype, spec.dims)
+    return _from_file(sample, name, spec, folder)
 
 
 def _random(datatype: DataType, dims: tuple[int, ...]) -> Array:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 from gateway import errors
 from gateway.placement import Device, plan
-from gateway.queues.base import Load, Order, PoolState, Queue, Unload, VersionState
+from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
 from gateway.statistics import Statistics
+from gateway.telemetry import log_event
 from gateway.worker.host import Host, Source
 from gateway.worker.slots import Slots
-
-_log = logging.getLogger("gateway.worker")
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
 """Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
@@ -77,11 +76,15 @@ class Worker:
                 if isinstance(order.command, Load):
                     await self._load(model, order.command)
                 else:
-                    await self._unload(model, order.command)
+                    await self._unload(model)
+        except asyncio.CancelledError:
+            order.finish(errors.stopping())
+            raise
         except errors.GatewayError as error:
+            log_event("command_failed", logging.ERROR, model=order.command.model, reason=error.message)
             order.finish(error)
-        except Exception as error:  # a model's own code or file may raise anything; the caller must hear of it
-            _log.exception("command %s failed", order.command)
+        except Exception as error:  # noqa: BLE001 - a model's own code or file may raise anything; the caller must hear of it
+            log_event("command_failed", logging.ERROR, error, model=order.command.model)
             order.finish(errors.Internal(f"{type(error).__name__} while handling model '{order.command.model}'"))
         else:
             order.finish(None)
@@ -92,18 +95,21 @@ class Worker:
         try:
             source = await asyncio.to_thread(self._read, model.name, command.parameters)
         except errors.GatewayError as problem:
-            self._unreadable(model, problem)
-            raise
+            raise self._unreadable(model, problem) from None
         wanted = {
-            str(number): Source(source.config, str(number), path, source.fingerprint)
+            str(number): Source(source.config, str(number), path, source.fingerprint.of(number))
             for number, path in source.versions.items()
         }
         changed = [w for w in wanted.values() if not _same(model.hosts.get(w.version), w)]
         for new in changed:
             if new.version not in model.hosts:
                 model.states[new.version] = VersionState(new.version, "LOADING")
+        # What is neither wanted nor loaded, e.g. a broken version whose folder is gone, is forgotten.
+        model.states = {v: state for v, state in model.states.items() if v in wanted or v in model.hosts}
         model.reason = ""
         self._publish(model)
+        for warning in source.warnings:
+            log_event("model_warning", logging.WARNING, model=model.name, warning=warning)
         async with asyncio.TaskGroup() as tasks:
             for new in changed:
                 tasks.create_task(self._replace(model, new))
@@ -111,17 +117,18 @@ class Worker:
             await self._remove(model, version)
         self._report_failures(model, wanted)
 
-    def _unreadable(self, model: _Model, problem: errors.GatewayError) -> None:
-        """A model that does not even read: what is loaded of it goes on serving."""
+    def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
+        """The error for a model that does not even read; what is loaded of it goes on serving."""
         if isinstance(problem, errors.NotFound) and not model.hosts:
-            self._models.pop(model.name, None)
-            raise errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
-        _log.error("model '%s' cannot be loaded: %s", model.name, problem.message)
+            model.reason = ""
+            model.states.clear()
+            self._queue.withdraw(model.name)
+            return errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()
             self._publish(model)
-        raise errors.InvalidArgument(f"load failed for model '{model.name}': {problem.message}")
+        return errors.InvalidArgument(f"load failed for model '{model.name}': {problem.message}")
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
@@ -131,28 +138,30 @@ class Worker:
             async with self._loading:
                 await host.load(plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
-            reason = problem.message if isinstance(problem, errors.GatewayError) else f"{type(problem).__name__}: {problem}"
-            _log.error("model '%s' version %s cannot be loaded: %s", model.name, source.version, reason)
+            reason = _explain(problem, model.name, source.version)
             if predecessor is None:
                 model.states[source.version] = VersionState(source.version, "UNAVAILABLE", reason)
                 self._publish(model)
             else:
                 model.reason = reason
             return
-        await self._open(model, host)
+        self._open(model, host)
         if predecessor is not None:
             await predecessor.retire()
 
-    async def _open(self, model: _Model, host: Host) -> None:
+    def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        opened = asyncio.Event()
-        self._tasks.create_task(host.serve(opened))
-        await opened.wait()
+        self._tasks.create_task(host.serve())
         version = host.source.version
         model.hosts[version] = host
         model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances)
         self._publish(model)
-        _log.info("model '%s' version %s is ready", model.name, version)
+        for warning in host.warnings:
+            log_event("model_warning", logging.WARNING, model=model.name, version=version, warning=warning)
+        for instance in dict.fromkeys(host.instances):
+            log_event(
+                "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
+            )
 
     def _report_failures(self, model: _Model, wanted: Mapping[str, Source]) -> None:
         failed = [
@@ -167,22 +176,21 @@ class Worker:
 
     # --- unload
 
-    async def _unload(self, model: _Model, command: Unload) -> None:
+    async def _unload(self, model: _Model) -> None:
         if not model.states and not model.reason:
-            self._models.pop(command.model, None)
             return
         for version in list(model.hosts):
             await self._remove(model, version)
         model.states = {v: VersionState(v, "UNAVAILABLE", "unloaded") for v in model.states}
         model.reason = ""
         self._publish(model)
-        _log.info("model '%s' is unloaded", model.name)
+        log_event("model_unloaded", model=model.name)
 
     async def _remove(self, model: _Model, version: str) -> None:
-        host = model.hosts.pop(version)
         model.states[version] = VersionState(version, "UNLOADING")
         self._publish(model)
-        await host.drain()
+        await model.hosts[version].drain()
+        del model.hosts[version]  # not sooner: a shutdown that begins meanwhile must wait for it too
         model.states[version] = VersionState(version, "UNAVAILABLE", "unloaded")
         self._statistics.forget(model.name, version)
         self._publish(model)
@@ -194,3 +202,11 @@ class Worker:
 
 def _same(host: Host | None, source: Source) -> bool:
     return host is not None and host.source.fingerprint == source.fingerprint and host.source.path == source.path
+
+
+def _explain(problem: Exception, model: str, version: str) -> str:
+    """Why a version does not load, as its clients may read it; the rest goes to the log."""
+    if isinstance(problem, errors.GatewayError):
+        return problem.message
+    log_event("load_failed", logging.ERROR, problem, model=model, version=version)
+    return f"{type(problem).__name__} while it was loaded; the server's log has the details"

@@ -50,6 +50,8 @@ def _options(args: argparse.Namespace) -> Options:
         chosen["connections"] = tuple(int(part) for part in args.connections.split(","))
     command = tuple(shlex.split(args.gateway))
     systems = tuple(args.systems.split(","))
+    if unknown := set(systems) - set(ORDER):
+        sys.exit(f"unknown systems: {', '.join(sorted(unknown))}; known are {', '.join(ORDER)}")
     chosen.update(models=tuple(args.only or MODELS), systems=systems, inline=args.inline, quiet=args.wait_quiet)
     return Options(args.repository.resolve(), command, **chosen)
 

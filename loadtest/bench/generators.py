@@ -2,7 +2,8 @@
 
 Both are closed loops: each connection sends the next request when the last answer is there, so their p99 says what a waiting client
 sees at that concurrency and nothing about requests that were not sent meanwhile. h2load cannot see a `grpc-status` in the
-trailers: its count is of answered streams, and `runner` checks it against the server's own success counter.
+trailers: its count is of answered streams, and `runner` checks it against the server's own success counter. Nor does it report
+a refused or dropped connection; a run whose answers stop early has an error here.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def parse_wrk(text: str) -> Load:
         message = f"no result in wrk's output: {text[-300:]!r}"
         raise GeneratorError(message)
     found = json.loads(line.removeprefix("RESULT "))
-    errors = sum(found[kind] for kind in ("connect", "read", "write", "timeout", "status"))
+    errors = sum(found[kind] for kind in ("connect", "read", "write", "timeout", "status")) + (not found["requests"])
     return Load(found["requests"], found["duration_us"] / 1e6, errors, found["p50_us"], found["p99_us"])
 
 
@@ -66,10 +67,20 @@ def parse_h2load(text: str, log: str) -> Load:
         raise GeneratorError(message)
     seconds = float(finished[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[finished[2]]
     done, succeeded, failed, errored, timeout = (int(value) for value in counts.groups())
-    rows = (line.split("\t") for line in log.splitlines() if line)
+    rows = [line.split("\t") for line in log.splitlines() if line]
     times = sorted(float(row[2]) for row in rows if row[1] == "200")
-    errors = max(done - succeeded, failed + errored + timeout)
+    errors = max(done - succeeded, failed + errored + timeout) + _silent(rows, seconds)
     return Load(done, seconds, errors, percentile(times, 50), percentile(times, 99))
+
+
+def _silent(rows: Sequence[Sequence[str]], seconds: float) -> int:
+    """One when answers stopped long before the end: h2load reports no error when a server refuses or drops connections."""
+    if not rows:
+        return 1
+    begin = min(int(row[0]) for row in rows)
+    end = max(int(row[0]) + int(row[2]) for row in rows)
+    slowest = max(int(row[2]) for row in rows)
+    return int(seconds * 1e6 - (end - begin) > 500_000 + 3 * slowest)
 
 
 def _pinned(core: int | None) -> list[str]:

@@ -47,8 +47,13 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name in a result file, by which a run is resumed."""
+        """Its name in the progress log."""
         return f"{self.model}/{self.connections}/{self.pair}/{self.system}"
+
+    @property
+    def lone(self) -> bool:
+        """Whether it is about one request at a time."""
+        return self.connections == 1
 
 
 def _weight(model: str, connections: int) -> float:
@@ -57,8 +62,8 @@ def _weight(model: str, connections: int) -> float:
 
 
 def _systems(options: Options, connections: int) -> list[str]:
-    """Raw ONNX Runtime knows no connections: it is measured next to the fewest (latency) and the most (throughput)."""
-    ends = (min(options.connections), max(options.connections))
+    """Raw ONNX Runtime knows no connections: it is measured next to one (latency) and to the most (throughput)."""
+    ends = (1, max(options.connections))
     return [s for s in ORDER if s in options.systems and (s != "ort" or connections in ends)]
 
 

@@ -101,6 +101,8 @@ def summary(rows: Rows) -> list[dict[str, object]]:
         rps = values(rows, model, connections, system, "rps")
         for name, baseline in (("vs_a", "fastapi"), ("vs_b", "ort")):
             line[name] = paired_ratio(rps, values(rows, model, connections, baseline, "rps"))
+        cpu = values(rows, model, connections, system, "cpu_us")
+        line["cpu_vs_a"] = paired_ratio(cpu, values(rows, model, connections, "fastapi", "cpu_us"))
         line["errors"] = sum(row.errors for row in mine)
         line["notes"] = sorted({row.note for row in mine if row.note})
         lines.append(line)
@@ -128,6 +130,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, object]], str]], ...] = (
     ("errors", lambda line: str(line["errors"])),
     ("req/s vs (a)", lambda line: _ratio(line["vs_a"])),
     ("req/s vs (b)", lambda line: _ratio(line["vs_b"])),
+    ("CPU vs (a)", lambda line: _ratio(line["cpu_vs_a"])),
     ("calib ms", lambda line: f"{_cell(line['calibration_ms'])}/{_cell(line['calibration_cpu_ms'])}"),
     ("client cores", lambda line: _cell(line["client_cores"], digits=2)),
     ("other cores", lambda line: _cell(line["other_cores"], digits=2)),

@@ -115,10 +115,10 @@ def _measure_target(cell: Cell, target: Target, core: int | None) -> Result:
     )  # fmt: skip
 
 
-def _measure_raw(cell: Cell, rig: Rig, *, lone: bool) -> Result:
+def _measure_raw(cell: Cell, rig: Rig) -> Result:
     """Measure ONNX Runtime: its lone latency beside one connection, its best throughput otherwise."""
     calibration = calibrate(SERVER_CORE if rig.core is not None else None)
-    shape = rawort.LONE if lone else rig.shape
+    shape = rawort.LONE if cell.lone else rig.shape
     meter = Meter(lambda: 0.0)
     raw = rawort.measure(rig.file, cell.model, shape, cell.seconds, rig.core)
     rows = round(raw.rows_per_second * cell.seconds)
@@ -190,17 +190,17 @@ def run(options: Options, done: list[Result], save: Callable[[list[Result]], Non
                     continue
                 if options.quiet:
                     wait_quiet(options.quiet)
-                results.append(_cell(cell, rig, lone=cell.connections == min(options.connections)))
+                results.append(_cell(cell, rig))
                 log(_line(results[-1]))
                 save(results)
     return results
 
 
-def _cell(cell: Cell, rig: Rig, *, lone: bool) -> Result:
+def _cell(cell: Cell, rig: Rig) -> Result:
     """One cell; a generator that fails is an error in the result, not the end of the run."""
     try:
         if cell.system == "ort":
-            return _measure_raw(cell, rig, lone=lone)
+            return _measure_raw(cell, rig)
         return _measure_target(cell, rig.targets[cell.system], rig.core)
     except (generators.GeneratorError, servers.ServerError) as error:
         nothing = Result(cell.model, cell.connections, cell.pair, cell.system, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)

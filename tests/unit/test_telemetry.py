@@ -41,11 +41,11 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Callable
 
 def fail() -> ValueError:
     with pytest.raises(ValueError, match="forged") as raised:
-        int_or_forge("no\n2026-01-01T00:00:00.000Z INFO forged")
+        forge("no\n2026-01-01T00:00:00.000Z INFO forged")
     return raised.value
 
 
-def int_or_forge(text: str) -> int:
+def forge(text: str) -> int:
     raise ValueError(text)
 
 

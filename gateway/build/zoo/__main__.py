@@ -12,7 +12,9 @@ from gateway.build.zoo import RECIPES, BuildError
 
 def main(arguments: list[str] | None = None) -> int:
     """Rebuild the named models, or all of them; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gateway.build.zoo", description="Rebuild the models of model_repo/.")
+    parser = argparse.ArgumentParser(
+        prog="python -m gateway.build.zoo", description="Rebuild the models of model_repo/."
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"from {', '.join(RECIPES)}; all when none is named")
     parser.add_argument("--out", type=Path, default=Path("model_repo"), help="the model repository to write into")
     options = parser.parse_args(arguments)
@@ -24,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
             _rebuild(name, options.out)
     except ModuleNotFoundError as error:
         # torch and the others are optional, so a missing one is a step the user has not taken yet, not a fault.
-        sys.stderr.write(f"package {error.name!r} is missing: pip install 'lockgate[models]'\n")
+        sys.stderr.write(f"module {error.name!r} is not installed: pip install 'lockgate[models]'\n")
         return 2
     except BuildError as error:
         sys.stderr.write(f"not written: {error}\n")

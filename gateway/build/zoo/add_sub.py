@@ -6,6 +6,8 @@ wherever it is built with the same version of that package.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gateway.build.zoo import export
@@ -40,16 +42,14 @@ def build() -> tuple[list[Model], str]:
 def _onnx() -> bytes:
     from onnx import TensorProto, helper
 
-    def vector(name: str) -> object:
+    def vector(name: str) -> Any:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH])
 
     nodes = [
         helper.make_node("Add", ["INPUT0", "INPUT1"], ["OUTPUT0"], name="add"),
         helper.make_node("Sub", ["INPUT0", "INPUT1"], ["OUTPUT1"], name="sub"),
     ]
-    graph = helper.make_graph(
-        nodes, NAME, [vector("INPUT0"), vector("INPUT1")], [vector("OUTPUT0"), vector("OUTPUT1")]
-    )
+    graph = helper.make_graph(nodes, NAME, [vector("INPUT0"), vector("INPUT1")], [vector("OUTPUT0"), vector("OUTPUT1")])
     opsets = [helper.make_opsetid("", export.OPSET)]
     model = helper.make_model(graph, producer_name="gateway.build.zoo", opset_imports=opsets)
     return export.to_bytes(export.tidy(model, "written by hand"))

@@ -96,12 +96,14 @@ def _train(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Any:
     optimizer = torch.optim.Adam(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps + 1)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(pixels)).split(64):
+        order: Any = torch.randperm(len(pixels))
+        for rows in order.split(64):
             # Each batch is moved by up to one pixel: 1257 pictures are few, and a digit's place is not its meaning.
             down, right = torch.randint(0, 3, (2,)).tolist()
             moved = functional.pad(pixels[rows], (1, 1, 1, 1))[:, :, down : down + 8, right : right + 8]
             optimizer.zero_grad()
-            functional.cross_entropy(network(moved), truth[rows], label_smoothing=0.05).backward()
+            loss: Any = functional.cross_entropy(network(moved), truth[rows], label_smoothing=0.05)
+            loss.backward()
             optimizer.step()
             schedule.step()
     with torch.no_grad():

@@ -1,9 +1,10 @@
 """Owns INT8 for transformers: rewrites an FP32 ONNX graph so that each row is quantized by itself.
 
 ONNX Runtime's `quantize_dynamic` takes one scale from the whole activation tensor, so an answer depends on what else
-is in the batch: for MiniLM, alone against among 15 others, cosine .991 (.984 at worst). A gateway that batches
-strangers together cannot serve that. Here every token has its own scale, which keeps a row's answer the same in any
-batch and halves the error, for standard ONNX operators and about a tenth of the speed.
+is in the batch: with MiniLM, elements of a unit vector moved by up to .04 between alone and among 15 others, as much
+as by quantizing at all. A gateway that batches strangers together cannot serve that. Here each token has its own
+scale: a row's answer is the same in any batch (to 4e-8), the error is less than half (cosine .9968 for .9919, recall@10
+.947 for .908), the operators are still standard ones, and a run takes about a tenth longer.
 
 Weights are per output channel and 7 bits wide: with 8, the AVX2 kernels of processors without VNNI saturate.
 """

@@ -1,0 +1,215 @@
+"""The composition root: builds the parts, starts them in order and stops them in reverse.
+
+Start: queue, repository, worker, service, listeners, then the models, each answering as soon as it is ready.
+Stop: readiness off and no new requests, accepted ones answered, listeners closed, worker ended. This is the
+only file that knows all the parts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from gateway import engines, errors, placement
+from gateway.config.settings import Settings
+from gateway.middleware.access_log import access_log
+from gateway.middleware.classification import classification
+from gateway.queues.base import Command, Load, PoolState, Unload
+from gateway.queues.memory import MemoryQueue
+from gateway.repository import Repository
+from gateway.service import Service
+from gateway.service.service import ServiceOptions
+from gateway.statistics import Statistics
+from gateway.telemetry import log_event
+from gateway.transport.auth import Tokens
+from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
+from gateway.transport.http import HttpApp, HttpLimits, HttpServer, TlsFiles
+from gateway.transport.metrics import MetricsApp
+from gateway.types import Infer
+from gateway.worker import Worker
+
+
+@dataclass(slots=True)
+class Gateway:
+    """A running gateway: where it listens, and its models. `loaded` is set once the first loads have ended."""
+
+    service: Service
+    queue: MemoryQueue
+    ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def failures(self) -> list[str]:
+        """The models that did not load, each with its reason."""
+        return [
+            f"{pool.model}: {pool.reason or '; '.join(state.reason for state in pool.versions if state.reason)}"
+            for pool in self.queue.pools()
+            if pool.reason or any(state.state == "UNAVAILABLE" and state.reason != "unloaded" for state in pool.versions)
+        ]
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
+    """Run a gateway for the duration of the block; leaving it drains and stops.
+
+    Raises `OSError` when a port is taken and `GatewayError` when a repository cannot be read.
+    """
+    statistics = Statistics()
+    queue = MemoryQueue()
+    repository = Repository(
+        settings.model_repository,
+        engines.describe,
+        default_max_batch_size=settings.default_max_batch_size,
+        config_name=settings.model_config_name,
+    )
+    names = list(await asyncio.to_thread(repository.scan))
+    worker = Worker(queue, repository.read, placement.devices(), statistics, settings.model_load_thread_count)
+    service = Service(queue, statistics, lambda: _names(repository), _options(settings))
+    gateway = Gateway(service, queue)
+    async with asyncio.TaskGroup() as tasks:
+        working = tasks.create_task(worker.run())
+        async with AsyncExitStack() as listeners:
+            await _listen(listeners, settings, gateway, statistics)
+            models = tasks.create_task(_keep_models(settings, repository, gateway, names))
+            try:
+                yield gateway
+            finally:
+                log_event("draining")
+                service.drain()
+                models.cancel()
+                await _drain(worker, settings.exit_timeout_secs)
+        working.cancel()
+
+
+async def _names(repository: Repository) -> list[str]:
+    return list(await asyncio.to_thread(repository.scan))
+
+
+async def _drain(worker: Worker, seconds: int) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await worker.drain()
+    except TimeoutError:
+        log_event("drain_timed_out", logging.WARNING, seconds=seconds)
+
+
+def _options(settings: Settings) -> ServiceOptions:
+    return ServiceOptions(
+        server_id=settings.server_id,
+        strict_readiness=settings.strict_readiness,
+        explicit_control=settings.model_control_mode == "explicit",
+        max_inflight_bytes=settings.max_inflight_bytes,
+    )
+
+
+def _endpoint(settings: Settings, service: Service) -> Infer:
+    """The whole stack that both transports call."""
+    infer = classification(service.infer, service.model_config)
+    return access_log(infer) if settings.log_access else infer
+
+
+# --- listeners
+
+
+async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, statistics: Statistics) -> None:
+    """Open the ports, metrics first and so closed last."""
+    tokens = Tokens.load(settings.token_file) if settings.token_file else None
+    infer = _endpoint(settings, gateway.service)
+    if settings.allow_metrics:
+        metrics = HttpServer(MetricsApp(statistics), settings.metrics_address, settings.metrics_port)
+        gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
+    if settings.allow_grpc:
+        authenticate = tokens.tenant if tokens else _anyone
+        grpc = GrpcServer(gateway.service, infer, authenticate, _grpc_options(settings))
+        gateway.ports["grpc"] = (await stack.enter_async_context(grpc)).port
+    if settings.allow_http:
+        app = await stack.enter_async_context(HttpApp(gateway.service, infer, _http_limits(settings), tokens))
+        http = HttpServer(
+            app,
+            settings.http_address,
+            settings.http_port,
+            tls=TlsFiles(settings.http_tls_cert, settings.http_tls_key)
+            if settings.http_tls_cert and settings.http_tls_key
+            else None,
+            max_connections=settings.max_connections,
+        )
+        gateway.ports["http"] = (await stack.enter_async_context(http)).port
+    log_event("listening", **gateway.ports)
+
+
+def _anyone(_: str | None) -> str:
+    return ""
+
+
+def _http_limits(settings: Settings) -> HttpLimits:
+    return HttpLimits(
+        max_request_bytes=settings.max_request_bytes,
+        max_input_size=settings.http_max_input_size,
+        max_request_tensors=settings.max_request_tensors,
+        max_tensor_elements=settings.max_tensor_elements,
+        max_json_depth=settings.max_json_depth,
+    )
+
+
+def _grpc_options(settings: Settings) -> GrpcOptions:
+    tls = None
+    if settings.grpc_use_ssl and settings.grpc_server_cert and settings.grpc_server_key:
+        root = settings.grpc_root_cert if settings.grpc_use_ssl_mutual else None
+        tls = Tls(settings.grpc_server_cert, settings.grpc_server_key, root)
+    return GrpcOptions(
+        host=settings.grpc_address,
+        port=settings.grpc_port,
+        keepalive=Keepalive(
+            time_ms=settings.grpc_keepalive_time,
+            timeout_ms=settings.grpc_keepalive_timeout,
+            permit_without_calls=settings.grpc_keepalive_permit_without_calls,
+            max_pings_without_data=settings.grpc_http2_max_pings_without_data,
+            min_recv_ping_interval_without_data_ms=settings.grpc_http2_min_recv_ping_interval_without_data,
+            max_ping_strikes=settings.grpc_http2_max_ping_strikes,
+            max_connection_age_ms=settings.grpc_max_connection_age,
+            max_connection_age_grace_ms=settings.grpc_max_connection_age_grace,
+        ),
+        tls=tls,
+        grace=float(settings.exit_timeout_secs),
+    )
+
+
+# --- models
+
+
+async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
+    """Load what is wanted at start and, in poll mode, follow the repository for as long as this runs."""
+    previous = (await asyncio.to_thread(repository.changes, {})).now if settings.model_control_mode == "poll" else {}
+    wanted = names
+    if settings.model_control_mode == "explicit" and "*" not in settings.load_model:
+        wanted = list(settings.load_model)
+    for name in wanted:
+        gateway.queue.publish(PoolState(name, reason="waiting to be loaded"))
+    await _send_all(gateway, [Load(name) for name in wanted])
+    gateway.service.start()
+    gateway.loaded.set()
+    while settings.model_control_mode == "poll":
+        await asyncio.sleep(settings.repository_poll_secs)
+        try:
+            changes = await asyncio.to_thread(repository.changes, previous)
+        except errors.GatewayError as problem:
+            log_event("repository_unreadable", logging.ERROR, reason=problem.message)
+            continue
+        previous = changes.now
+        commands: list[Command] = [Load(name) for name in (*changes.added, *changes.changed)]
+        await _send_all(gateway, [*commands, *(Unload(name) for name in changes.removed)])
+
+
+async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for command in commands:
+            tasks.create_task(_send(gateway, command))
+
+
+async def _send(gateway: Gateway, command: Command) -> None:
+    try:
+        await gateway.queue.send(command)
+    except errors.GatewayError:
+        pass  # the worker has logged it and published the reason

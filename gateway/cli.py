@@ -1,0 +1,148 @@
+"""The command `gateway`: `serve`, `models` and `--version`. Turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from gateway import __version__, engines, errors, placement
+from gateway.app import Gateway, running
+from gateway.config.arguments import parse_args
+from gateway.config.settings import Settings
+from gateway.queues.base import PoolState
+from gateway.repository import Repository
+from gateway.telemetry import configure_logging, log_event
+
+USAGE = """usage: gateway COMMAND [options]
+
+commands:
+  serve    serve a folder of models over HTTP and gRPC
+  models   show what a folder of models would serve, and what is wrong with the rest
+
+options:
+  --version   show the version
+  --help      show this; `gateway COMMAND --help` shows a command's options
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0 done, 1 failed, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments.pop(0) if arguments else "--help"
+    if command == "serve":
+        return _serve(parse_args(arguments))
+    if command == "models":
+        return _models(parse_args(arguments, prog="gateway models"))
+    if command in ("--version", "-V", "version"):
+        print(f"gateway {__version__}")
+        return 0
+    if command in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    print(f"gateway: unknown command '{command}'\n\n{USAGE}", end="", file=sys.stderr)
+    return 2
+
+
+def _serve(settings: Settings) -> int:
+    configure_logging(settings.log_format, settings.log_verbose)
+    try:
+        return _run(serve(settings))
+    except (OSError, errors.GatewayError) as problem:
+        print(f"gateway: {problem}", file=sys.stderr)
+        return 1
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status. A second signal ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log_event("stop_forced", logging.WARNING, signal=number.name)
+            os._exit(1)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    async with running(settings) as gateway, asyncio.TaskGroup() as tasks:
+        outcome = tasks.create_task(_announce(gateway, settings, stop))
+        await stop.wait()
+        outcome.cancel()
+    return outcome.result() if not outcome.cancelled() else 0
+
+
+async def _announce(gateway: Gateway, settings: Settings, stop: asyncio.Event) -> int:
+    """Once the first loads have ended, show what is served; stop with status 1 if that is not all and must be."""
+    await gateway.loaded.wait()
+    print(table(gateway.queue.pools()), file=sys.stderr)
+    if settings.exit_on_error and (failures := gateway.failures()):
+        log_event("exit_on_error", logging.ERROR, models=len(failures), first=failures[0])
+        stop.set()
+        return 1
+    return 0
+
+
+def table(pools: Sequence[PoolState]) -> str:
+    """Models, versions, states, devices and execution providers, as aligned text."""
+    rows = [("MODEL", "VERSION", "STATE", "RUNS ON", "")]
+    for pool in pools:
+        if not pool.versions:
+            rows.append((pool.model, "-", "UNAVAILABLE", "-", pool.reason))
+        for state in pool.versions:
+            places = Counter(f"{instance.device} {instance.provider}" for instance in state.instances)
+            where = ", ".join(f"{count} x {place}" for place, count in places.items()) or "-"
+            rows.append((pool.model, state.version, state.state, where, state.reason))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _models(settings: Settings) -> int:
+    """Read every model without loading it; status 1 when any has a problem."""
+    repository = Repository(
+        settings.model_repository,
+        engines.describe,
+        default_max_batch_size=settings.default_max_batch_size,
+        config_name=settings.model_config_name,
+    )
+    status = 0
+    for name in repository.scan():
+        try:
+            source = repository.read(name)
+            instances = sum(place.count for place in placement.plan(source.config, placement.devices()))
+        except errors.GatewayError as problem:
+            status = 1
+            print(f"{name}: UNAVAILABLE: {problem.message}")
+            continue
+        config = source.config
+        versions = ", ".join(str(number) for number in source.versions)
+        print(
+            f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
+            f"{instances} instance(s)"
+        )
+        for tensor in (*config.inputs, *config.outputs):
+            kind = "input " if tensor in config.inputs else "output"
+            print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
+        for warning in source.warnings:
+            print(f"    warning: {warning}")
+    return status
+
+
+def _run(serving: Coroutine[Any, Any, int]) -> int:
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:  # not on this platform; asyncio's own loop serves too, more slowly
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(serving)

@@ -1,0 +1,180 @@
+"""The settings of the gateway process, from `GATEWAY_*` variables and the command line.
+
+Names and defaults are tritonserver's where it has the setting, but for --exit-on-error: there one broken model
+keeps the others from serving. Each field carries its help text and its group,
+so that the command line (`arguments.py`) and the documentation have one source. Refuses what is unsafe or
+contradicts itself; opens no file but to see that it is there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1 << 20
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _setting(default: Any, group: str, description: str, **constraints: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
+
+
+class Settings(BaseSettings):
+    """One process's settings. Raises pydantic's `ValidationError`, a `ValueError`, for a bad or unsafe value."""
+
+    model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
+
+    model_repository: Annotated[tuple[Path, ...], NoDecode] = _setting(
+        ..., "models", "folder of models; repeat for several (variable: separated by ':')", min_length=1
+    )
+    model_control_mode: Literal["none", "poll", "explicit"] = _setting(
+        "none",
+        "models",
+        "none: load every model once; poll: follow changes in the folder; explicit: load on request, see --load-model",
+    )
+    load_model: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (), "models", "model to load at start in explicit mode; repeatable; '*' for all (variable: separated by ',')"
+    )
+    repository_poll_secs: PositiveInt = _setting(15, "models", "seconds between two looks at the folder in poll mode")
+    model_config_name: str = _setting(
+        "", "models", "use configs/NAME.pbtxt of a model that has it", pattern=r"^[\w.-]*$"
+    )
+    default_max_batch_size: NonNegativeInt = _setting(
+        4, "models", "max_batch_size of a model that can take batches and whose configuration leaves it open"
+    )
+    model_load_thread_count: PositiveInt = _setting(4, "models", "how many models are loaded side by side")
+    strict_readiness: bool = _setting(True, "models", "ready only when every model is ready")
+    exit_on_error: bool = _setting(
+        False, "models", "exit when a model fails to load at start; without it the others serve"
+    )
+    exit_timeout_secs: NonNegativeInt = _setting(30, "server", "seconds that a stop waits for accepted requests")
+    server_id: str = _setting(
+        "triton", "server", "the server's name in metadata; some Triton clients insist on 'triton'"
+    )
+
+    allow_http: bool = _setting(True, "http", "serve HTTP")
+    http_address: str = _setting("127.0.0.1", "http", "address to listen on")
+    http_port: Port = _setting(8000, "http", "port to listen on; 0 for any free one")
+    http_max_input_size: PositiveInt = _setting(
+        64 * MIB, "http", "bytes of JSON, of a raw binary body and of a decompressed body"
+    )
+    http_tls_cert: FilePath | None = _setting(None, "http", "PEM file of the certificate chain; turns TLS on")
+    http_tls_key: FilePath | None = _setting(None, "http", "PEM file of the certificate's private key")
+
+    allow_grpc: bool = _setting(True, "grpc", "serve gRPC")
+    grpc_address: str = _setting("127.0.0.1", "grpc", "address to listen on")
+    grpc_port: Port = _setting(8001, "grpc", "port to listen on; 0 for any free one")
+    grpc_use_ssl: bool = _setting(False, "grpc", "use TLS; needs --grpc-server-cert and --grpc-server-key")
+    grpc_use_ssl_mutual: bool = _setting(
+        False, "grpc", "also demand a certificate from clients; needs --grpc-root-cert"
+    )
+    grpc_server_cert: FilePath | None = _setting(None, "grpc", "PEM file of the certificate chain")
+    grpc_server_key: FilePath | None = _setting(None, "grpc", "PEM file of the certificate's private key")
+    grpc_root_cert: FilePath | None = _setting(
+        None, "grpc", "PEM file of the authority that clients' certificates are from"
+    )
+    grpc_keepalive_time: PositiveInt = _setting(7_200_000, "grpc", "ms without traffic until the server pings a client")
+    grpc_keepalive_timeout: PositiveInt = _setting(20_000, "grpc", "ms that a ping may stay unanswered")
+    grpc_keepalive_permit_without_calls: bool = _setting(False, "grpc", "ping also while no call is open")
+    grpc_http2_max_pings_without_data: NonNegativeInt = _setting(
+        2, "grpc", "pings without data in between; 0: any number"
+    )
+    grpc_http2_min_recv_ping_interval_without_data: NonNegativeInt = _setting(
+        300_000, "grpc", "ms that a client must leave between two pings"
+    )
+    grpc_http2_max_ping_strikes: NonNegativeInt = _setting(
+        2, "grpc", "bad pings until the connection is closed; 0: any number"
+    )
+    grpc_max_connection_age: NonNegativeInt = _setting(0, "grpc", "ms that a connection may live; 0: for ever")
+    grpc_max_connection_age_grace: NonNegativeInt = _setting(
+        0, "grpc", "ms that its open calls then have to finish; 0: any time"
+    )
+
+    allow_metrics: bool = _setting(True, "metrics", "serve Prometheus metrics at /metrics")
+    metrics_address: str = _setting("", "metrics", "address to listen on; the default is --http-address")
+    metrics_port: Port = _setting(8002, "metrics", "port to listen on; 0 for any free one")
+
+    token_file: FilePath | None = _setting(
+        None, "safety", "file with a line 'tenant:token' for each caller; requests must carry a token"
+    )
+    insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
+    max_request_bytes: PositiveInt = _setting(256 * MIB, "safety", "bytes of one request")
+    max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
+    max_request_tensors: PositiveInt = _setting(256, "safety", "inputs, and outputs, of one request")
+    max_tensor_elements: PositiveInt = _setting(1 << 28, "safety", "elements of one tensor")
+    max_json_depth: PositiveInt = _setting(100, "safety", "levels of nesting in JSON")
+    max_connections: PositiveInt = _setting(1000, "safety", "open connections of each listener")
+
+    log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
+    log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
+    log_access: bool = _setting(False, "logging", "log a line for every request")
+
+    @field_validator("model_repository", mode="before")
+    @classmethod
+    def _split_paths(cls, value: Any) -> Any:
+        return value.split(os.pathsep) if isinstance(value, str) else value
+
+    @field_validator("load_model", mode="before")
+    @classmethod
+    def _split_names(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_http_address(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if values.get("metrics_address"):
+            return values
+        default = cls.model_fields["http_address"].default
+        return values | {"metrics_address": values.get("http_address", default)}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        if self.load_model and self.model_control_mode != "explicit":
+            raise ValueError(
+                "--load-model needs --model-control-mode explicit; in the other modes every model is loaded"
+            )
+        if "*" in self.load_model and len(self.load_model) > 1:
+            raise ValueError("--load-model '*' loads every model; give it alone")
+        if (self.http_tls_cert is None) != (self.http_tls_key is None):
+            raise ValueError("--http-tls-cert and --http-tls-key belong together; give both or neither")
+        if self.grpc_use_ssl and (self.grpc_server_cert is None or self.grpc_server_key is None):
+            raise ValueError("--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key")
+        if self.grpc_use_ssl_mutual and (not self.grpc_use_ssl or self.grpc_root_cert is None):
+            raise ValueError("--grpc-use-ssl-mutual needs --grpc-use-ssl and --grpc-root-cert")
+        return self
+
+    @model_validator(mode="after")
+    def _safe(self) -> Settings:
+        if self.insecure or self.token_file is not None:
+            return self
+        exposed = [
+            (f"--{name}-address", address)
+            for name, allowed, address in (
+                ("http", self.allow_http, self.http_address),
+                # A client certificate says who calls as well as a token does.
+                ("grpc", self.allow_grpc and not self.grpc_use_ssl_mutual, self.grpc_address),
+                ("metrics", self.allow_metrics, self.metrics_address),
+            )
+            if allowed and not _loopback(address)
+        ]
+        if exposed:
+            flag, address = exposed[0]
+            raise ValueError(
+                f"{flag} {address} can be reached from other machines, and anyone there could use the gateway. Give "
+                "--token-file FILE so that callers must show a token, or --insecure if the network is closed"
+            )
+        return self
+
+
+def _loopback(address: str) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False  # a host name may mean any address

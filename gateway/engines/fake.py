@@ -1,0 +1,196 @@
+"""The fake backend, for tests and for measuring the gateway without a model. Shipped; needs no model file.
+
+Output i is made from input i (the last one if there are fewer). Where type and shape agree it is that input;
+otherwise every element of a row is that row's first element, converted: numbers to BYTES as text, BYTES to
+numbers as their length. So row i of an answer shows whether it belongs to row i of the request.
+
+Parameters in `config.pbtxt`, all optional:
+- `a_us`, `b_us`: a run takes a + b * rows microseconds, asleep, without the GIL.
+- `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
+  its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
+- `rows_delta`: answer with so many rows too many (or, negative, too few).
+- `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import numpy as np
+
+from gateway import errors
+from gateway.config.model import ModelConfig, TensorConfig
+from gateway.engines.base import EngineSpec
+from gateway.types import Array, Batch, DataType
+
+
+def load(spec: EngineSpec, count: int) -> list[FakeModel]:
+    """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number."""
+    return [FakeModel(spec.config) for _ in range(count)]
+
+
+class FakeModel:
+    """Computes as the module says. `runs` holds the row counts of its last 1,000 runs, counted as they begin."""
+
+    provider = "Fake"
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.runs: deque[int] = deque(maxlen=1000)
+        self._config = config
+        self._base = _number(config, "a_us") / 1e6
+        self._per_row = _number(config, "b_us") / 1e6
+        self._rows_delta = int(_number(config, "rows_delta"))
+        self._gate = config.parameters.get("gate", "")
+        self._closing = threading.Event()
+
+    def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        """See `Loaded.compute`."""
+        self.runs.append(batch.rows)
+        if self._gate:
+            _wait_at(self._gate, batch.rows)
+        arrays = [inputs[tensor.name] for tensor in self._config.inputs if tensor.name in inputs]
+        self._misbehave(arrays[0])
+        time.sleep(self._base + self._per_row * batch.rows)
+        return {
+            tensor.name: self._output(tensor, arrays[min(index, len(arrays) - 1)])
+            for index, tensor in enumerate(self._config.outputs)
+            if not batch.outputs or tensor.name in batch.outputs
+        }
+
+    def interrupt(self) -> None:
+        """Let a hung run end."""
+        self._closing.set()
+
+    def _misbehave(self, first: Array) -> None:
+        if self._triggers("hang", first):
+            self._closing.wait()
+            raise errors.Unavailable("the fake model hung until its engine was closed")
+        if self._triggers("crash", first):
+            if self._config.parameters.get("allow_crash") == "true":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise SystemError("the fake model crashed, as its input asked")
+        if self._triggers("poison", first):
+            raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
+
+    def _triggers(self, parameter: str, first: Array) -> bool:
+        if parameter not in self._config.parameters:
+            return False
+        text = self._config.parameters[parameter]
+        value = text.encode() if first.dtype == object else float(text)
+        return bool(np.any(first == value))
+
+    def _output(self, tensor: TensorConfig, source: Array) -> Array:
+        batched = self._config.max_batch_size > 0
+        rows = source if batched else source[np.newaxis]
+        dims = tensor.dims if tensor.reshape is None else tensor.reshape
+        result = _rows_of(tensor.datatype, dims, rows)
+        if not batched:
+            return cast("Array", result[0])
+        return np.resize(result, (len(rows) + self._rows_delta, *result.shape[1:])) if self._rows_delta else result
+
+
+def _rows_of(datatype: DataType, dims: tuple[int, ...], source: Array) -> Array:
+    given = source.shape[1:]
+    alike = len(given) == len(dims)
+    if (
+        source.dtype == datatype.dtype
+        and alike
+        and all(want in (-1, got) for want, got in zip(dims, given, strict=True))
+    ):
+        return source
+    shape = tuple((given[axis] if alike else 1) if dim == -1 else dim for axis, dim in enumerate(dims))
+    result = np.empty((len(source), *shape), datatype.dtype)
+    for target, row in zip(result, source, strict=True):
+        target[...] = _convert(row.flat[0], datatype) if row.size else _convert(0, datatype)
+    return result
+
+
+def _convert(value: object, datatype: DataType) -> object:
+    if isinstance(value, bytes):
+        return value if datatype is DataType.BYTES else len(value)
+    return str(value).encode() if datatype is DataType.BYTES else value
+
+
+def _number(config: ModelConfig, key: str) -> float:
+    text = config.parameters.get(key, "0")
+    try:
+        return float(text)
+    except ValueError:
+        raise errors.InvalidArgument(
+            f"parameter '{key}' of model '{config.name}' must be a number, got '{text}'; correct it in config.pbtxt"
+        ) from None
+
+
+def _wait_at(path: str, rows: int) -> None:
+    with socket.socket(socket.AF_UNIX) as line:
+        try:
+            line.connect(path)
+            line.sendall(str(rows).encode())
+            line.recv(1)
+        except (FileNotFoundError, ConnectionError):
+            return  # nobody holds the gate
+
+
+class Gate:
+    """Holds every run of the fake models whose parameter `gate` is its path, in this process or another.
+
+    For tests that need to know that a run has begun and to say when it ends, without clocks. A context
+    manager: leaving it releases all. The path must be short (a Unix socket's, about 100 bytes).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._arrived: asyncio.Queue[HeldRun] = asyncio.Queue()
+        self._held: list[HeldRun] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.get_running_loop().create_unix_server(self._accept, str(self._path))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.close()
+        for run in self._held:
+            run.release()
+        self._path.unlink(missing_ok=True)
+
+    async def arrival(self) -> HeldRun:
+        """The next run at the gate, in order of arrival."""
+        return await self._arrived.get()
+
+    def _accept(self) -> HeldRun:
+        run = HeldRun(self._arrived)
+        self._held.append(run)
+        return run
+
+
+class HeldRun(asyncio.Protocol):
+    """One run that waits at a gate; `rows` is its batch's."""
+
+    def __init__(self, arrived: asyncio.Queue[HeldRun]) -> None:
+        self.rows = 0
+        self._arrived = arrived
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio.Protocol."""
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        self.rows = int(data)
+        self._arrived.put_nowait(self)
+
+    def release(self) -> None:
+        """Let the run go on."""
+        self._transport.close()

@@ -1,0 +1,265 @@
+"""The ONNX Runtime backend: sessions, and arrays in and out of them.
+
+One version on one device has one narrow session (`spec.threads`) and, when a lone run may use more cores, a
+wide one; all engines of the version share both, since a session may be run from many threads. A run with
+`batch.cores` of the whole device takes the wide one. Options a Triton `config.pbtxt` gives its onnxruntime
+backend are honoured. It promises errors without paths; it does not batch, check shapes or choose devices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnxruntime as ort
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtInvalidArgument
+
+from gateway import errors
+from gateway.config.fit import check_fit
+from gateway.config.model import ModelConfig, TensorConfig
+from gateway.engines import tensors
+from gateway.engines.base import EngineSpec
+from gateway.types import Array, Batch, DataType, ModelIO, TensorSpec
+
+Session: TypeAlias = Any  # onnxruntime.InferenceSession, which has no stubs
+
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+_CPU = "CPUExecutionProvider"
+_LEVELS = {  # Triton's optimization.graph.level
+    "-1": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "1": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "2": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_SOURCE = re.compile(r"\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()\n]*::[^()\n]*\([^()\n]*\)(?: const)? )?")
+_PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
+
+
+def load(spec: EngineSpec, count: int) -> list[OnnxModel]:
+    """Load a version and return one model for each of `count` engines, sharing sessions. Blocking.
+
+    Raises `Unavailable` for a file that is missing or does not load, `InvalidArgument` for a configuration
+    that does not fit it.
+    """
+    _prepare()
+    name = spec.config.default_model_filename or "model.onnx"
+    label = f"{spec.config.name}/{spec.version}/{name}"
+    fixed = _whole(spec.config, "intra_op_thread_count")
+    threads = fixed or spec.threads
+    elastic = not fixed and spec.cores > spec.threads
+    narrow = _session(spec.path / name, label, _options(spec.config, threads), _providers(spec))
+    io = _describe(narrow, label)
+    check_fit(spec.config, io)
+    wide = _session(spec.path / name, label, _options(spec.config, spec.cores), _providers(spec)) if elastic else None
+    return [OnnxModel(spec, io, narrow, wide) for _ in range(count)]
+
+
+def describe(path: Path) -> ModelIO:
+    """What an ONNX file takes and gives, batch dimension included; -1 for each named or unknown dimension.
+
+    ONNX Runtime tells a tensor of unknown rank and a scalar alike: both have the shape (). Blocking. Raises
+    `Unavailable` when the file does not load, `Unsupported` for an input or output that is not a tensor.
+    """
+    _prepare()
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return _describe(_session(path, path.name, options, [_CPU]), path.name)
+
+
+class OnnxModel:
+    """One engine's use of the sessions of a version."""
+
+    def __init__(self, spec: EngineSpec, io: ModelIO, narrow: Session, wide: Session | None) -> None:
+        self.provider: str = narrow.get_providers()[0]
+        self.warnings = _fallback(spec.config.execution_providers, self.provider)
+        self.wide_runs = 0  # runs that had every core
+        self._cores = spec.cores
+        self._config = spec.config
+        self._narrow = narrow
+        self._wide = wide
+        self._outputs = [tensor.name for tensor in spec.config.outputs]
+        self._text = _named(spec.config.inputs, DataType.BYTES)
+        self._bf16 = _named(spec.config.inputs, DataType.BF16)
+        # A configuration has no word for a scalar: clients see dims [1], and the dimension goes and comes here.
+        self._scalars = {tensor.name for tensor in (*io.inputs, *io.outputs) if not tensor.shape}
+        # Only OrtValues carry BF16, and they cost more, so only a model that has any pays for them.
+        self._by_value = bool(self._bf16 or _named(spec.config.outputs, DataType.BF16))
+        if self._by_value and self._text:
+            raise errors.Unsupported(
+                f"model '{spec.config.name}' has BYTES inputs and BF16 tensors, which ONNX Runtime's Python interface "
+                "cannot pass together; cast BF16 to FP32 at the model's edge"
+            )
+        self._options = _run_options(spec.config)
+
+    def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
+        """See `Loaded.compute`. Raises `InvalidArgument` or `Internal` in ONNX Runtime's words, without paths."""
+        names = list(batch.outputs) or self._outputs
+        session = self._pick(batch.cores)
+        feed = {name: self._encode(name, array) for name, array in inputs.items()}
+        try:
+            if self._by_value:
+                values = session.run_with_ort_values(names, tensors.to_values(feed, self._bf16), self._options)
+                arrays = [tensors.from_value(value) for value in values]
+            else:
+                arrays = session.run(names, feed, self._options)
+        except Exception as problem:  # ONNX Runtime's exceptions have no other common base
+            raise self._explain(problem) from problem
+        return {name: self._decode(name, array) for name, array in zip(names, arrays, strict=True)}
+
+    def interrupt(self) -> None:
+        """Have a run in progress end before its next operator."""
+        self._options.terminate = True
+
+    def _pick(self, cores: int) -> Session:
+        if self._wide is None or cores < self._cores:
+            return self._narrow
+        self.wide_runs += 1
+        return self._wide
+
+    def _encode(self, name: str, array: Array) -> Array:
+        if name in self._scalars:
+            array = array.reshape(())
+        if name not in self._text:
+            return tensors.aligned(array)
+        try:
+            return tensors.to_text(array)
+        except UnicodeDecodeError:
+            raise errors.InvalidArgument(
+                f"input '{name}' of model '{self._config.name}' holds a string that is not UTF-8, and an ONNX model "
+                "takes no other; send UTF-8, or binary data as base64"
+            ) from None
+
+    def _decode(self, name: str, array: Array) -> Array:
+        array = tensors.to_bytes(array)
+        return array.reshape(1) if name in self._scalars and not array.shape else array
+
+    def _explain(self, problem: Exception) -> errors.GatewayError:
+        if self._options.terminate:
+            return errors.Unavailable(
+                f"model '{self._config.name}' was unloaded during the run; send the request again"
+            )
+        kind = errors.InvalidArgument if isinstance(problem, OrtInvalidArgument) else errors.Internal
+        return kind(f"model '{self._config.name}' failed: {_plain(str(problem))}")
+
+
+def _named(tensor_configs: Sequence[TensorConfig], datatype: DataType) -> set[str]:
+    return {tensor.name for tensor in tensor_configs if tensor.datatype is datatype}
+
+
+def _prepare() -> None:
+    """What holds for the process: one onnxruntime, no telemetry, quiet unless something is wrong."""
+    installed = [name for name in _DISTRIBUTIONS if _installed(name)]
+    if len(installed) > 1:
+        raise errors.Unavailable(
+            f"{' and '.join(installed)} are installed together and overwrite each other's files; run "
+            f"`pip uninstall -y {' '.join(installed)}`, then install one: 'lockgate[cpu]' or 'lockgate[gpu]'"
+        )
+    ort.disable_telemetry_events()
+    ort.set_default_logger_severity(3)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _session(path: Path, label: str, options: Any, providers: Sequence[Any]) -> Session:
+    if not path.is_file():
+        raise errors.Unavailable(f"{label} is missing; put the model there, or set default_model_filename")
+    try:
+        return ort.InferenceSession(path, options, providers=providers)
+    except Exception as problem:  # ONNX Runtime's exceptions have no other common base
+        reason = _plain(str(problem).replace(str(path), label))
+        raise errors.Unavailable(
+            f"{label} does not load in ONNX Runtime {ort.__version__}: {reason}. Check that the file is whole, "
+            "or export it again for this version"
+        ) from problem
+
+
+def _options(config: ModelConfig, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = _whole(config, "inter_op_thread_count") or 1
+    if config.parameters.get("execution_mode") == "1":
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    options.graph_optimization_level = _LEVELS.get(
+        str(config.proto.optimization.graph.level), ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    )
+    options.enable_cpu_mem_arena = config.parameters.get("enable_mem_arena") != "0"
+    # A pattern is kept for every shape ever seen: with open dimensions memory grows, and nothing gets quicker
+    # (200 runs of MiniLM at random lengths: 67 MB of growth with patterns, 46 without, in the same time).
+    options.enable_mem_pattern = config.parameters.get("enable_mem_pattern") == "1"
+    # Spinning threads take the cores of other sessions and of the event loop.
+    entries = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+    entries |= {key: value for key, value in config.parameters.items() if key.startswith("session.")}
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _run_options(config: ModelConfig) -> Any:
+    options = ort.RunOptions()
+    options.log_severity_level = 4  # a failed run raises; logging it too would let clients fill the log
+    shrinkage = "memory.enable_memory_arena_shrinkage"
+    if shrinkage in config.parameters:
+        options.add_run_config_entry(shrinkage, config.parameters[shrinkage])
+    return options
+
+
+def _whole(config: ModelConfig, key: str) -> int:
+    """A parameter that is a count; 0, Triton's word for "you choose", when it is absent."""
+    text = config.parameters.get(key, "0")
+    if not text.isdecimal():
+        raise errors.InvalidArgument(
+            f"parameter '{key}' of model '{config.name}' must be a whole number, got '{text}'; correct it in config.pbtxt"
+        )
+    return int(text)
+
+
+def _providers(spec: EngineSpec) -> list[Any]:
+    """The wanted providers that this build has, on the engine's device, and the CPU to fall back to."""
+    wanted = [name for name in spec.config.execution_providers if name in ort.get_available_providers()]
+    on_gpu = spec.device.startswith("gpu:")
+    device = {"device_id": spec.device.removeprefix("gpu:")} if on_gpu else {}
+    return [(name, {} if name == _CPU else device) for name in dict.fromkeys((*wanted, _CPU))]
+
+
+def _fallback(wanted: Sequence[str], provider: str) -> tuple[str, ...]:
+    if not wanted or wanted[0] == provider:
+        return ()
+    reason = (
+        "it did not start here, the log above says why; check driver, CUDA and cuDNN versions"
+        if wanted[0] in ort.get_available_providers()
+        else "this build of onnxruntime does not have it; install 'lockgate[gpu]' for NVIDIA GPUs"
+    )
+    return (f"runs on {provider} and not on {wanted[0]}: {reason}",)
+
+
+def _describe(session: Session, label: str) -> ModelIO:
+    return ModelIO(
+        tuple(_spec(node, "input", label) for node in session.get_inputs()),
+        tuple(_spec(node, "output", label) for node in session.get_outputs()),
+    )
+
+
+def _spec(node: Any, kind: str, label: str) -> TensorSpec:
+    if node.type not in tensors.DATATYPES:
+        raise errors.Unsupported(
+            f"{label}: {kind} '{node.name}' is a {node.type}, which the protocol cannot carry; export the model with "
+            "tensors of its types (for a scikit-learn classifier: without ZipMap)"
+        )
+    shape = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in node.shape)
+    return TensorSpec(node.name, tensors.DATATYPES[node.type], shape)
+
+
+def _plain(text: str) -> str:
+    """ONNX Runtime's message without its error code, C++ source places, and paths."""
+    return " ".join(_PATH.sub("<path>", _SOURCE.sub("", _PREFIX.sub("", text))).split())[:500]

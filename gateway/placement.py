@@ -1,0 +1,115 @@
+"""Devices, and which instances of a model live where with how many threads.
+
+`cpu_cores` is what this process may use, not what the machine has. `plan` is a pure function of a model's
+configuration and the devices. Nothing here loads anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway import errors
+from gateway.config.model import InstanceGroup, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What batches compete for: `kind` is `cpu` or `gpu`; `cores` is how many one-core runs fit at once."""
+
+    name: str  # "cpu", "gpu:0", ...
+    kind: str
+    cores: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """So many instances of a model on one device.
+
+    `threads` is how many cores each run gets when the device is loaded, `cores` how many a lone run may use.
+    """
+
+    device: Device
+    count: int
+    threads: int
+    cores: int
+
+
+def devices() -> list[Device]:
+    """The devices of this process: its share of the CPU. GPUs are not looked for yet."""
+    return [Device("cpu", "cpu", cpu_cores())]
+
+
+def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
+    """Where the instances of a model live, one entry a device, in the order of its instance groups.
+
+    On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
+    cores. On a GPU it is one instance and one core. Raises `Unavailable` for a GPU that is not there.
+    """
+    counts: dict[Device, int] = {}
+    for group in config.instance_groups or (InstanceGroup(),):
+        for device in _devices_of(group, config.name, available):
+            count = group.count or (device.cores if device.kind == "cpu" else 1)
+            counts[device] = counts.get(device, 0) + count
+    return [Placement(device, count, max(1, device.cores // count), device.cores) for device, count in counts.items()]
+
+
+def _devices_of(group: InstanceGroup, model: str, available: Sequence[Device]) -> list[Device]:
+    gpus = {device.name: device for device in available if device.kind == "gpu"}
+    wanted = [f"gpu:{index}" for index in group.gpus] or list(gpus)
+    if group.kind == "cpu" or (group.kind == "auto" and (not gpus or not set(wanted) <= set(gpus))):
+        return [device for device in available if device.kind == "cpu"]
+    missing = sorted(set(wanted) - set(gpus))
+    if missing or not wanted:
+        which = ", ".join(name.removeprefix("gpu:") for name in missing) or "any"
+        raise errors.Unavailable(
+            f"instance group of model '{model}' specifies invalid or unsupported gpu id {which}. "
+            f"GPUs this gateway can use: {', '.join(gpus) or 'none'}. Use kind: KIND_AUTO or KIND_CPU in its "
+            "config.pbtxt to serve it without"
+        )
+    return [gpus[name] for name in wanted]
+
+
+def cpu_cores(root: Path = Path("/")) -> int:
+    """How many cores this process may use: the least of its affinity and its control groups' quotas, at least 1.
+
+    A quota of 2.5 cores counts as 2: a third thread would only wait for the next period. `root` is where
+    /proc and /sys are.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([usable, *(int(quota) for quota in _quotas(root))]))
+
+
+def _quotas(root: Path) -> list[float]:
+    """The CPU quotas, in cores, of this process's control groups and all above them, version 1 and 2."""
+    quotas: list[float] = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / controllers
+        # In a container the path may be the host's, so what is not there counts as the root.
+        folder = mount / group.lstrip("/")
+        while True:
+            quotas += _quota(folder)
+            if folder == mount:
+                break
+            folder = folder.parent
+    return quotas
+
+
+def _quota(folder: Path) -> list[float]:
+    limit, _, period = _read(folder / "cpu.max").partition(" ")
+    if not limit:
+        limit, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    unlimited = not limit or not period or limit in ("max", "-1")
+    return [] if unlimited else [int(limit) / int(period)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,227 @@
+"""Reads a model from its folder into a `ModelSource`: all that a worker needs to load it.
+
+Promises that a `ModelSource` is complete and checked, so that what can still fail is the model file itself,
+and that a refusal names file, line and remedy. Loads nothing: `describe`, given by the application, is how
+it learns the inputs and outputs that a configuration leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.config.build import build
+from gateway.config.complete import complete, fill_backend
+from gateway.config.fit import check_fit
+from gateway.config.model import ModelConfig, ModelConfigProto
+from gateway.config.parse import Source, empty, parse_json, parse_text
+from gateway.config.support import require_supported, warnings
+from gateway.errors import GatewayError, InvalidArgument, NotFound, Unsupported
+from gateway.repository import layout
+from gateway.repository.fingerprint import Changes, Fingerprint, diff, fingerprint
+from gateway.repository.layout import Found
+from gateway.types import ModelIO
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model as the repository has it now.
+
+    `versions` are the folders that the version policy chooses, by number, lowest first. `warnings` say what
+    of the folder or its configuration has no effect.
+    """
+
+    name: str
+    config: ModelConfig
+    versions: Mapping[int, Path]
+    warnings: tuple[str, ...]
+    fingerprint: Fingerprint
+
+
+class Repository:
+    """One or more folders of models. Holds no state: every call reads the files as they are."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        describe: Callable[[Path], ModelIO],
+        *,
+        backends: Collection[str] = ("onnxruntime", "fake"),
+        gpus: Sequence[int] = (),
+        default_max_batch_size: int = 4,
+        config_name: str = "",
+    ) -> None:
+        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
+        the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it.
+        """
+        self._paths = tuple(path.absolute() for path in paths)
+        self._describe = describe
+        self._backends = frozenset(backends)
+        self._gpus = tuple(gpus)
+        self._default_max_batch_size = default_max_batch_size
+        self._config_name = config_name
+
+    def scan(self) -> dict[str, Found]:
+        """Every model folder in name order. Raises `GatewayError` when a repository cannot be read."""
+        return layout.scan(self._paths)
+
+    def changes(self, previous: Mapping[str, Fingerprint]) -> Changes:
+        """What has changed on disk since `previous`, the `now` of an earlier call."""
+        now = {}
+        for name, found in self.scan().items():
+            prints = [fingerprint(path, layout.versions(path)[0]) for path in found.paths]
+            now[name] = prints[0] if len(prints) == 1 else Fingerprint(repr(prints), {})
+        return diff(previous, now)
+
+    def read(self, name: str, parameters: Mapping[str, str] | None = None) -> ModelSource:
+        """Read one model. `parameters` are a load request's: `config` is JSON used in place of the file.
+
+        Raises `NotFound` for a name that is in no repository, `Unavailable` for files that cannot be read and
+        otherwise `InvalidArgument` or `Unsupported` with file, line and remedy.
+        """
+        override = _override(parameters or {})
+        folder = self._folder(name)
+        source = None if override else layout.config_source(folder, self._config_name)
+        source = source or Source("model configuration")
+        proto = parse_json(override) if override else parse_text(source) if source.text else empty()
+        if proto.name not in ("", name):
+            raise source.error(
+                f"unexpected directory name '{name}' for model '{proto.name}', directory name must equal model name. "
+                "Make them equal, or remove name",
+                "name",
+            )
+        numbered, ignored = layout.versions(folder)
+        chosen, absent = _choose(proto, name, numbered, source)
+        newest = chosen[max(chosen)]
+        proto = fill_backend(proto, name, layout.names(newest))
+        require_supported(proto, self._backends, source)
+        config = self._config(proto, folder, chosen, source)
+        return ModelSource(
+            name=name,
+            config=config,
+            versions=chosen,
+            warnings=(*ignored, *absent, *warnings(proto, source)),
+            fingerprint=fingerprint(folder, numbered, override),
+        )
+
+    def _folder(self, name: str) -> Path:
+        found = self.scan().get(name)
+        if found is None:
+            raise NotFound(f"model '{name}' is in no model repository")
+        if len(found.paths) > 1:
+            places = ", ".join(f"'{path.parent.name}'" for path in found.paths)
+            raise InvalidArgument(
+                f"model '{name}' appears in two or more repositories ({places}); rename or remove all but one"
+            )
+        return found.paths[0]
+
+    def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
+        model = _model_file(proto, folder, chosen, source)
+        io = None
+        if model is not None and not (proto.input and proto.output):
+            io = self._describe_file(model, folder)
+            proto = complete(proto, io, self._default_max_batch_size, source)
+        config = build(proto, source, gpus=self._gpus, labels=_labels(proto, folder, source))
+        if io is not None:
+            check_fit(config, io)
+        for sample in config.warmup:
+            for data in sample.inputs.values():
+                if data.source not in ("zero", "random"):
+                    _existing(folder / "warmup", data.source, folder.parent, source, "input_data_file")
+        return config
+
+    def _describe_file(self, model: Path, folder: Path) -> ModelIO:
+        where = f"{folder.name}/{model.relative_to(folder)}"
+        try:
+            return self._describe(model)
+        except GatewayError as problem:
+            raise InvalidArgument(f"{where}: {problem.message}") from None
+        except Exception as problem:  # noqa: BLE001 - a broken file makes its reader raise anything
+            text = str(problem).replace(str(model), model.name)
+            raise InvalidArgument(
+                f"{where} cannot be read: {text}. Check that the file is a whole ONNX model"
+            ) from None
+
+
+def _override(parameters: Mapping[str, str]) -> str:
+    for key in parameters:
+        if key.startswith("file:"):
+            raise Unsupported(
+                f"load parameter '{key}' is not supported by this version; put the file into the model repository"
+            )
+        if key != "config":
+            raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config'")
+    return parameters.get("config", "")
+
+
+def _choose(
+    proto: ModelConfigProto, name: str, numbered: Mapping[int, Path], source: Source
+) -> tuple[dict[int, Path], list[str]]:
+    """The versions that the policy chooses, and a warning for each that it names and that is not there."""
+    if not numbered:
+        raise InvalidArgument(f"model '{name}' has no version folder; put its model file into {name}/1/")
+    policy = proto.version_policy
+    kind = policy.WhichOneof("policy_choice")
+    wanted = sorted(numbered)
+    if kind == "specific":
+        wanted = sorted(set(policy.specific.versions))
+    elif kind != "all":
+        wanted = wanted[-max(policy.latest.num_versions, 1) :]
+    absent = [number for number in wanted if number not in numbered]
+    if len(absent) == len(wanted):
+        raise source.error(
+            f"at least one version must be available under the version policy of model '{name}'; there are: "
+            f"{', '.join(map(str, numbered))}",
+            "version_policy",
+        )
+    texts = [
+        source.describe(f"version {number} is specified and folder '{name}/{number}' is not there", "version_policy")
+        for number in absent
+    ]
+    return {number: numbered[number] for number in wanted if number in numbered}, texts
+
+
+def _model_file(proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> Path | None:
+    """The model file of the newest version that has it; None for a backend without files."""
+    name = proto.default_model_filename
+    if not name:
+        return None
+    files = [layout.below(chosen[number], name, folder.parent) for number in sorted(chosen, reverse=True)]
+    if None in files:
+        raise _leaves(name, source, "default_model_filename")
+    # A version whose file is missing fails by itself when it is loaded; here it must not stop the others.
+    if there := [path for path in files if path is not None and path.exists()]:
+        return there[0]
+    newest = chosen[max(chosen)]
+    holds = ", ".join(layout.names(newest)) or "nothing"
+    raise source.error(
+        f"'{folder.name}/{newest.name}/{name}' is not there; the folder holds: {holds}. Put the model file there, or "
+        "set default_model_filename",
+        "default_model_filename",
+    )
+
+
+def _labels(proto: ModelConfigProto, folder: Path, source: Source) -> dict[str, tuple[str, ...]]:
+    """The class names of each output that has a label_filename: one a line, in index order."""
+    labels = {}
+    for output in proto.output:
+        if output.label_filename:
+            path = _existing(folder, output.label_filename, folder.parent, source, "label_filename")
+            labels[output.name] = tuple(layout.read_text(path, output.label_filename).splitlines())
+    return labels
+
+
+def _existing(base: Path, name: str, repository: Path, source: Source, field: str) -> Path:
+    path = layout.below(base, name, repository)
+    if path is None:
+        raise _leaves(name, source, field)
+    if not path.is_file():
+        raise source.error(
+            f"{field} '{name}' is not in folder '{base.name}'; put it there or remove {field}", field, name
+        )
+    return path
+
+
+def _leaves(name: str, source: Source, field: str) -> InvalidArgument:
+    return source.error(f"{field} '{name}' leads out of the model repository; use a name inside it", field, name)

@@ -1,0 +1,169 @@
+"""What every gRPC call goes through, whichever library carried it here.
+
+Who calls and until when, from metadata; running an inference from bytes to bytes; which calls are running,
+so that a stop can refuse new ones and wait for the rest; and which error a client may see. Knows no gRPC
+library.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeAlias
+
+from gateway import errors
+from gateway.transport.grpc import codec
+from gateway.types import Infer, InferRequest, InferResponse
+
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+Authenticate: TypeAlias = Callable[[str | None], str]
+"""Tenant of an `authorization` value; raises `Unauthenticated` or `PermissionDenied`."""
+
+_FOREVER = 1e9  # seconds; the libraries report "no deadline" as some huge number
+_log = logging.getLogger("gateway.grpc")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling, when the call ends (`time.monotonic` seconds), and how many seconds a request of it has."""
+
+    tenant: str
+    deadline: float | None
+    timeout: float | None
+
+
+class Running:
+    """A context manager that counts calls. Once `close`d it refuses new ones with `Unavailable`."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._until = 0.0
+        self._on_close: set[Callable[[], object]] = set()
+
+    def __enter__(self) -> None:
+        if self.closed:
+            raise stopping()
+        self._count += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._count -= 1
+        if self.closed and not self._count:
+            self._idle.set()
+
+    def on_close(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have `callback` called at `close`; returns what takes that back."""
+        self._on_close.add(callback)
+        return lambda: self._on_close.discard(callback)
+
+    async def close(self, grace: float) -> None:
+        """Refuse new calls, and return when those running have ended or `grace` seconds are over."""
+        self.closed = True
+        for callback in tuple(self._on_close):
+            callback()
+        until = time.monotonic() + grace
+        if self._count:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(grace):
+                    await self._idle.wait()
+        # Set only now, because a wait that is cancelled means a forced stop, which has no time left.
+        self._until = until
+
+    def left(self) -> float:
+        """How many seconds of the grace are left; 0 before `close` and after a `close` that was cancelled."""
+        return max(self._until - time.monotonic(), 0.0)
+
+
+class Calls:
+    """The calls of one server."""
+
+    def __init__(self, infer: Infer, authenticate: Authenticate, max_message_bytes: int) -> None:
+        self.infer = infer
+        self.running = Running()
+        self._authenticate = authenticate
+        self._max_message_bytes = max_message_bytes
+
+    def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
+        """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
+        authorization: str | None = None
+        timeout: float | None = None
+        for key, value in metadata:
+            if key == "authorization":
+                authorization = str(value)
+            elif key == "x-request-timeout-ms":
+                timeout = _timeout(value)
+        deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
+        return Caller(self._authenticate(authorization), deadline, timeout)
+
+    def request(self, payload: bytes, caller: Caller) -> InferRequest:
+        """A request from its serialized message. Raises `GatewayError`."""
+        if len(payload) > self._max_message_bytes:
+            raise errors.ResourceExhausted(
+                f"the request message of {len(payload)} bytes is larger than the limit of {self._max_message_bytes}"
+            )
+        request = codec.decode(payload)
+        request.tenant = caller.tenant
+        request.deadline = caller.deadline
+        if caller.timeout is not None:
+            until = time.monotonic() + caller.timeout
+            request.deadline = until if caller.deadline is None else min(until, caller.deadline)
+        return request
+
+    async def answer(self, payload: bytes, metadata: Metadata, remaining: float | None) -> bytes:
+        """ModelInfer: the one answer to a request, both serialized. Raises `GatewayError` only."""
+        try:
+            with self.running:
+                request = self.request(payload, self.caller(metadata, remaining))
+                return self.limited(codec.encode(await self._only(request)))
+        except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
+            raise explain(error) from None
+
+    def limited(self, message: bytes) -> bytes:
+        """`message` itself, or `InvalidArgument` if it is too large to send."""
+        if len(message) > self._max_message_bytes:
+            raise errors.InvalidArgument(
+                f"the response message of {len(message)} bytes is larger than the limit of {self._max_message_bytes}"
+            )
+        return message
+
+    async def _only(self, request: InferRequest) -> InferResponse:
+        answer: InferResponse | None = None
+        async with aclosing(self.infer(request)) as responses:
+            async for response in responses:
+                if answer is not None or not response.final:
+                    raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+                answer = response
+        if answer is None:
+            raise errors.Internal(f"model '{request.model_name}' ended without an answer")
+        return answer
+
+
+def explain(error: Exception) -> errors.GatewayError:
+    """The error a client may see; one that is not ours goes to the log and none of it to the client."""
+    if isinstance(error, errors.GatewayError):
+        return error
+    _log.error("a gRPC call failed unexpectedly", exc_info=error)
+    return errors.Internal("internal error")
+
+
+def stopping() -> errors.Unavailable:
+    """What a call meets that arrives after the stop began."""
+    return errors.Unavailable("GRPC server is shutting down and has stopped accepting new requests.")
+
+
+def _timeout(value: str | bytes) -> float:
+    with suppress(ValueError):
+        milliseconds = float(value)
+        if 0 < milliseconds < _FOREVER:
+            return milliseconds / 1000
+    raise errors.InvalidArgument(
+        f"metadata 'x-request-timeout-ms' must be a positive number of milliseconds, got '{value!s}'"
+    )

@@ -1,0 +1,50 @@
+"""What an operator may choose about the gRPC listener, with Triton's defaults. Plain values, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+INT32_MAX = 2_147_483_647
+
+
+@dataclass(frozen=True, slots=True)
+class Keepalive:
+    """HTTP/2 pings and the age of connections, in milliseconds; an age of 0 means no limit.
+
+    The native front keeps `time_ms`, `timeout_ms` and `permit_without_calls`; it counts no client's pings.
+    """
+
+    time_ms: int = 7_200_000
+    timeout_ms: int = 20_000
+    permit_without_calls: bool = False
+    max_pings_without_data: int = 2
+    min_recv_ping_interval_without_data_ms: int = 300_000
+    max_ping_strikes: int = 2
+    max_connection_age_ms: int = 0
+    max_connection_age_grace_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files. With `client_root`, clients must show a certificate signed by it."""
+
+    certificate: Path
+    key: Path
+    client_root: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcOptions:
+    """Where and how to listen. Port 0 takes a free one; `grace` is how many seconds a stop waits for answers.
+
+    `native` False keeps grpcio in charge of ModelInfer even where `pygrpc_native` is installed.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8001
+    max_message_bytes: int = INT32_MAX
+    keepalive: Keepalive = Keepalive()
+    tls: Tls | None = None
+    native: bool = True
+    grace: float = 30.0

@@ -1,0 +1,134 @@
+"""`GrpcServer`: binds the port, chooses who serves ModelInfer, and stops without losing an accepted call.
+
+With `pygrpc_native` installed, and nothing asked of it that it cannot do, its front serves ModelInfer and a
+grpcio server behind it the rest; otherwise grpcio serves everything. Clients cannot tell which.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import AsyncExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from gateway.service import Service
+from gateway.transport.grpc.calls import Authenticate, Calls
+from gateway.transport.grpc.native import native_front
+from gateway.transport.grpc.options import GrpcOptions, Keepalive, Tls
+from gateway.transport.grpc.servicer import add_handlers
+from gateway.types import Infer
+
+
+class GrpcServer:
+    """Listens from entering to leaving `async with`; `port` is the one that was bound.
+
+    Entering raises OSError when the address cannot be bound or a TLS file cannot be read. Leaving refuses new
+    calls and waits `GrpcOptions.grace` seconds for the running ones; cancelling that ends them at once.
+    """
+
+    def __init__(self, service: Service, infer: Infer, authenticate: Authenticate, options: GrpcOptions) -> None:
+        self.port = options.port
+        self.implementation = "native" if _native_can(options) else "grpcio"
+        self._service = service
+        self._calls = Calls(infer, authenticate, options.max_message_bytes)
+        self._options = options
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            if self.implementation == "native":
+                await self._start_native(stack)
+            else:
+                self.port = await self._start_grpcio(stack, self._address(), self._options.tls)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._stack.__aexit__(kind, error, trace)
+
+    async def _start_native(self, stack: AsyncExitStack) -> None:
+        try:
+            front = await stack.enter_async_context(
+                native_front(self._address(), self._calls, self._options.keepalive)
+            )
+        except OSError as problem:
+            raise self._cannot_bind() from problem
+        # A directory of its own, so that nobody else can reach the socket.
+        socket = str(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gateway-grpc-"))) / "grpc.sock")
+        await self._start_grpcio(stack, f"unix:{socket}", None)
+        front.start(socket)
+        self.port = front.port
+
+    async def _start_grpcio(self, stack: AsyncExitStack, address: str, tls: Tls | None) -> int:
+        server = grpc.aio.server(options=_channel_options(self._options))
+        add_handlers(server, self._service, self._calls)
+        credentials = _credentials(tls) if tls else None
+        try:
+            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+        except RuntimeError as problem:
+            raise self._cannot_bind() from problem
+        await server.start()
+        stack.push_async_callback(self._stop, server)
+        return port
+
+    async def _stop(self, server: Any) -> None:
+        try:
+            await self._calls.running.close(self._options.grace)
+        finally:
+            await server.stop(self._calls.running.left())
+
+    def _address(self) -> str:
+        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
+        return f"{host}:{self._options.port}"
+
+    def _cannot_bind(self) -> OSError:
+        return OSError(
+            f"gRPC cannot listen on {self._address()}: the port is in use, the address is not this machine's, or the "
+            "TLS files are no matching PEM certificate and key; see --grpc-port, --grpc-address and the TLS options"
+        )
+
+
+def _native_can(options: GrpcOptions) -> bool:
+    aged = options.keepalive.max_connection_age_ms > 0
+    return options.native and options.tls is None and not aged and find_spec("pygrpc_native") is not None
+
+
+def _credentials(tls: Tls) -> Any:
+    root = tls.client_root.read_bytes() if tls.client_root else None
+    return grpc.ssl_server_credentials(
+        [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+        root_certificates=root,
+        require_client_auth=root is not None,
+    )
+
+
+def _channel_options(options: GrpcOptions) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        # Without this a second server on the port would start, and take half of the calls.
+        ("grpc.so_reuseport", 0),
+        *_keepalive_options(options.keepalive),
+    ]
+
+
+def _keepalive_options(keepalive: Keepalive) -> list[tuple[str, int]]:
+    pairs = [
+        ("grpc.keepalive_time_ms", keepalive.time_ms),
+        ("grpc.keepalive_timeout_ms", keepalive.timeout_ms),
+        ("grpc.keepalive_permit_without_calls", int(keepalive.permit_without_calls)),
+        ("grpc.http2.max_pings_without_data", keepalive.max_pings_without_data),
+        ("grpc.http2.min_ping_interval_without_data_ms", keepalive.min_recv_ping_interval_without_data_ms),
+        ("grpc.http2.max_ping_strikes", keepalive.max_ping_strikes),
+    ]
+    if keepalive.max_connection_age_ms:
+        pairs.append(("grpc.max_connection_age_ms", keepalive.max_connection_age_ms))
+    if keepalive.max_connection_age_grace_ms:
+        pairs.append(("grpc.max_connection_age_grace_ms", keepalive.max_connection_age_grace_ms))
+    return pairs

@@ -1,0 +1,134 @@
+"""The handlers a `grpc.aio` server is given: Triton's service, `grpc.health.v1` and reflection.
+
+Handlers take and give bytes where a message is large, authenticate for themselves (an interceptor costs every
+call), and turn each `GatewayError` into its status. What the calls mean is in `calls`, `control`, `stream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import message_factory
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha.reflection_pb2_grpc import (
+    ServerReflectionServicer,
+    add_ServerReflectionServicer_to_server,
+)
+from tritonclient.grpc import service_pb2
+
+from gateway import errors
+from gateway.service import Service
+from gateway.transport.grpc.calls import Calls, explain
+from gateway.transport.grpc.control import OPEN, Control
+from gateway.transport.grpc.stream import Stream
+
+SERVICE = "inference.GRPCInferenceService"
+_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+
+
+def add_handlers(server: Any, service: Service, calls: Calls) -> None:
+    """Have a `grpc.aio` server answer everything this gateway offers on gRPC."""
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, _inference(service, calls)),))
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(service), server)
+    names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    add_ServerReflectionServicer_to_server(_Reflection(names, calls), server)
+
+
+def _inference(service: Service, calls: Calls) -> dict[str, Any]:
+    answers = Control(service).answers
+    handlers: dict[str, Any] = {
+        "ModelInfer": grpc.unary_unary_rpc_method_handler(_model_infer(calls)),
+        "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(_model_stream_infer(calls)),
+    }
+    for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
+        if method.name in answers:
+            handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+                _control(calls, answers[method.name], open_to_all=method.name in OPEN),
+                request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+                response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+            )
+    return handlers
+
+
+def _model_infer(calls: Calls) -> Callable[[bytes, Any], Awaitable[bytes]]:
+    async def model_infer(payload: bytes, context: Any) -> bytes:
+        try:
+            return await calls.answer(payload, context.invocation_metadata(), context.time_remaining())
+        except errors.GatewayError as error:
+            await _abort(context, error)
+
+    return model_infer
+
+
+def _model_stream_infer(calls: Calls) -> Callable[[Any, Any], Awaitable[None]]:
+    async def model_stream_infer(requests: Any, context: Any) -> None:
+        try:
+            await Stream(calls, requests, context).run()
+        except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
+            await _abort(context, explain(error))
+
+    return model_stream_infer
+
+
+def _control(
+    calls: Calls, answer: Callable[[Any], Awaitable[Any]], *, open_to_all: bool
+) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def control(request: Any, context: Any) -> Any:
+        try:
+            if open_to_all:
+                return await answer(request)
+            with calls.running:
+                calls.caller(context.invocation_metadata(), None)
+                return await answer(request)
+        except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
+            await _abort(context, explain(error))
+
+    return control
+
+
+async def _abort(context: Any, error: errors.GatewayError) -> NoReturn:
+    await context.abort(_STATUS[error.grpc], error.message)
+    raise error  # abort() never returns, which its type does not say
+
+
+class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Readiness of the whole server, whichever service is asked about. Needs no token, so that probes work."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - the name and the call are gRPC's
+        """SERVING while `Service.ready` is true."""
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        return health_pb2.HealthCheckResponse(status=status.SERVING if self._service.ready() else status.NOT_SERVING)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: ARG002, N802
+        """Not offered; clients that ask take the status for the health protocol's "no health checking"."""
+        await _abort(context, errors.Unsupported("health is answered on request only, call Check"))
+
+
+class _Reflection(ServerReflectionServicer):
+    """What may be called here, for those who may call it."""
+
+    def __init__(self, services: tuple[str, ...], calls: Calls) -> None:
+        self._answers = reflection.ReflectionServicer(services)
+        self._calls = calls
+
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        """The reflection protocol, behind authentication. Clients keep it open, so a stop ends it."""
+        task = asyncio.current_task()
+        assert task is not None
+        forget = self._calls.running.on_close(task.cancel)
+        try:
+            self._calls.caller(context.invocation_metadata(), None)
+            async for request in request_iterator:
+                for response in self._answers.ServerReflectionInfo(iter((request,)), context):
+                    yield response
+        except errors.GatewayError as error:
+            await _abort(context, error)
+        finally:
+            forget()

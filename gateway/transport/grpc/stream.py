@@ -1,0 +1,66 @@
+"""ModelStreamInfer: many requests on one call, run side by side, the answers of each in order.
+
+A request that fails is answered in `error_message` and the call goes on, unless the client's metadata says
+`triton_grpc_error: true`. Ending the call ends its requests; a server that stops reads no more of them and
+ends the call when those it has are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from gateway import errors
+from gateway.transport.grpc import codec
+from gateway.transport.grpc.calls import Caller, Calls, explain, stopping
+
+
+class Stream:
+    """One ModelStreamInfer call: its serialized requests and its `grpc.aio.ServicerContext`."""
+
+    def __init__(self, calls: Calls, requests: AsyncIterator[bytes], context: Any) -> None:
+        metadata = context.invocation_metadata()
+        self._calls = calls
+        self._requests = requests
+        self._context = context
+        self._caller: Caller = calls.caller(metadata, context.time_remaining())
+        self._fails_whole = ("triton_grpc_error", "true") in ((key, value) for key, value in metadata)
+        self._writing = asyncio.Lock()
+
+    async def run(self) -> None:
+        """Serve the call. Raises the first `GatewayError` if the client asked for that."""
+        if self._calls.running.closed:
+            raise stopping()
+        failed: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                reader = group.create_task(self._read(group))
+                forget = self._calls.running.on_close(reader.cancel)
+                reader.add_done_callback(lambda _: forget())
+        except* errors.GatewayError as group_of_errors:
+            failed = group_of_errors.exceptions[0]
+        if failed is not None:
+            raise failed
+
+    async def _read(self, group: asyncio.TaskGroup) -> None:
+        async for payload in self._requests:
+            group.create_task(self._answer(payload))
+
+    async def _answer(self, payload: bytes) -> None:
+        try:
+            with self._calls.running:
+                request = self._calls.request(payload, self._caller)
+                async with aclosing(self._calls.infer(request)) as responses:
+                    async for response in responses:
+                        await self._write(self._calls.limited(codec.encode_streamed(response)))
+        except Exception as problem:  # noqa: BLE001 - explain() logs what is not ours, and the request is answered
+            error = explain(problem)
+            if self._fails_whole:
+                raise error from None
+            await self._write(codec.encode_streamed_error(error.message, codec.request_id(payload)))
+
+    async def _write(self, message: bytes) -> None:
+        async with self._writing:
+            await self._context.write(message)

@@ -1,0 +1,120 @@
+"""`HttpApp`: the RSGI application of the HTTP port.
+
+Infer requests are answered here, bytes in and bytes out; health too, which probes ask for often and without
+a token. Every other path goes to the FastAPI application through a bridge; it is imported on the first such
+request, on a thread, because its import takes as long as all the rest of the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Self
+
+from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
+
+from gateway.errors import GatewayError
+from gateway.service import Service
+from gateway.transport.auth import Tokens
+from gateway.transport.http.bridge import AsgiApp, call_asgi
+from gateway.transport.http.control import health
+from gateway.transport.http.disconnects import Disconnects
+from gateway.transport.http.endpoint import InferEndpoint, body_too_large, read_body
+from gateway.transport.http.limits import HttpLimits
+from gateway.transport.http.replies import Reply, error_reply, fault_reply
+from gateway.types import Infer
+
+_MODELS = "/v2/models/"
+_INFER = "/infer"
+_HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
+
+
+class HttpApp:
+    """Serves a `Service` over HTTP; an async context manager, to be open while requests come.
+
+    `infer` answers inference: `service.infer` or a wrapper of it. Without `tokens` everybody may call.
+    """
+
+    def __init__(
+        self, service: Service, infer: Infer, limits: HttpLimits | None = None, tokens: Tokens | None = None
+    ) -> None:
+        self._limits = limits or HttpLimits()
+        self._service = service
+        self._tokens = tokens
+        self._endpoint = InferEndpoint(service, infer, self._limits)
+        self._disconnects = Disconnects()
+        self._asgi: AsgiApp | None = None
+        self._building = asyncio.Lock()
+
+    async def __aenter__(self) -> Self:
+        await self._disconnects.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._disconnects.__aexit__(kind, error, trace)
+
+    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        """Answer one request. A client that leaves cancels its request and gets no answer."""
+        waiting = self._disconnects.begin(protocol)
+        try:
+            status, headers, body = await self._reply(scope, protocol)
+            protocol.response_bytes(status, headers, body)
+        except ProtocolClosed:
+            pass  # the client left while its body was read
+        except asyncio.CancelledError:
+            if not waiting.gone:
+                raise
+        finally:
+            self._disconnects.end(waiting)
+
+    async def _reply(self, scope: Any, protocol: Any) -> Reply:
+        path: str = scope.path
+        try:
+            if scope.method == "POST" and (target := infer_target(path)) is not None:
+                header = scope.headers.get
+                tenant = self._tokens.tenant(header("authorization")) if self._tokens is not None else ""
+                body = await self._body(scope, protocol)
+                return 200, *await self._endpoint.answer(*target, header, body, tenant)
+            if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
+                return health(self._service, word)
+            asgi = self._asgi or await self._build()
+            return await call_asgi(asgi, scope, await self._body(scope, protocol))
+        except GatewayError as error:
+            return error_reply(error)
+        except ProtocolClosed:
+            raise
+        except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
+            return fault_reply(fault, path)
+
+    async def _body(self, scope: Any, protocol: Any) -> bytes:
+        declared = scope.headers.get("content-length")
+        limit = self._limits.max_request_bytes
+        if declared is not None:
+            if int(declared) > limit:
+                raise body_too_large(int(declared), limit)
+            return await protocol()  # type: ignore[no-any-return]
+        return await read_body(protocol, limit) if "transfer-encoding" in scope.headers else b""
+
+    async def _build(self) -> AsgiApp:
+        async with self._building:
+            if self._asgi is None:
+                self._asgi = await asyncio.to_thread(self._import)
+        return self._asgi
+
+    def _import(self) -> AsgiApp:
+        from gateway.transport.http.routes import build
+
+        return build(self._service, self._endpoint, self._limits, self._tokens)
+
+
+def infer_target(path: str) -> tuple[str, str] | None:
+    """Model and version of an infer path, or None for another path."""
+    if not (path.startswith(_MODELS) and path.endswith(_INFER)):
+        return None
+    model, slash, rest = path[len(_MODELS) : -len(_INFER)].partition("/")
+    if not slash:
+        return (model, "") if model else None
+    word, _, version = rest.partition("/")
+    return (model, version) if model and word == "versions" and version.isascii() and version.isdecimal() else None

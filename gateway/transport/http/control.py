@@ -1,0 +1,68 @@
+"""The bodies of the control paths: what a `Service` knows, as Triton's JSON. No web framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.config.model import TensorConfig
+from gateway.errors import InvalidArgument, stopping
+from gateway.service import Service
+from gateway.service.service import IndexEntry
+from gateway.transport.http.replies import JSON, Reply
+
+
+def health(service: Service, word: str) -> Reply:
+    """The reply to `GET /v2/health/{word}`, live or ready: 200 or, as Triton has it, 400."""
+    healthy = service.live() if word == "live" else service.ready()
+    return 200 if healthy else 400, [JSON], b'{"%b":%b}' % (word.encode(), b"true" if healthy else b"false")
+
+
+def server_metadata(service: Service) -> dict[str, Any]:
+    """The body of `GET /v2`."""
+    name, version, extensions = service.server_metadata()
+    return {"name": name, "version": version, "extensions": list(extensions)}
+
+
+def model_metadata(service: Service, name: str, version: str) -> dict[str, Any]:
+    """The body of `GET /v2/models/{name}`; shapes are the API's, batch dimension included."""
+    config = service.model_config(name, version)
+
+    def tensors(configs: tuple[TensorConfig, ...]) -> list[dict[str, Any]]:
+        batch = [-1] if config.max_batch_size else []
+        return [{"name": t.name, "datatype": t.datatype.value, "shape": [*batch, *t.dims]} for t in configs]
+
+    return {
+        "name": config.name,
+        "versions": [version] if version else service.ready_versions(name),
+        "platform": config.platform or config.backend,
+        "inputs": tensors(config.inputs),
+        "outputs": tensors(config.outputs),
+    }
+
+
+def model_ready(service: Service, name: str, version: str) -> dict[str, Any]:
+    """The body of `GET /v2/models/{name}/ready`. Raises what `infer` would when the model is not."""
+    if not service.model_ready(name, version):
+        raise stopping()
+    return {"name": name, "ready": True}
+
+
+async def repository_index(service: Service, body: dict[str, Any]) -> list[dict[str, str]]:
+    """The body of `POST /v2/repository/index`; absent members are left out."""
+    ready = body.get("ready", False)
+    if type(ready) is not bool:
+        raise InvalidArgument("Invalid value for 'ready': expected a boolean")
+    return [_entry(entry) for entry in await service.index(ready=ready)]
+
+
+def load_parameters(body: dict[str, Any]) -> dict[str, str]:
+    """The `parameters` of a load request."""
+    parameters = body.get("parameters", {})
+    if not isinstance(parameters, dict) or not all(isinstance(value, str) for value in parameters.values()):
+        raise InvalidArgument("'parameters' of a load request must be an object of strings: 'config', 'file:<path>'")
+    return parameters
+
+
+def _entry(entry: IndexEntry) -> dict[str, str]:
+    members = {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
+    return {key: value for key, value in members.items() if value}

@@ -1,0 +1,99 @@
+"""One HTTP inference, bytes to bytes: the work both the RSGI path and the FastAPI route do.
+
+Knows headers and bodies, no web framework. Raises only what it means: `GatewayError` for the client, anything
+else for the caller to log and hide.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import TypeAlias
+
+from gateway.errors import Internal, InvalidArgument, Unsupported
+from gateway.service import Service
+from gateway.transport.http.codec import Codec, Headers, encode
+from gateway.transport.http.compression import accepted, compress, decompress
+from gateway.transport.http.limits import HttpLimits
+from gateway.types import Infer, InferRequest, InferResponse
+
+Header: TypeAlias = Callable[[str], str | None]
+"""A request's headers: the value of one by its lower-case name, or None."""
+
+
+class InferEndpoint:
+    """Answers infer requests from `infer`, which is the service's or wraps it."""
+
+    def __init__(self, service: Service, infer: Infer, limits: HttpLimits) -> None:
+        self._service = service
+        self._infer = infer
+        self._limits = limits
+        self._codec = Codec(limits)
+
+    async def answer(self, model: str, version: str, header: Header, body: bytes, tenant: str) -> tuple[Headers, bytes]:
+        """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
+        # An unknown model is reported before a bad body, as in Triton.
+        if self._service.model_config(model, version).decoupled:
+            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        encoding = header("content-encoding")
+        if encoding is not None:
+            body = await decompress(body, encoding, self._limits.max_input_size)
+        request, plan = self._codec.decode(
+            body,
+            header("inference-header-content-length"),
+            model,
+            version,
+            partial(self._service.model_config, model, version),
+        )
+        request.tenant = tenant
+        timeout = header("x-request-timeout-ms")
+        if timeout is not None:
+            request.deadline = time.monotonic() + _seconds(timeout)
+        headers, answer = encode(await self._only(request), plan)
+        accept = header("accept-encoding")
+        if accept is not None and (packing := accepted(accept)) != "identity":
+            headers.append(("content-encoding", packing))
+            answer = await compress(answer, packing)
+        return headers, answer
+
+    async def _only(self, request: InferRequest) -> InferResponse:
+        responses = self._infer(request)
+        try:
+            async for response in responses:
+                return response
+        finally:
+            await responses.aclose()
+        raise Internal(f"model '{request.model_name}' ended without an answer")
+
+
+async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
+    """A body of undeclared length. Raises InvalidArgument when it grows beyond `limit` bytes."""
+    parts: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > limit:
+            raise body_too_large(size, limit)
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def body_too_large(size: int, limit: int) -> InvalidArgument:
+    """A body beyond `--max-request-bytes`, of which `size` bytes are known."""
+    return InvalidArgument(
+        f"the request body of at least {size} bytes exceeds the limit of {limit}; "
+        "send less at a time, or raise --max-request-bytes"
+    )
+
+
+def _seconds(timeout: str) -> float:
+    try:
+        milliseconds = float(timeout)
+    except ValueError:
+        milliseconds = 0.0
+    if not 0 < milliseconds < 1e12:
+        raise InvalidArgument(
+            f"header 'x-request-timeout-ms' must be a positive number of milliseconds, got '{timeout[:40]}'"
+        )
+    return milliseconds / 1000

@@ -1,0 +1,176 @@
+"""The FastAPI application: every path of the protocol, documented, with `/docs` and `/openapi.json`.
+
+Complete on its own, so any ASGI server can run it; under `HttpApp` the infer and health paths do not come
+this way. Bodies are read as bytes: no framework parses them and no error is ever a `detail`. The handlers
+are all `async`, because a `Service` belongs to the event loop. `/docs` needs nothing from other hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, FastAPI, Path, Request
+from fastapi.params import Depends as Dependency
+from fastapi.responses import HTMLResponse, Response
+from starlette.exceptions import HTTPException
+
+from gateway import __version__, errors
+from gateway.config.parse import config_json
+from gateway.service import Service
+from gateway.transport.auth import Tokens
+from gateway.transport.http import control
+from gateway.transport.http.bridge import AsgiApp
+from gateway.transport.http.document import DocumentReader
+from gateway.transport.http.endpoint import InferEndpoint, read_body
+from gateway.transport.http.limits import HttpLimits
+from gateway.transport.http.replies import Reply, error_reply, fault_reply
+
+Model = Annotated[str, Path(description="Name of a model in the repository.")]
+Version = Annotated[int, Path(description="One of the model's versions; without it the newest that is ready.")]
+_ERROR = {"description": "What was wrong and what to do.", "content": {"application/json": {"example": {"error": ""}}}}
+_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 500, 503), _ERROR)
+_INFER_EXAMPLE = {
+    "id": "1",
+    "inputs": [{"name": "INPUT0", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.0]}],
+    "outputs": [{"name": "OUTPUT0"}],
+}
+_INFER_TEXT = """JSON in and out, or Triton's binary tensor data: then the body is the JSON followed by the tensors'
+bytes, the header `Inference-Header-Content-Length` says where the JSON ends, and each binary input has the
+parameter `binary_data_size` in place of `data`."""
+
+
+def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, tokens: Tokens | None) -> AsgiApp:
+    """The application of one gateway. Reads a file: call it off the event loop."""
+
+    async def tenant(request: Request) -> str:
+        return tokens.tenant(request.headers.get("authorization")) if tokens is not None else ""
+
+    app = FastAPI(
+        title="Lockgate",
+        version=__version__,
+        description="KServe V2 / Open Inference Protocol with NVIDIA Triton's extensions.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_ERRORS,
+    )
+    app.add_exception_handler(errors.GatewayError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(Exception, _on_error)
+    page = resources.files(__package__).joinpath("docs.html").read_text(encoding="utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(page)
+
+    _add_health(app, service)
+    _add_metadata(app, service, [Depends(tenant)])
+    _add_control(app, service, limits, [Depends(tenant)])
+    _add_infer(app, endpoint, limits, tenant)
+    return app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/v2/health/live", summary="Is the process serving at all?")
+    async def live() -> Response:
+        return _response(control.health(service, "live"))
+
+    @app.get("/v2/health/ready", summary="Can requests be served?")
+    async def ready() -> Response:
+        return _response(control.health(service, "ready"))
+
+
+def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Dependency]) -> None:
+    @app.get("/v2", summary="Name, version and extensions of this server", dependencies=dependencies)
+    async def server() -> Response:
+        return _json(control.server_metadata(service))
+
+    @app.get("/v2/models/stats", summary="Statistics of every model", dependencies=dependencies)
+    async def statistics() -> Response:
+        return _json({"model_stats": service.statistics()})
+
+    def add(suffix: str, summary: str, answer: Callable[[str, str], Any]) -> None:
+        async def newest(model: Model) -> Response:
+            return _json(answer(model, ""))
+
+        async def of_version(model: Model, version: Version) -> Response:
+            return _json(answer(model, str(version)))
+
+        for path, handler in (("", newest), ("/versions/{version:int}", of_version)):
+            app.add_api_route(
+                "/v2/models/{model}" + path + suffix, handler, summary=summary, dependencies=[*dependencies]
+            )
+
+    add("", "A model's inputs and outputs", lambda *target: control.model_metadata(service, *target))
+    add("/ready", "Does this model answer?", lambda *target: control.model_ready(service, *target))
+    add("/config", "A model's whole configuration", lambda *target: config_json(service.model_config(*target).proto))
+    add("/stats", "A model's statistics", lambda *target: {"model_stats": service.statistics(*target)})
+
+
+def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
+    async def document(request: Request) -> dict[str, Any]:
+        body = await read_body(request.stream(), limits.max_request_bytes)
+        # A reader for each request: another's document may be in use across an `await`.
+        return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
+
+    @app.post("/v2/repository/index", summary="Every model and its state", dependencies=dependencies)
+    async def index(request: Request) -> Response:
+        return _json(await control.repository_index(service, await document(request)))
+
+    @app.post("/v2/repository/models/{model}/load", summary="Load or reload a model", dependencies=dependencies)
+    async def load(model: Model, request: Request) -> Response:
+        await service.load(model, control.load_parameters(await document(request)))
+        return Response()
+
+    @app.post("/v2/repository/models/{model}/unload", summary="Unload a model", dependencies=dependencies)
+    async def unload(model: Model, request: Request) -> Response:
+        await document(request)
+        await service.unload(model)
+        return Response()
+
+
+def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, tenant: Callable[[Request], Any]) -> None:
+    async def answer(model: str, version: str, request: Request, caller: str) -> Response:
+        body = await read_body(request.stream(), limits.max_request_bytes)
+        headers, content = await endpoint.answer(model, version, request.headers.get, body, caller)
+        return _response((200, headers, content))
+
+    async def newest(model: Model, request: Request, caller: Annotated[str, Depends(tenant)]) -> Response:
+        return await answer(model, "", request, caller)
+
+    async def of_version(
+        model: Model, version: Version, request: Request, caller: Annotated[str, Depends(tenant)]
+    ) -> Response:
+        return await answer(model, str(version), request, caller)
+
+    body = {"content": {"application/json": {"schema": {"type": "object"}, "example": _INFER_EXAMPLE}}}
+    for path, handler in (("", newest), ("/versions/{version:int}", of_version)):
+        app.add_api_route(
+            "/v2/models/{model}" + path + "/infer",
+            handler,
+            methods=["POST"],
+            summary="Run a model",
+            description=_INFER_TEXT,
+            openapi_extra={"requestBody": body},
+        )
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, errors.GatewayError):
+        return _response(error_reply(error))
+    if isinstance(error, HTTPException):
+        row = errors.MethodNotAllowed if error.status_code == 405 else errors.NotFound
+        return _response(error_reply(row(error.detail)))
+    return _response(fault_reply(error, request.url.path))
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+def _response(reply: Reply) -> Response:
+    status, headers, body = reply
+    return Response(body, status, dict(headers))

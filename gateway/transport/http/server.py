@@ -1,0 +1,155 @@
+"""`HttpServer`: one listening socket served by granian's embedded server, on the caller's event loop.
+
+Serves any RSGI application. Promises one TCP port, known before the first request and never shared with
+another process; no signal handlers; and a stop that closes the port first and lets running requests finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from granian.constants import HTTPModes, Interfaces, SSLProtocols
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.net import SocketHolder  # type: ignore[attr-defined]
+from granian.server.embed import Server
+
+_IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
+_LINGER = 1.0  # seconds a stop leaves the kernel to take the last answers
+
+
+class RsgiApp(Protocol):
+    """An application in granian's own interface (RSGI 1)."""
+
+    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        """Answer one request through `protocol`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files: the certificate chain and its private key."""
+
+    cert: Path
+    key: Path
+
+
+class HttpServer:
+    """An async context manager that serves `app` while it is open.
+
+    Port 0 takes a free port; `port` says which. Connections beyond `max_connections` wait to be accepted.
+    Entering raises OSError when the address cannot be bound, `ssl.SSLError` for bad TLS files.
+    """
+
+    def __init__(
+        self, app: RsgiApp, host: str, port: int, *, tls: TlsFiles | None = None, max_connections: int = 1000
+    ) -> None:
+        self.port = port
+        self._host = host
+        self._tls = tls
+        self._max_connections = max_connections
+        self._running = _Running(app)
+        self._stopping = False
+        self._group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        listener = await _listen(self._host, self.port, self._max_connections)
+        self.port = listener.getsockname()[1]
+        try:
+            self._server = _Embedded(listener, self._running, self._tls, self._max_connections)
+        except BaseException:
+            listener.close()
+            raise
+        await self._group.__aenter__()
+        self._serving = self._group.create_task(self._serve(), name=f"http:{self.port}")
+        return self
+
+    async def _serve(self) -> None:
+        await self._server.serve()
+        if not self._stopping:
+            raise RuntimeError(f"the HTTP listener on port {self.port} ended by itself")
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopping = True
+        self._server.stop()  # type: ignore[no-untyped-call]
+        try:
+            await self._running.finished()
+            # granian waits for half-sent requests as well, and those may never be completed.
+            await asyncio.wait({self._serving}, timeout=_LINGER)
+        finally:
+            self._serving.cancel()
+            if not isinstance(error, asyncio.CancelledError):
+                # The group would wrap an error of the block, which is none of its business.
+                kind = error = trace = None
+            await self._group.__aexit__(kind, error, trace)
+
+
+class _Running:
+    """The application, and how many requests are inside it."""
+
+    def __init__(self, app: RsgiApp) -> None:
+        self._app = app
+        self._count = 0
+        self._idle: asyncio.Event | None = None
+
+    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        self._count += 1
+        try:
+            await self._app.__rsgi__(scope, protocol)
+        finally:
+            self._count -= 1
+            if self._idle is not None and not self._count:
+                self._idle.set()
+
+    async def finished(self) -> None:
+        if self._count:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
+
+
+class _Embedded(Server):
+    """granian's server on a socket of ours: its own is shared by every process that asks for the port."""
+
+    def __init__(self, listener: socket.socket, app: RsgiApp, tls: TlsFiles | None, max_connections: int) -> None:
+        super().__init__(
+            app,
+            interface=Interfaces.RSGI,
+            http=HTTPModes.http1,
+            http1_settings=HTTP1Settings(header_read_timeout=_IDLE_MS),
+            websockets=False,
+            backlog=max_connections,
+            backpressure=max_connections,
+            log_enabled=False,
+            log_level=LogLevels.critical,
+            ssl_cert=tls.cert if tls else None,
+            ssl_key=tls.key if tls else None,
+            ssl_protocol_min=SSLProtocols.tls12,
+        )
+        self._listener = listener
+
+    def _init_shared_socket(self) -> None:
+        self._shd = SocketHolder(self._listener.detach(), False, self.backlog)  # type: ignore[call-arg, assignment]
+
+
+async def _listen(host: str, port: int, backlog: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted sockets inherit it; with Nagle's algorithm a response can wait 40 ms for an acknowledgement.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(backlog)
+    except OSError as problem:
+        listener.close()
+        raise OSError(problem.errno, f"cannot listen on {host}:{port}: {problem.strerror}") from None
+    return listener

@@ -1,0 +1,273 @@
+"""What every engine promises (`gateway/engines/base.py`), against the fake and ONNX Runtime.
+
+Each backend serves the same models: every output is the input of the same place, of any type and shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from gateway import engines, errors
+from gateway.config.build import build
+from gateway.config.parse import Source, parse_text
+from gateway.engines.base import Engine, EngineSpec
+from gateway.types import Array, Batch, BatchResult, DataType
+
+ONNX_TYPES = {
+    "BOOL": TensorProto.BOOL,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "FP16": TensorProto.FLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BF16": TensorProto.BFLOAT16,
+    "BYTES": TensorProto.STRING,
+}
+
+
+def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> None:
+    """Write an ONNX model whose output OUT<i> is its input <name i>."""
+    nodes, inputs, outputs = [], [], []
+    for index, (name, (datatype, dims)) in enumerate(tensors.items()):
+        shape = [f"{name}_{axis}" if dim == -1 else dim for axis, dim in enumerate(dims)]
+        shape = ["batch", *shape] if batched else shape
+        nodes.append(helper.make_node("Identity", [name], [f"OUT{index}"]))
+        inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[datatype.name], shape))
+        outputs.append(helper.make_tensor_value_info(f"OUT{index}", ONNX_TYPES[datatype.name], shape))
+    graph = helper.make_graph(nodes, "identity", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+class Zoo:
+    """Opens engines of one backend in a temporary repository, and closes them."""
+
+    def __init__(self, backend: str, folder: Path) -> None:
+        self.backend = backend
+        self._folder = folder
+
+    @asynccontextmanager
+    async def identity(
+        self,
+        *tensors: tuple[str, tuple[int, ...]],
+        batched: bool = True,
+        count: int = 1,
+        threads: int = 1,
+        cores: int = 1,
+    ):
+        """Engines of a model with inputs IN0, IN1, ... of these types and dims, and outputs OUT0, OUT1, ..."""
+        named = {f"IN{index}": (DataType[name], dims) for index, (name, dims) in enumerate(tensors)}
+        version = self._folder / "identity" / "1"
+        version.mkdir(parents=True)
+        identity_model(version / "model.onnx", named, batched)
+        lines = [f"backend: '{self.backend}' max_batch_size: {8 if batched else 0}"]
+        for index, (name, (datatype, dims)) in enumerate(named.items()):
+            kind = "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.name}"
+            shape = f"dims: {list(dims or (1,))}"  # a configuration has no word for a scalar
+            lines.append(f"input {{ name: '{name}' data_type: {kind} {shape} }}")
+            lines.append(f"output {{ name: 'OUT{index}' data_type: {kind} {shape} }}")
+        source = Source("identity/config.pbtxt", "\n".join(lines))
+        proto = parse_text(source)
+        proto.name = "identity"
+        proto.default_model_filename = "model.onnx"
+        if self.backend == "onnxruntime":
+            proto.platform = "onnxruntime_onnx"
+        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
+        created = await engines.create(spec, count)
+        try:
+            yield created
+        finally:
+            for engine in created:
+                await engine.close()
+
+
+@pytest.fixture(params=["fake", "onnxruntime"])
+def zoo(request, tmp_path: Path) -> Zoo:
+    return Zoo(request.param, tmp_path)
+
+
+async def run(engine: Engine, rows: int = 1, outputs: tuple[str, ...] = (), cores: int = 1, **inputs) -> BatchResult:
+    batch = Batch(rows, lambda: inputs, outputs, cores)
+    async with aclosing(engine.run(batch)) as results:
+        given = [result async for result in results]
+    assert len(given) == 1
+    return given[0]
+
+
+def sample(name: str, shape: tuple[int, ...]) -> Array:
+    """Values that differ from element to element; BF16 as its bits."""
+    numbers = np.arange(int(np.prod(shape))).reshape(shape)
+    if name == "BYTES":
+        texts = np.empty(numbers.size, dtype=object)
+        texts[:] = [f"é{number}\0".encode() * number for number in numbers.reshape(-1).tolist()]
+        return texts.reshape(shape)
+    if name == "BF16":
+        return (numbers.astype("<f4").view("<u4") >> 16).astype("<u2").reshape(shape)
+    return (numbers % 2 if name == "BOOL" else numbers).astype(DataType[name].dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 2), (0, 2)], ids=str)
+@pytest.mark.parametrize("name", [datatype.name for datatype in DataType])
+async def test_every_type_comes_back_as_it_went_in(zoo: Zoo, name: str, shape: tuple[int, ...]) -> None:
+    given = sample(name, shape)
+    async with zoo.identity((name, (2,))) as (engine,):
+        result = await run(engine, shape[0], IN0=given)
+    out = result.outputs["OUT0"]
+    assert out.dtype == DataType[name].dtype
+    assert out.shape == shape
+    assert out.tolist() == given.tolist()
+
+
+@pytest.mark.parametrize("name", [datatype.name for datatype in DataType])
+async def test_a_scalar_is_one_element_to_clients(zoo: Zoo, name: str) -> None:
+    given = sample(name, (3,))[2:]
+    async with zoo.identity((name, ()), batched=False) as (engine,):
+        out = (await run(engine, IN0=given)).outputs["OUT0"]
+    assert out.dtype == DataType[name].dtype
+    assert out.shape == (1,)
+    assert out.tolist() == given.tolist()
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 0, 3), (1, 1, 3)], ids=str)
+@pytest.mark.parametrize("name", ["FP32", "BF16", "BYTES"])
+async def test_open_dimensions_take_any_size(zoo: Zoo, name: str, shape: tuple[int, ...]) -> None:
+    given = sample(name, shape)
+    async with zoo.identity((name, (-1, 3))) as (engine,):
+        out = (await run(engine, shape[0], IN0=given)).outputs["OUT0"]
+    assert out.shape == shape
+    assert out.tolist() == given.tolist()
+
+
+async def test_arrays_in_any_memory_layout(zoo: Zoo) -> None:
+    whole = sample("FP32", (2, 6))
+    unaligned = np.frombuffer(b"\0" + whole[:, :2].tobytes(), np.uint8)[1:].view("<f4").reshape(2, 2)
+    assert not unaligned.flags.aligned
+    async with zoo.identity(("FP32", (2,))) as (engine,):
+        assert (await run(engine, 2, IN0=whole[:, ::3])).outputs["OUT0"].tolist() == whole[:, ::3].tolist()
+        assert (await run(engine, 2, IN0=unaligned)).outputs["OUT0"].tolist() == whole[:, :2].tolist()
+
+
+async def test_only_the_outputs_asked_for(zoo: Zoo) -> None:
+    inputs = {"IN0": sample("FP32", (1, 2)), "IN1": sample("BYTES", (1, 2)), "IN2": sample("INT8", (1, 2))}
+    async with zoo.identity(("FP32", (2,)), ("BYTES", (2,)), ("INT8", (2,))) as (engine,):
+        assert list((await run(engine, **inputs)).outputs) == ["OUT0", "OUT1", "OUT2"]
+        result = await run(engine, outputs=("OUT2", "OUT1"), **inputs)
+    assert set(result.outputs) == {"OUT2", "OUT1"}
+    assert result.outputs["OUT2"].tolist() == inputs["IN2"].tolist()
+    assert result.outputs["OUT1"].tolist() == inputs["IN1"].tolist()
+
+
+async def test_stacking_and_running_stay_off_the_event_loop_and_are_timed(zoo: Zoo) -> None:
+    threads: list[str] = []
+
+    def stack() -> dict[str, Array]:
+        threads.append(threading.current_thread().name)
+        return {"IN0": sample("FP32", (1, 2))}
+
+    async with zoo.identity(("FP32", (2,))) as (engine,), aclosing(engine.run(Batch(1, stack))) as results:
+        marks = [(r.started_ns, r.stacked_ns, r.finished_ns) async for r in results]
+    assert threads == ["identity/1#0"]
+    assert list(marks[0]) == sorted(marks[0])
+
+
+async def test_engines_of_one_version_run_at_the_same_time_and_keep_their_rows_apart(zoo: Zoo) -> None:
+    together = threading.Barrier(2)
+
+    async def many(engine: Engine, start: int) -> None:
+        for number in range(start, start + 50):
+            given = np.full((2, 2), number, "<f4")
+
+            def stack(given: Array = given) -> dict[str, Array]:
+                together.wait()  # passes only while the other engine's thread is here as well
+                return {"IN0": given}
+
+            async with aclosing(engine.run(Batch(2, stack))) as results:
+                async for result in results:
+                    assert result.outputs["OUT0"].tolist() == given.tolist()
+
+    async with zoo.identity(("FP32", (2,)), count=2) as (one, other), asyncio.TaskGroup() as tasks:
+        tasks.create_task(many(one, 0))
+        tasks.create_task(many(other, 1000))
+
+
+async def test_a_failed_run_leaves_the_engine_usable(zoo: Zoo) -> None:
+    def broken() -> dict[str, Array]:
+        raise KeyError("IN0")
+
+    def stopped() -> dict[str, Array]:
+        raise StopIteration
+
+    good = sample("FP32", (1, 2))
+    async with zoo.identity(("FP32", (2,))) as (engine,):
+        for stack, kind in ((broken, KeyError), (stopped, RuntimeError)):
+            with pytest.raises(kind):
+                async with aclosing(engine.run(Batch(1, stack))) as results:
+                    [result async for result in results]
+        assert (await run(engine, IN0=good)).outputs["OUT0"].tolist() == good.tolist()
+
+
+async def test_a_cancelled_caller_disturbs_nobody(zoo: Zoo) -> None:
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    stacked: list[str] = []
+    good = sample("FP32", (1, 2))
+
+    def held() -> dict[str, Array]:
+        stacked.append("held")
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        return {"IN0": good}
+
+    def queued() -> dict[str, Array]:
+        stacked.append("queued")
+        return {"IN0": good}
+
+    async def consume(engine: Engine, stack) -> list[BatchResult]:
+        async with aclosing(engine.run(Batch(1, stack))) as results:
+            return [result async for result in results]
+
+    async with zoo.identity(("FP32", (2,))) as (engine,), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(consume(engine, held))
+        await begun.wait()
+        waiting = tasks.create_task(consume(engine, queued))
+        await asyncio.sleep(0)  # one turn, in which it queues its batch
+        running.cancel()
+        waiting.cancel()
+        await asyncio.wait([running, waiting])
+        go_on.set()
+        assert (await run(engine, IN0=good)).outputs["OUT0"].tolist() == good.tolist()
+    assert stacked == ["held"]
+
+
+async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
+    before = set(threading.enumerate())
+    async with zoo.identity(("FP32", (2,)), count=3, threads=1, cores=2) as created:
+        assert len(set(threading.enumerate()) - before) == 3
+        await run(created[0], cores=2, IN0=sample("FP32", (1, 2)))
+        async with asyncio.TaskGroup() as tasks:
+            for engine in (*created, *created):
+                tasks.create_task(engine.close())
+        assert set(threading.enumerate()) == before
+        with pytest.raises(errors.Unavailable, match="closed"):
+            await run(created[0], IN0=sample("FP32", (1, 2)))
+        assert all(engine.loaded is None for engine in created)
+
+
+async def test_says_what_it_runs_on(zoo: Zoo) -> None:
+    async with zoo.identity(("FP32", (2,))) as (engine,):
+        assert engine.provider == {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}[zoo.backend]
+        assert engine.warnings == ()
+        assert engine.concurrency == 1

@@ -1,0 +1,284 @@
+"""ONNX Runtime: loading, options, elastic threads, and errors that carry no paths."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from gateway import engines, errors
+from gateway.config.build import build
+from gateway.config.parse import Source, parse_text
+from gateway.engines import onnxruntime as backend
+from gateway.engines.base import EngineSpec
+from gateway.types import Batch, DataType, TensorSpec
+
+FLOAT, INT64, STRING, BF16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BFLOAT16
+
+
+def value(name: str, kind: int, shape: list[int | str | None] | None):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def write(folder: Path, nodes, inputs, outputs, initializers=()) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = helper.make_graph(nodes, "g", inputs, outputs, list(initializers))
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def lookup(tmp_path: Path) -> Path:
+    """A table of three numbers; an index outside it makes the run fail."""
+    table = helper.make_tensor("table", FLOAT, [3], [10.0, 20.0, 30.0])
+    node = helper.make_node("Gather", ["table", "INDEX"], ["OUT"])
+    shape: list[int | str | None] = ["batch", 1]
+    return write(tmp_path / "m/1", [node], [value("INDEX", INT64, shape)], [value("OUT", FLOAT, shape)], [table])
+
+
+def relu(tmp_path: Path) -> Path:
+    shape: list[int | str | None] = ["batch", 2]
+    node = helper.make_node("Relu", ["IN"], ["OUT"])
+    return write(tmp_path / "m/1", [node], [value("IN", FLOAT, shape)], [value("OUT", FLOAT, shape)])
+
+
+LOOKUP = (
+    "max_batch_size: 8 input { name: 'INDEX' data_type: TYPE_INT64 dims: [1] }"
+    " output { name: 'OUT' data_type: TYPE_FP32 dims: [1] }"
+)
+RELU = (
+    "max_batch_size: 8 input { name: 'IN' data_type: TYPE_FP32 dims: [2] }"
+    " output { name: 'OUT' data_type: TYPE_FP32 dims: [2] }"
+)
+
+
+def spec(path: Path, text: str, threads: int = 1, cores: int = 1, **changes) -> EngineSpec:
+    source = Source("m/config.pbtxt", f"platform: 'onnxruntime_onnx' backend: 'onnxruntime' name: 'm' {text}")
+    config = dataclasses.replace(build(parse_text(source), source), default_model_filename="model.onnx", **changes)
+    return EngineSpec(config, "1", path.parent, "cpu", threads, cores)
+
+
+async def run(engine, rows: int = 1, cores: int = 1, **inputs):
+    async with aclosing(engine.run(Batch(rows, lambda: inputs, (), cores))) as results:
+        return (await anext(results)).outputs
+
+
+async def close(created) -> None:
+    for engine in created:
+        await engine.close()
+
+
+async def test_a_lone_run_takes_the_wide_session_and_all_engines_share_both(tmp_path: Path) -> None:
+    created = await engines.create(spec(relu(tmp_path), RELU, threads=1, cores=2), 2)
+    one, other = created
+    rows = np.array([[-1, 2]], "<f4")
+    assert (await run(one, cores=1, IN=rows))["OUT"].tolist() == [[0, 2]]
+    assert one.loaded.wide_runs == 0
+    assert (await run(one, cores=2, IN=rows))["OUT"].tolist() == [[0, 2]]
+    assert (one.loaded.wide_runs, other.loaded.wide_runs) == (1, 0)
+    assert one.loaded._narrow is other.loaded._narrow
+    assert one.loaded._wide is other.loaded._wide
+    options = [session.get_session_options() for session in (one.loaded._narrow, one.loaded._wide)]
+    assert [option.intra_op_num_threads for option in options] == [1, 2]
+    assert {option.get_session_config_entry("session.intra_op.allow_spinning") for option in options} == {"0"}
+    await close(created)
+
+
+@pytest.mark.parametrize(("threads", "cores", "parameter"), [(2, 2, ""), (1, 2, "1"), (1, 4, "3")])
+async def test_nothing_is_wide_without_cores_to_gain_or_with_a_number_of_threads_in_the_config(
+    tmp_path: Path, threads: int, cores: int, parameter: str
+) -> None:
+    chosen = f"parameters {{ key: 'intra_op_thread_count' value {{ string_value: '{parameter}' }} }}"
+    (engine,) = await engines.create(spec(relu(tmp_path), RELU + (chosen if parameter else ""), threads, cores))
+    await run(engine, cores=cores, IN=np.zeros((1, 2), "<f4"))
+    assert engine.loaded.wide_runs == 0
+    assert engine.loaded._narrow.get_session_options().intra_op_num_threads == int(parameter or threads)
+    await engine.close()
+
+
+async def test_tritons_parameters_reach_the_session(tmp_path: Path) -> None:
+    given = {
+        "inter_op_thread_count": "2", "execution_mode": "1", "enable_mem_arena": "0", "enable_mem_pattern": "1",
+        "memory.enable_memory_arena_shrinkage": "cpu:0", "session.intra_op.allow_spinning": "1",
+    }  # fmt: skip
+    text = " ".join(f"parameters {{ key: '{k}' value {{ string_value: '{v}' }} }}" for k, v in given.items())
+    (engine,) = await engines.create(spec(relu(tmp_path), f"{RELU} {text} optimization {{ graph {{ level: -1 }} }}"))
+    options = engine.loaded._narrow.get_session_options()
+    assert options.inter_op_num_threads == 2
+    assert options.execution_mode == ort.ExecutionMode.ORT_PARALLEL
+    assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (False, True)
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "1"
+    run_options = engine.loaded._options
+    assert run_options.get_run_config_entry("memory.enable_memory_arena_shrinkage") == "cpu:0"
+    await engine.close()
+
+
+@pytest.mark.parametrize(("level", "name"), [(0, "ALL"), (1, "EXTENDED")])
+async def test_graph_levels(tmp_path: Path, level: int, name: str) -> None:
+    (engine,) = await engines.create(spec(relu(tmp_path), f"{RELU} optimization {{ graph {{ level: {level} }} }}"))
+    options = engine.loaded._narrow.get_session_options()
+    assert options.graph_optimization_level == getattr(ort.GraphOptimizationLevel, f"ORT_ENABLE_{name}")
+    await engine.close()
+
+
+async def test_a_parameter_that_is_no_number(tmp_path: Path) -> None:
+    text = RELU + " parameters { key: 'intra_op_thread_count' value { string_value: 'two' } }"
+    with pytest.raises(errors.InvalidArgument, match="'intra_op_thread_count' of model 'm' must be a whole number"):
+        await engines.create(spec(relu(tmp_path), text))
+
+
+async def test_a_provider_that_fell_back_is_recorded(tmp_path: Path) -> None:
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    (engine,) = await engines.create(spec(relu(tmp_path), RELU, execution_providers=wanted))
+    assert engine.provider == "CPUExecutionProvider"
+    (warning,) = engine.warnings
+    assert "not on CUDAExecutionProvider" in warning
+    assert "lockgate[gpu]" in warning
+    await engine.close()
+
+
+async def test_an_input_the_model_refuses_is_the_clients_error_and_the_next_one_works(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (engine,) = await engines.create(spec(lookup(tmp_path), LOOKUP))
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await run(engine, INDEX=np.array([[7]]))
+    assert caught.value.message.startswith("model 'm' failed: Non-zero status code returned while running Gather")
+    assert "idx=7" in caught.value.message
+    assert (await run(engine, INDEX=np.array([[1]])))["OUT"].tolist() == [[20.0]]
+    await engine.close()
+    assert capfd.readouterr().err == ""  # a client's bad input writes no line
+
+
+async def test_a_failure_inside_the_model_shows_no_source_files(tmp_path: Path) -> None:
+    shape: list[int | str | None] = ["n"]
+    node = helper.make_node("Reshape", ["IN", "SHAPE"], ["OUT"])
+    inputs = [value("IN", FLOAT, shape), value("SHAPE", INT64, shape)]
+    path = write(tmp_path / "m/1", [node], inputs, [value("OUT", FLOAT, [None, None])])
+    text = (
+        "input { name: 'IN' data_type: TYPE_FP32 dims: [-1] } input { name: 'SHAPE' data_type: TYPE_INT64 dims: [-1] }"
+        " output { name: 'OUT' data_type: TYPE_FP32 dims: [-1, -1] }"
+    )
+    (engine,) = await engines.create(spec(path, text))
+    with pytest.raises(errors.Internal) as caught:
+        await run(engine, IN=np.zeros(3, "<f4"), SHAPE=np.array([2, 2]))
+    assert caught.value.message == (
+        "model 'm' failed: Non-zero status code returned while running Reshape node. Name:'' Status Message: "
+        "input_shape_size == requested_shape_size was false. The input tensor cannot be reshaped to the requested "
+        "shape. Input shape:{3}, requested shape:{2,2}"
+    )
+    assert (await run(engine, IN=np.zeros(4, "<f4"), SHAPE=np.array([2, 2])))["OUT"].shape == (2, 2)
+    await engine.close()
+
+
+async def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    shape: list[int | str | None] = ["batch", 1]
+    node = helper.make_node("Identity", ["IN"], ["OUT"])
+    path = write(tmp_path / "m/1", [node], [value("IN", STRING, shape)], [value("OUT", STRING, shape)])
+    text = (
+        "max_batch_size: 8 input { name: 'IN' data_type: TYPE_STRING dims: [1] }"
+        " output { name: 'OUT' data_type: TYPE_STRING dims: [1] }"
+    )
+    (engine,) = await engines.create(spec(path, text))
+    with pytest.raises(errors.InvalidArgument, match="input 'IN' of model 'm' holds a string that is not UTF-8"):
+        await run(engine, IN=np.array([[b"\xff"]], dtype=object))
+    assert (await run(engine, IN=np.array([[b"ok"]], dtype=object)))["OUT"].tolist() == [[b"ok"]]
+    await engine.close()
+
+
+async def test_bytes_beside_bf16_is_refused_at_load(tmp_path: Path) -> None:
+    shape: list[int | str | None] = ["batch", 1]
+    nodes = [helper.make_node("Identity", ["A"], ["X"]), helper.make_node("Identity", ["B"], ["Y"])]
+    inputs = [value("A", STRING, shape), value("B", BF16, shape)]
+    path = write(tmp_path / "m/1", nodes, inputs, [value("X", STRING, shape), value("Y", BF16, shape)])
+    text = "max_batch_size: 8 " + " ".join(
+        f"{kind} {{ name: '{name}' data_type: TYPE_{type_} dims: [1] }}"
+        for kind, name, type_ in (
+            ("input", "A", "STRING"), ("input", "B", "BF16"), ("output", "X", "STRING"), ("output", "Y", "BF16"),
+        )
+    )  # fmt: skip
+    with pytest.raises(errors.Unsupported, match="cast BF16 to FP32"):
+        await engines.create(spec(path, text))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "m/1/model.onnx is missing; put the model there"), (b"junk", "m/1/model.onnx does not load in ONNX")],
+)
+async def test_a_file_that_does_not_load_is_unavailable_and_named_without_its_folder(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = relu(tmp_path)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(errors.Unavailable) as caught:
+        await engines.create(spec(path, RELU), 2)
+    assert words in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+
+
+async def test_a_configuration_that_does_not_fit_the_file(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidArgument, match="unexpected inference input 'INDEX'"):
+        await engines.create(spec(relu(tmp_path), LOOKUP))
+
+
+def test_describe_reads_every_kind_of_dimension(tmp_path: Path) -> None:
+    inputs = [value("IN", FLOAT, ["batch", None, "?", "p2o.DynamicDimension.0", 3, 0]), value("S", FLOAT, [])]
+    nodes = [helper.make_node("Identity", ["IN"], ["OUT"]), helper.make_node("Identity", ["S"], ["T"])]
+    path = write(tmp_path, nodes, inputs, [value("OUT", FLOAT, None), value("T", FLOAT, None)])
+    io = engines.describe(path)
+    shape = (-1, -1, -1, -1, 3, 0)
+    assert io.inputs == (TensorSpec("IN", DataType.FP32, shape), TensorSpec("S", DataType.FP32, ()))
+    assert io.outputs == (TensorSpec("OUT", DataType.FP32, shape), TensorSpec("T", DataType.FP32, ()))
+
+
+def test_describe_refuses_what_is_no_tensor(tmp_path: Path) -> None:
+    node = helper.make_node("SequenceConstruct", ["IN"], ["OUT"])
+    output = helper.make_tensor_sequence_value_info("OUT", FLOAT, None)
+    path = write(tmp_path, [node], [value("IN", FLOAT, ["n"])], [output])
+    with pytest.raises(errors.Unsupported, match=r"output 'OUT' is a seq\(tensor\(float\)\)"):
+        engines.describe(path)
+
+
+def test_describe_refuses_junk_and_other_formats_without_paths(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"junk")
+    with pytest.raises(errors.Unavailable, match="does not load") as caught:
+        engines.describe(path)
+    assert str(tmp_path) not in caught.value.message
+    with pytest.raises(errors.Unsupported, match=r"'model.plan' does not say"):
+        engines.describe(tmp_path / "model.plan")
+
+
+def test_two_builds_of_onnxruntime_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = relu(tmp_path)
+    info = tmp_path / "site" / "onnxruntime_gpu-1.31.1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.31.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(errors.Unavailable, match="onnxruntime and onnxruntime-gpu are installed together"):
+        engines.describe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("[ONNXRuntimeError] : 1 : FAIL : matmul_helper.h:59 Compute MatMul mismatch", "Compute MatMul mismatch"),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : /src/core/arena.cc:36 void* ort::Arena::Raw(size_t, Stream*) Failed to\n go",
+            "Failed to go",
+        ),
+        ("Load model from /home/me/repo/m.onnx failed", "Load model from <path> failed"),
+        ("1/2 of N/A", "1/2 of N/A"),
+    ],
+)
+def test_messages_without_places(text: str, plain: str) -> None:
+    assert backend._plain(text) == plain
