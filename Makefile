@@ -1,7 +1,7 @@
 # The commands of this project. Each works from a bare checkout: the first run makes .venv and installs.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := cpu,fast
+EXTRAS := cpu,fast,client
 .DEFAULT_GOAL := help
 .PHONY: help serve check quick test bench models clean
 

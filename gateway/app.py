@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from gateway import engines, errors, placement
@@ -46,7 +46,8 @@ class Gateway:
         return [
             f"{pool.model}: {pool.reason or '; '.join(state.reason for state in pool.versions if state.reason)}"
             for pool in self.queue.pools()
-            if pool.reason or any(state.state == "UNAVAILABLE" and state.reason != "unloaded" for state in pool.versions)
+            if pool.reason
+            or any(state.state == "UNAVAILABLE" and state.reason != "unloaded" for state in pool.versions)
         ]
 
 
@@ -209,7 +210,5 @@ async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
 
 
 async def _send(gateway: Gateway, command: Command) -> None:
-    try:
+    with suppress(errors.GatewayError):  # the worker has logged it and published the reason
         await gateway.queue.send(command)
-    except errors.GatewayError:
-        pass  # the worker has logged it and published the reason

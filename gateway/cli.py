@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -81,12 +82,24 @@ async def serve(settings: Settings) -> int:
 async def _announce(gateway: Gateway, settings: Settings, stop: asyncio.Event) -> int:
     """Once the first loads have ended, show what is served; stop with status 1 if that is not all and must be."""
     await gateway.loaded.wait()
+    _settle_memory()
     print(table(gateway.queue.pools()), file=sys.stderr)
     if settings.exit_on_error and (failures := gateway.failures()):
         log_event("exit_on_error", logging.ERROR, models=len(failures), first=failures[0])
         stop.set()
         return 1
     return 0
+
+
+def _settle_memory() -> None:
+    """Take what start-up made out of the garbage collector's sight, and have it look less often.
+
+    A request makes no reference cycles, so collecting finds nothing; at Python's own thresholds it took a
+    third of the CPU time of a small request.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def table(pools: Sequence[PoolState]) -> str:
@@ -114,8 +127,13 @@ def _models(settings: Settings) -> int:
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
     )
+    try:
+        names = list(repository.scan())
+    except errors.GatewayError as problem:
+        print(f"gateway: {problem}", file=sys.stderr)
+        return 1
     status = 0
-    for name in repository.scan():
+    for name in names:
         try:
             source = repository.read(name)
             instances = sum(place.count for place in placement.plan(source.config, placement.devices()))

@@ -33,7 +33,8 @@ from loadtest.record import ROOT, provenance
 
 GROWTH_SHARE, GROWTH_BYTES = 0.03, 8 << 20
 PARTS = 10
-SETTLE_SECONDS = 20.0
+SETTLE_SECONDS = 3.0
+SETTLE_SECONDS_AT_THE_END = 20.0
 PIPES, LONERS, CALLERS = 12, 4, 4
 
 
@@ -83,9 +84,9 @@ def take(pid: int, after: int) -> Sample:
     return Sample(after, rss, fds, threads, processes)
 
 
-def take_settled(pid: int, after: int, like: Sample) -> Sample:
+def take_settled(pid: int, after: int, like: Sample, limit: float) -> Sample:
     """Wait until files and threads are back to those of an earlier sample, or give up; then look."""
-    deadline = time.monotonic() + SETTLE_SECONDS
+    deadline = time.monotonic() + limit
     time.sleep(1.0)
     while True:
         sample = take(pid, after)
@@ -124,7 +125,8 @@ def soak(pid: int, ports: servers.Ports, good: int, bad: int, share: float) -> t
         asyncio.run(_part(ports.http, ports.grpc, drawn, tally))
         wall = time.monotonic() - start
         # threads and files that pools open once are open after the first tenth; from there on they must not grow
-        samples.append(take_settled(pid, sum(now), samples[1] if len(samples) > 1 else samples[0]))
+        limit = SETTLE_SECONDS_AT_THE_END if part == PARTS - 1 else SETTLE_SECONDS
+        samples.append(take_settled(pid, sum(now), samples[min(1, part)], limit))
         last = samples[-1]
         sys.stderr.write(
             f"{sum(now):>7} requests, {(sum(now) - sum(before)) / wall:>6.0f}/s, RSS {last.rss / 2**20:.1f} MiB, "

@@ -2,15 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from gateway.config.model import Batching, InstanceGroup, ModelConfig, TensorConfig, Warmup
 from gateway.errors import GatewayError
-from gateway.queues.base import Lane, Queue
+from gateway.queues.base import Job, Lane, Queue
+from gateway.queues.memory import MemoryQueue
 from gateway.types import DataType, InferRequest, InferResponse, RequestedOutput, Tensor
 
 LANE = Lane("m", "1")
@@ -87,6 +88,12 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop turn until this is true; the test's own time limit ends a wait in vain."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
 @asynccontextmanager
 async def background(*coroutines: Coroutine[Any, Any, Any]) -> AsyncIterator[list[asyncio.Task[Any]]]:
     """Run these beside the block and cancel what is left of them at its end."""
@@ -99,3 +106,44 @@ async def background(*coroutines: Coroutine[Any, Any, Any]) -> AsyncIterator[lis
 
 def soon(seconds: float = 0.01) -> float:
     return time.monotonic() + seconds
+
+
+class Callers:
+    """Callers at a queue, each a task whose result is its response or its error. A context manager."""
+
+    def __init__(self, queue: Queue | None = None, lane: Lane = LANE) -> None:
+        self.queue: Queue = queue or MemoryQueue()
+        self._lane = lane
+        self._tasks: list[asyncio.Task[InferResponse | GatewayError]] = []
+
+    async def __aenter__(self) -> Self:
+        self._group = await asyncio.TaskGroup().__aenter__()
+        self.consumer = self.queue.consumer([self._lane])
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._group.__aexit__(*error)
+
+    def ask(self, of: InferRequest) -> asyncio.Task[InferResponse | GatewayError]:
+        async def call() -> InferResponse | GatewayError:
+            try:
+                return await ask(self.queue, of, self._lane)
+            except GatewayError as error:
+                return error
+
+        self._tasks.append(self._group.create_task(call()))
+        return self._tasks[-1]
+
+    async def jobs(self, *requests: InferRequest) -> list[Job]:
+        """Ask for each of these, and take them as jobs."""
+        for each in requests:
+            self.ask(each)
+        await settle()
+        return await self.consumer.take(len(requests))
+
+    async def leave(self, index: int) -> None:
+        """The caller of this number gives up."""
+        self._tasks[index].cancel()
+        await asyncio.wait([self._tasks[index]])

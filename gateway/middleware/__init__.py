@@ -1,0 +1,1 @@
+"""Wrappers `Infer -> Infer`: one feature a file, composed in `app.py`."""

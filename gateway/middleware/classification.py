@@ -22,11 +22,15 @@ _UNSUPPORTED = (DataType.FP16, DataType.BF16, DataType.BOOL, DataType.BYTES)
 def classification(infer: Infer, config_of: Callable[[str, str], ModelConfig]) -> Infer:
     """Wrap an endpoint. `config_of(model, version)` gives the labels and whether there is a batch dimension."""
 
-    async def classified(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+    def classified(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         wanted = {output.name: output.classification for output in request.outputs if output.classification}
+        # Most requests ask for no classes, and need not pay for another generator.
+        return answers(request, wanted) if wanted else infer(request)
+
+    async def answers(request: InferRequest, wanted: dict[str, int]) -> AsyncGenerator[InferResponse, None]:
         async with aclosing(infer(request)) as responses:
             async for response in responses:
-                yield _classify(response, wanted, config_of) if wanted else response
+                yield _classify(response, wanted, config_of)
 
     return classified
 

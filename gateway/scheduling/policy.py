@@ -90,8 +90,8 @@ def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str) -> Deci
         else:
             jobs.append(job)
             rows += job.request.rows
-        if rows >= most:
-            return Decision(jobs, rows, "full" if rows >= limits.max_rows else short)
+        if rows >= limits.max_rows:
+            return Decision(jobs, rows, "full")
     return Decision(jobs, rows, reason)
 
 
@@ -104,6 +104,8 @@ def _patient(gathered: Decision[W], limits: Limits, now: float) -> Decision[W]:
         return Decision(gathered.jobs[:preferred], _rows(gathered.jobs[:preferred]), "preferred")
     if gathered.reason != "drained":
         return gathered
+    if limits.preferred and gathered.rows > max(limits.preferred):
+        return Decision(gathered.jobs, gathered.rows, "preferred")
     until = min(job.enqueued for job in gathered.jobs) + limits.delay
     for job in gathered.jobs:
         if job.request.deadline is not None:

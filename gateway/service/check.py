@@ -87,7 +87,7 @@ class Checker:
         if tensor.datatype is not config.datatype:
             raise errors.wrong_datatype(config.name, self._model, tensor.datatype.name, config.datatype.name)
         shape = tensor.shape[1:] if self._max_batch_size else tensor.shape
-        if shape != config.dims and not _fits(shape, config.dims):
+        if -1 in shape or (shape != config.dims and not _fits(shape, config.dims)):
             raise self._bad_shape(config, tensor)
         if tensor.datatype is DataType.BYTES:
             self._check_elements(config, tensor)

@@ -15,7 +15,7 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
 from gateway.statistics import ModelStatistics, Statistics, VersionStatistics
-from gateway.types import InferRequest, InferResponse
+from gateway.types import InferRequest, InferResponse, Parameter
 
 EXTENSIONS = (
     "classification",
@@ -273,10 +273,15 @@ def _apply_parameters(request: InferRequest) -> None:
     for key in request.parameters:
         if key.startswith("triton_") and key != _ALLOWED_RESERVED:
             raise errors.reserved_parameter()
-    timeout = request.parameters.get("timeout", 0)
-    if isinstance(timeout, int) and timeout > 0:
+    if timeout := _natural(request.parameters.get("timeout")):
         deadline = time.monotonic() + timeout / 1e6
         request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
-    priority = request.parameters.get("priority", 0)
-    if isinstance(priority, int) and priority > 0:
+    if priority := _natural(request.parameters.get("priority")):
         request.priority = priority
+
+
+def _natural(value: Parameter | None) -> int:
+    """A parameter that is a positive integer, at most what 64 bits hold; 0 for any other."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return min(max(value, 0), 1 << 64)

@@ -53,6 +53,7 @@ CASES = {
     "a head larger than its share goes alone": Case(jobs(6, 1), [0], "share", share=2),
     "a full head": Case(jobs(8, 1), [0], "full"),
     "the share is left to others": Case(jobs(1, 1, 1, 1), [0, 1], "share", share=2),
+    "exactly the share and nothing else": Case(jobs(2, 2), [0, 1], "drained", share=4),
     "the next does not fit the share": Case(jobs(1, 2, 1), [0], "share", share=2),
     "the share is more than the model takes": Case(jobs(4, 4, 4), [0, 1], "full", share=9),
     "no share still runs the head": Case(jobs(1, 1), [0], "share", share=0),

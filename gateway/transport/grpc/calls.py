@@ -12,12 +12,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from gateway import errors
 from gateway.transport.grpc import codec
+from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.types import Infer, InferRequest, InferResponse
 
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
@@ -28,8 +28,7 @@ _FOREVER = 1e9  # seconds; the libraries report "no deadline" as some huge numbe
 _log = logging.getLogger("gateway.grpc")
 
 
-@dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Who is calling, when the call ends (`time.monotonic` seconds), and how many seconds a request of it has."""
 
     tenant: str
@@ -85,11 +84,12 @@ class Running:
 class Calls:
     """The calls of one server."""
 
-    def __init__(self, infer: Infer, authenticate: Authenticate, max_message_bytes: int) -> None:
+    def __init__(self, infer: Infer, authenticate: Authenticate, options: GrpcOptions) -> None:
         self.infer = infer
         self.running = Running()
         self._authenticate = authenticate
-        self._max_message_bytes = max_message_bytes
+        self._max_bytes = options.max_request_bytes
+        self._max_tensors = options.max_request_tensors
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
@@ -105,11 +105,15 @@ class Calls:
 
     def request(self, payload: bytes, caller: Caller) -> InferRequest:
         """A request from its serialized message. Raises `GatewayError`."""
-        if len(payload) > self._max_message_bytes:
+        if len(payload) > self._max_bytes:
+            # The status that grpcio gives, which refuses such a message before it gets here.
             raise errors.ResourceExhausted(
-                f"the request message of {len(payload)} bytes is larger than the limit of {self._max_message_bytes}"
+                f"the request message of {len(payload)} bytes exceeds the limit of {self._max_bytes}; "
+                "send less at a time, or raise --max-request-bytes"
             )
         request = codec.decode(payload)
+        self._check_count(len(request.inputs), "inputs")
+        self._check_count(len(request.outputs), "outputs")
         request.tenant = caller.tenant
         request.deadline = caller.deadline
         if caller.timeout is not None:
@@ -122,17 +126,16 @@ class Calls:
         try:
             with self.running:
                 request = self.request(payload, self.caller(metadata, remaining))
-                return self.limited(codec.encode(await self._only(request)))
+                return sendable(codec.encode(await self._only(request)))
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
             raise explain(error) from None
 
-    def limited(self, message: bytes) -> bytes:
-        """`message` itself, or `InvalidArgument` if it is too large to send."""
-        if len(message) > self._max_message_bytes:
+    def _check_count(self, count: int, what: str) -> None:
+        if count > self._max_tensors:
             raise errors.InvalidArgument(
-                f"the response message of {len(message)} bytes is larger than the limit of {self._max_message_bytes}"
+                f"the request has {count} {what}, more than the limit of {self._max_tensors}; "
+                "send fewer, or raise --max-request-tensors"
             )
-        return message
 
     async def _only(self, request: InferRequest) -> InferResponse:
         answer: InferResponse | None = None
@@ -144,6 +147,15 @@ class Calls:
         if answer is None:
             raise errors.Internal(f"model '{request.model_name}' ended without an answer")
         return answer
+
+
+def sendable(message: bytes) -> bytes:
+    """`message` itself, or `InvalidArgument` if it is larger than a client accepts."""
+    if len(message) > INT32_MAX:
+        raise errors.InvalidArgument(
+            f"the response of {len(message)} bytes exceeds gRPC's limit of {INT32_MAX}; ask for fewer outputs or rows"
+        )
+    return message
 
 
 def explain(error: Exception) -> errors.GatewayError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -37,6 +38,7 @@ async def native_front(address: str, calls: Calls, keepalive: Keepalive) -> Asyn
     native = NativeGrpcFront(
         address,
         [(_METHOD, False)],
+        io_threads=_io_threads(),
         call_details=True,
         metrics=True,
         keepalive_time_ms=max(keepalive.time_ms, 1),
@@ -52,6 +54,12 @@ async def native_front(address: str, calls: Calls, keepalive: Keepalive) -> Asyn
                 await front.stop()
     finally:
         native.close()
+
+
+def _io_threads() -> int:
+    # On two cores a second thread costs a tenth more CPU a call and gains nothing; large tensors on a large
+    # machine need more than the gigabyte a second that one thread moves.
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
 
 
 class Front:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-INT32_MAX = 2_147_483_647
+INT32_MAX = 2_147_483_647  # bytes of a message, as Triton and its clients have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,15 @@ class Tls:
 class GrpcOptions:
     """Where and how to listen. Port 0 takes a free one; `grace` is how many seconds a stop waits for answers.
 
-    `native` False keeps grpcio in charge of ModelInfer even where `pygrpc_native` is installed.
+    `max_request_tensors` is how many inputs, and how many outputs, one request may name. The native front knows
+    no `max_connections`. `native` False keeps grpcio in charge even where `pygrpc_native` is installed.
     """
 
     host: str = "127.0.0.1"
     port: int = 8001
-    max_message_bytes: int = INT32_MAX
+    max_request_bytes: int = INT32_MAX
+    max_request_tensors: int = 256
+    max_connections: int = 1000
     keepalive: Keepalive = Keepalive()
     tls: Tls | None = None
     native: bool = True

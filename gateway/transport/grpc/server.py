@@ -18,7 +18,7 @@ import grpc
 from gateway.service import Service
 from gateway.transport.grpc.calls import Authenticate, Calls
 from gateway.transport.grpc.native import native_front
-from gateway.transport.grpc.options import GrpcOptions, Keepalive, Tls
+from gateway.transport.grpc.options import INT32_MAX, GrpcOptions, Keepalive, Tls
 from gateway.transport.grpc.servicer import add_handlers
 from gateway.types import Infer
 
@@ -34,7 +34,7 @@ class GrpcServer:
         self.port = options.port
         self.implementation = "native" if _native_can(options) else "grpcio"
         self._service = service
-        self._calls = Calls(infer, authenticate, options.max_message_bytes)
+        self._calls = Calls(infer, authenticate, options)
         self._options = options
         self._stack = AsyncExitStack()
 
@@ -54,9 +54,7 @@ class GrpcServer:
 
     async def _start_native(self, stack: AsyncExitStack) -> None:
         try:
-            front = await stack.enter_async_context(
-                native_front(self._address(), self._calls, self._options.keepalive)
-            )
+            front = await stack.enter_async_context(native_front(self._address(), self._calls, self._options.keepalive))
         except OSError as problem:
             raise self._cannot_bind() from problem
         # A directory of its own, so that nobody else can reach the socket.
@@ -66,11 +64,13 @@ class GrpcServer:
         self.port = front.port
 
     async def _start_grpcio(self, stack: AsyncExitStack, address: str, tls: Tls | None) -> int:
-        server = grpc.aio.server(options=_channel_options(self._options))
+        server: Any = grpc.aio.server(options=_channel_options(self._options))
         add_handlers(server, self._service, self._calls)
         credentials = _credentials(tls) if tls else None
         try:
-            port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+            port: int = (
+                server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
+            )
         except RuntimeError as problem:
             raise self._cannot_bind() from problem
         await server.start()
@@ -110,8 +110,9 @@ def _credentials(tls: Tls) -> Any:
 
 def _channel_options(options: GrpcOptions) -> list[tuple[str, int]]:
     return [
-        ("grpc.max_receive_message_length", options.max_message_bytes),
-        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.max_receive_message_length", options.max_request_bytes),
+        ("grpc.max_send_message_length", INT32_MAX),
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
         # Without this a second server on the port would start, and take half of the calls.
         ("grpc.so_reuseport", 0),
         *_keepalive_options(options.keepalive),

@@ -111,11 +111,12 @@ class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         await _abort(context, errors.Unsupported("health is answered on request only, call Check"))
 
 
-class _Reflection(ServerReflectionServicer):
+class _Reflection(ServerReflectionServicer):  # type: ignore[misc]
     """What may be called here, for those who may call it."""
 
     def __init__(self, services: tuple[str, ...], calls: Calls) -> None:
-        self._answers = reflection.ReflectionServicer(services)
+        # The library's servicer for threads, which blocks nowhere; the one for asyncio is not public.
+        self._answers: Any = reflection.ReflectionServicer(services)
         self._calls = calls
 
     async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802

@@ -14,7 +14,7 @@ from typing import Any
 
 from gateway import errors
 from gateway.transport.grpc import codec
-from gateway.transport.grpc.calls import Caller, Calls, explain, stopping
+from gateway.transport.grpc.calls import Caller, Calls, explain, sendable, stopping
 
 
 class Stream:
@@ -54,7 +54,7 @@ class Stream:
                 request = self._calls.request(payload, self._caller)
                 async with aclosing(self._calls.infer(request)) as responses:
                     async for response in responses:
-                        await self._write(self._calls.limited(codec.encode_streamed(response)))
+                        await self._write(sendable(codec.encode_streamed(response)))
         except Exception as problem:  # noqa: BLE001 - explain() logs what is not ours, and the request is answered
             error = explain(problem)
             if self._fails_whole:

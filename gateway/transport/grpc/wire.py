@@ -62,7 +62,8 @@ def _walk(payload: bytes) -> Parts:
     raw: list[Buffer] = []
     request_id = ""
     at = kept = fields = 0
-    while at < len(payload):
+    end = len(payload)
+    while at < end:
         start = at
         tag, size = payload[at], payload[at + 1]
         at += 2
@@ -79,7 +80,7 @@ def _walk(payload: bytes) -> Parts:
                 request_id = str(view[at:kept], "utf-8")
         at += size
         fields += 1
-    if at > len(payload):
+    if at > end:
         raise ValueError
     heads.append(payload[kept:])
     return Parts(b"".join(heads), request_id, raw)

@@ -62,7 +62,10 @@ class DocumentReader:
         except (ValueError, RuntimeError) as problem:
             if "DEPTH_ERROR" in str(problem):
                 raise self._too_deep() from None
-        return _parse_slowly(text)
+        try:
+            return _parse_slowly(text)
+        except RecursionError:
+            raise self._too_deep() from None
 
     def _parse_large(self, text: bytes) -> Any:
         if len(text) > _PARSER_KEPT:
@@ -117,10 +120,20 @@ def flatten(data: Any) -> list[Any]:
     nested = data.as_list() if isinstance(data, simdjson.Array) else data
     if not isinstance(nested, list):
         raise bad_member("data", "array", "array")
-    # A level at a time and not by recursion: the depth is the client's choice.
-    while any(type(element) is list for element in nested):
-        nested = [leaf for element in nested for leaf in (element if type(element) is list else (element,))]
-    return nested
+    if not any(type(element) is list for element in nested):
+        return nested
+    # Not by recursion: the depth is the client's choice.
+    flat: list[Any] = []
+    open_lists = [iter(nested)]
+    while open_lists:
+        for element in open_lists[-1]:
+            if type(element) is list:
+                open_lists.append(iter(element))
+                break
+            flat.append(element)
+        else:
+            open_lists.pop()
+    return flat
 
 
 def _inputs(value: Any) -> Any:
@@ -151,7 +164,7 @@ def _parse_slowly(text: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as problem:
         raise Internal(f"failed to parse the request JSON buffer: {problem.msg}. at {problem.pos}") from None
-    except (ValueError, RecursionError) as problem:
+    except ValueError as problem:
         reason = "Invalid encoding in string." if isinstance(problem, UnicodeError) else "Invalid value."
         raise Internal(f"failed to parse the request JSON buffer: {reason} at 0") from None
     return value

@@ -31,7 +31,7 @@ from gateway.transport.http.replies import Reply, error_reply, fault_reply
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[int, Path(description="One of the model's versions; without it the newest that is ready.")]
 _ERROR = {"description": "What was wrong and what to do.", "content": {"application/json": {"example": {"error": ""}}}}
-_ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 404, 500, 503), _ERROR)
+_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 _INFER_EXAMPLE = {
     "id": "1",
     "inputs": [{"name": "INPUT0", "datatype": "FP32", "shape": [1, 2], "data": [1.0, 2.0]}],
@@ -45,8 +45,8 @@ parameter `binary_data_size` in place of `data`."""
 def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, tokens: Tokens | None) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
 
-    async def tenant(request: Request) -> str:
-        return tokens.tenant(request.headers.get("authorization")) if tokens is not None else ""
+    async def authorize(request: Request) -> None:
+        request.state.tenant = tokens.tenant(request.headers.get("authorization")) if tokens is not None else ""
 
     app = FastAPI(
         title="Lockgate",
@@ -67,9 +67,10 @@ def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, tokens:
         return HTMLResponse(page)
 
     _add_health(app, service)
-    _add_metadata(app, service, [Depends(tenant)])
-    _add_control(app, service, limits, [Depends(tenant)])
-    _add_infer(app, endpoint, limits, tenant)
+    protected = [Depends(authorize)]
+    _add_metadata(app, service, protected)
+    _add_control(app, service, limits, protected)
+    _add_infer(app, endpoint, limits, protected)
     return app
 
 
@@ -132,19 +133,17 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
         return Response()
 
 
-def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, tenant: Callable[[Request], Any]) -> None:
-    async def answer(model: str, version: str, request: Request, caller: str) -> Response:
+def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
+    async def answer(request: Request, model: str, version: str) -> Response:
         body = await read_body(request.stream(), limits.max_request_bytes)
-        headers, content = await endpoint.answer(model, version, request.headers.get, body, caller)
+        headers, content = await endpoint.answer(model, version, request.headers.get, body, request.state.tenant)
         return _response((200, headers, content))
 
-    async def newest(model: Model, request: Request, caller: Annotated[str, Depends(tenant)]) -> Response:
-        return await answer(model, "", request, caller)
+    async def newest(model: Model, request: Request) -> Response:
+        return await answer(request, model, "")
 
-    async def of_version(
-        model: Model, version: Version, request: Request, caller: Annotated[str, Depends(tenant)]
-    ) -> Response:
-        return await answer(model, str(version), request, caller)
+    async def of_version(model: Model, version: Version, request: Request) -> Response:
+        return await answer(request, model, str(version))
 
     body = {"content": {"application/json": {"schema": {"type": "object"}, "example": _INFER_EXAMPLE}}}
     for path, handler in (("", newest), ("/versions/{version:int}", of_version)):
@@ -155,6 +154,7 @@ def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, tenant
             summary="Run a model",
             description=_INFER_TEXT,
             openapi_extra={"requestBody": body},
+            dependencies=[*dependencies],
         )
 
 

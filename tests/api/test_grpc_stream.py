@@ -1,0 +1,140 @@
+"""ModelStreamInfer with real clients, on each implementation."""
+
+import asyncio
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2 as pb
+
+from gateway.types import DataType, InferResponse, Tensor
+from tests.api.grpc_support import IMPLEMENTATIONS, Running, inputs, serving
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        pytest.importorskip("pygrpc_native")
+    return request.param
+
+
+@pytest.fixture
+async def running(implementation):
+    async with serving(implementation) as running:
+        yield running
+
+
+def message(request_id: str, *, model: str = "m", **parameters: bool) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model, id=request_id, raw_input_contents=[bytes(8)])
+    request.inputs.add(name="IN", datatype="FP32", shape=[1, 2])
+    for key, value in parameters.items():
+        request.parameters[key].bool_param = value
+    return request
+
+
+async def test_a_stream_with_tritons_client(running: Running):
+    async def requests():
+        for i in range(5):
+            yield {"model_name": "m", "inputs": inputs(float(i)), "request_id": str(i)}
+
+    answers = {}
+    async with running.client() as client:
+        async for result, error in client.stream_infer(requests()):
+            assert error is None
+            response = result.get_response()
+            assert response.parameters["triton_final_response"].bool_param
+            answers[response.id] = result.as_numpy("OUT")[0, 0]
+    assert answers == {str(i): float(i) for i in range(5)}
+
+
+async def test_requests_of_one_stream_run_side_by_side(running: Running):
+    running.model.hold = True
+    async with running.stub() as stub:
+        stream = stub.ModelStreamInfer()
+        for each in ("a", "b"):
+            await stream.write(message(each))
+        jobs = [await running.model.held.get() for _ in range(2)]
+        for job in reversed(jobs):
+            running.model.echo(job)
+            assert (await stream.read()).infer_response.id == job.request.id
+        await stream.done_writing()
+        assert await stream.read() is grpc.aio.EOF
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_the_answers_of_one_request_keep_their_order(implementation):
+    async def infer(request):
+        for i in range(50):
+            output = Tensor(DataType.UINT8, (1,), wire=bytes([i]))
+            yield InferResponse("m", "1", {"OUT": output}, id=request.id, final=i == 49)
+            await asyncio.sleep(0)
+
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    async with serving(implementation, infer=lambda _: infer) as running, running.stub() as stub:
+        async for answer in stub.ModelStreamInfer(iter([message("a"), message("b")])):
+            response = answer.infer_response
+            seen[response.id].append(response.raw_output_contents[0][0])
+            assert response.parameters["triton_final_response"].bool_param is (seen[response.id][-1] == 49)
+    assert seen == {"a": list(range(50)), "b": list(range(50))}
+
+
+async def test_a_failed_request_leaves_the_stream_open(running: Running):
+    async with running.stub() as stub:
+        stream = stub.ModelStreamInfer()
+        await stream.write(message("bad", model="nope"))
+        answer = await stream.read()
+        assert answer.error_message == "Request for unknown model: 'nope' is not found"
+        assert answer.infer_response.id == "bad"
+        await stream.write(message("good"))
+        answer = await stream.read()
+        assert (answer.error_message, answer.infer_response.id) == ("", "good")
+        await stream.done_writing()
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_a_request_that_cannot_be_read_is_answered_too(running: Running):
+    broken = message("x")
+    broken.inputs[0].datatype = "NONE"
+    async with running.stub() as stub:
+        (answer,) = [answer async for answer in stub.ModelStreamInfer(iter([broken]))]
+    assert "unknown data-type 'NONE'" in answer.error_message
+    assert answer.infer_response.id == "x"
+
+
+async def test_a_client_may_ask_for_errors_that_end_the_stream(running: Running):
+    running.model.hold = True
+    async with running.stub() as stub:
+        stream = stub.ModelStreamInfer(metadata=[("triton_grpc_error", "true")])
+        await stream.write(message("held"))
+        job = await running.model.held.get()
+        await stream.write(message("bad", model="nope"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream.read()
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert caught.value.details() == "Request for unknown model: 'nope' is not found"
+        while not job.done:
+            await asyncio.sleep(0.001)
+
+
+async def test_cancelling_a_stream_cancels_its_requests(running: Running):
+    running.model.hold = True
+    async with running.stub() as stub:
+        stream = stub.ModelStreamInfer()
+        for each in ("a", "b"):
+            await stream.write(message(each))
+        jobs = [await running.model.held.get() for _ in range(2)]
+        stream.cancel()
+        for job in jobs:
+            while not job.done:
+                await asyncio.sleep(0.001)
+
+
+async def test_the_timeout_in_metadata_is_each_requests_own(running: Running):
+    running.model.hold = True
+    async with running.stub() as stub:
+        stream = stub.ModelStreamInfer(metadata=[("x-request-timeout-ms", "30")])
+        for each in ("a", "b"):
+            await stream.write(message(each))
+            answer = await stream.read()
+            assert (answer.error_message, answer.infer_response.id) == ("Request timeout expired", each)
+        await stream.done_writing()
+        assert await stream.code() is grpc.StatusCode.OK

@@ -1,0 +1,514 @@
+"""What a worker promises, with the real queue, service, repository and slots, and the shipped fake engine."""
+
+import asyncio
+import os
+import shutil
+import tempfile
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gateway import engines, errors
+from gateway.engines.fake import Gate
+from gateway.placement import Device
+from gateway.queues.base import InstanceState, Load, Unload
+from gateway.queues.memory import MemoryQueue
+from gateway.repository import Repository
+from gateway.service import Service
+from gateway.service.service import ServiceOptions
+from gateway.statistics import Statistics
+from gateway.worker import Worker
+from tests.support import background, refusal, request, settle, soon, until
+
+CONFIG = """
+backend: "fake"
+max_batch_size: 8
+input {{ name: "IN" data_type: TYPE_FP32 dims: 2 }}
+output {{ name: "OUT" data_type: TYPE_FP32 dims: 2 }}
+instance_group {{ kind: KIND_CPU count: {instances} }}
+dynamic_batching {{ {batching} }}
+{parameters}
+{more}
+"""
+WARMUP = """model_warmup {
+  name: "w" batch_size: 3
+  inputs { key: "IN" value { data_type: TYPE_FP32 dims: 2 zero_data: true } }
+}"""
+
+
+class Rig:
+    """A worker with a model repository, and the service that clients would use."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.queue = MemoryQueue()
+        self.statistics = Statistics()
+        self.repository = Repository([folder], engines.describe)
+        self.worker = Worker(self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics)
+        self.service = Service(self.queue, self.statistics, self._names, ServiceOptions())
+        self._writes = 0
+
+    async def _names(self):
+        return list(self.repository.scan())
+
+    def write(self, name="m", *, versions=(1,), instances=1, batching="", more="", **parameters):
+        """Put a model of the fake backend into the repository, or change it."""
+        entries = "\n".join(
+            f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in parameters.items()
+        )
+        for version in versions:
+            (self.folder / name / str(version)).mkdir(parents=True, exist_ok=True)
+        path = self.folder / name / "config.pbtxt"
+        path.write_text(CONFIG.format(instances=instances, batching=batching, parameters=entries, more=more))
+        self._writes += 1  # a change within the clock's resolution is a change all the same
+        os.utime(path, ns=(self._writes * 10**9, self._writes * 10**9))
+
+    async def load(self, name="m"):
+        await self.queue.send(Load(name))
+
+    async def unload(self, name="m"):
+        await self.queue.send(Unload(name))
+
+    def states(self, name="m"):
+        return {state.version: (state.state, state.reason) for state in self.queue.pool(name).versions}
+
+    async def infer(self, value=1.0, **more):
+        """Send a request filled with `value`; return the value that came back."""
+        asked = request(value, **more)
+        async with aclosing(self.service.infer(asked)) as responses:
+            (response,) = [response async for response in responses]
+        assert response.final
+        array = response.outputs["OUT"].array
+        assert array.shape == (asked.rows, 2)
+        (answer,) = np.unique(array)
+        return answer.item()
+
+
+@pytest.fixture
+def folder():
+    # Not tmp_path: the gate's socket needs a short path.
+    with tempfile.TemporaryDirectory(prefix="gw") as path:
+        (Path(path) / "repository").mkdir()
+        yield Path(path)
+
+
+@pytest.fixture
+async def rig(folder):
+    rig = Rig(folder / "repository")
+    async with background(rig.worker.run()):
+        yield rig
+
+
+@asynccontextmanager
+async def held(rig, folder, **more):
+    """A loaded model `m` whose one instance is held at a gate by a request of value 0."""
+    path = folder / "gate"
+    rig.write(gate=path, **more)
+    await rig.load()
+    async with Gate(path) as gate, background(rig.infer(0.0)) as (first,):
+        yield gate, await gate.arrival()
+        await first
+
+
+async def queued(rig, *calls):
+    await settle()
+    assert rig.statistics.of("m", "1").pending == 1 + len(calls)
+
+
+# --- life
+
+
+async def test_a_loaded_model_answers_and_says_what_it_runs_on(rig):
+    rig.write()
+    await rig.load()
+    assert rig.states() == {"1": ("READY", "")}
+    (state,) = rig.queue.pool("m").versions
+    assert state.instances == (InstanceState("cpu", "Fake"),)
+    assert await rig.infer(7.0, rows=3) == 7.0
+
+
+async def test_a_version_is_ready_only_when_it_is_warm(rig, folder):
+    rig.write(gate=folder / "gate", more=WARMUP)
+    async with Gate(folder / "gate") as gate, background(rig.load()) as (loading,):
+        warming = await gate.arrival()
+        assert warming.rows == 3
+        assert rig.states() == {"1": ("LOADING", "")}
+        error = await refusal(rig.infer(model_version="1"))
+        assert error.message == "Request for unknown model: 'm' version 1 is not at ready state"
+        assert not loading.done()
+        warming.release()
+        await loading
+        assert rig.states() == {"1": ("READY", "")}
+    assert await rig.infer(2.0) == 2.0
+
+
+async def test_an_unload_answers_what_was_accepted_and_refuses_the_rest(rig, folder):
+    async with held(rig, folder) as (gate, run), background(rig.infer(5.0), rig.unload()) as (accepted, unloading):
+        await queued(rig, accepted)
+        assert rig.states() == {"1": ("UNLOADING", "")}
+        assert isinstance(await refusal(rig.infer()), errors.NotFound)
+        assert not unloading.done()
+        run.release()
+        (await gate.arrival()).release()
+        assert await accepted == 5.0
+        await unloading
+    assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
+    await rig.load()
+    assert await rig.infer(6.0) == 6.0
+
+
+async def test_unloading_what_is_not_loaded_does_nothing(rig):
+    await rig.unload("never")
+    assert rig.queue.pool("never") is None
+
+
+async def test_a_load_of_an_unknown_model_fails_in_tritons_words(rig):
+    for _ in range(2):
+        error = await refusal(rig.load("x"))
+        assert type(error) is errors.Internal
+        assert error.message == "failed to load 'x', failed to poll from model repository"
+    assert rig.queue.pool("x") is None
+    rig.write("x")
+    await rig.load("x")
+    assert await rig.infer(3.0, model_name="x") == 3.0
+
+
+async def test_two_loads_of_an_unknown_model_at_once_leave_it_whole(rig):
+    await asyncio.gather(*(refusal(rig.load("x")) for _ in range(3)))
+    rig.write("x")
+    await asyncio.gather(*(rig.load("x") for _ in range(3)))
+    assert await rig.infer(3.0, model_name="x") == 3.0
+    await rig.unload("x")
+    assert rig.states("x") == {"1": ("UNAVAILABLE", "unloaded")}
+
+
+# --- broken models
+
+
+async def test_a_broken_model_is_unavailable_with_its_reason_while_others_serve(rig):
+    rig.write("good")
+    rig.write("bad", a_us="soon")
+    rig.write("unreadable", more="max_batch_sise: 4")
+    loads = [rig.load("good"), refusal(rig.load("bad")), refusal(rig.load("unreadable"))]
+    _, bad, unreadable = await asyncio.gather(*loads)
+    reason = "parameter 'a_us' of model 'bad' must be a number, got 'soon'; correct it in config.pbtxt"
+    assert type(bad) is errors.InvalidArgument
+    assert bad.message == f"load failed for model 'bad': version 1 is at UNAVAILABLE state: {reason};"
+    assert rig.states("bad") == {"1": ("UNAVAILABLE", reason)}
+    assert type(unreadable) is errors.InvalidArgument
+    assert "config.pbtxt" in rig.queue.pool("unreadable").reason
+    assert "max_batch_sise" in rig.queue.pool("unreadable").reason
+    assert str(rig.folder) not in bad.message + unreadable.message
+    assert await rig.infer(4.0, model_name="good") == 4.0
+
+
+async def test_a_broken_model_serves_once_it_is_mended(rig):
+    rig.write(a_us="soon")
+    await refusal(rig.load())
+    rig.write()
+    await rig.load()
+    assert rig.states() == {"1": ("READY", "")}
+    assert await rig.infer(4.0) == 4.0
+
+
+async def test_a_warm_up_that_fails_leaves_the_version_unavailable(rig):
+    rig.write(poison="0", more=WARMUP)
+    error = await refusal(rig.load())
+    assert "model_warmup sample 'w' failed" in error.message
+    assert rig.states()["1"][0] == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("broken", [{"a_us": "soon"}, {"more": "max_batch_sise: 4"}])
+async def test_a_reload_that_fails_keeps_the_old_version_serving(rig, broken):
+    rig.write()
+    await rig.load()
+    rig.write(**broken)
+    error = await refusal(rig.load())
+    assert error.message.startswith("load failed for model 'm': ")
+    assert rig.states() == {"1": ("READY", "")}
+    assert await rig.infer(4.0) == 4.0
+    rig.write(poison="9")
+    await rig.load()
+    assert isinstance(await refusal(rig.infer(9.0)), errors.Internal)
+
+
+async def test_a_broken_version_that_is_gone_is_forgotten(rig):
+    rig.write(versions=(1, 2), more="version_policy { all { } }", a_us="soon")
+    await refusal(rig.load())
+    assert set(rig.states()) == {"1", "2"}
+    shutil.rmtree(rig.folder / "m" / "2")
+    rig.write(more="version_policy { all { } }")
+    await rig.load()
+    assert rig.states() == {"1": ("READY", "")}
+
+
+# --- reload
+
+
+async def test_a_reload_of_an_unchanged_model_changes_nothing(rig):
+    rig.write()
+    await rig.load()
+    before = rig.queue.pool("m").versions[0].config
+    await rig.load()
+    assert rig.queue.pool("m").versions[0].config is before
+
+
+async def test_a_new_version_takes_over_and_the_old_one_leaves(rig):
+    rig.write()
+    await rig.load()
+    rig.write(versions=(1, 2))
+    await rig.load()
+    assert rig.states() == {"1": ("UNAVAILABLE", "unloaded"), "2": ("READY", "")}
+    assert await rig.infer(4.0) == 4.0
+    assert rig.statistics.of("m", "2").success_count == 1
+
+
+async def test_reloads_never_drop_a_request(rig):
+    rig.write(instances=2)
+    await rig.load()
+    stop = asyncio.Event()
+    answers: list[tuple[float, float]] = []
+
+    async def client(number):
+        while not stop.is_set():
+            value = float(number * 1_000_000 + len(answers))
+            answers.append((value, await rig.infer(value)))
+
+    async with background(*(client(number) for number in range(16))) as clients:
+        for generation in range(8):
+            rig.write(instances=2, b_us=generation)
+            before = len(answers)
+            await rig.load()
+            await until(lambda count=before + 50: len(answers) >= count)
+        stop.set()
+        await asyncio.gather(*clients)
+    assert all(sent == got for sent, got in answers)
+    statistics = rig.statistics.of("m", "1")
+    assert statistics.success_count == len(answers)
+    assert sum(statistics.failures.values()) == 0
+
+
+async def test_a_reload_does_not_wait_for_a_request_that_left(rig):
+    """The delay holds a job in the old host; its caller leaves; the old host must still be able to retire."""
+    rig.write(batching="max_queue_delay_microseconds: 500000")
+    await rig.load()
+    async with background(rig.infer()) as (caller,):
+        await settle()
+        rig.write()
+        before = rig.queue.pool("m").versions[0].config
+        async with background(rig.load()) as (loading,):
+            await until(lambda: rig.queue.pool("m").versions[0].config is not before)
+            await settle()
+            assert not loading.done()
+            caller.cancel()
+            await loading
+    assert await rig.infer(4.0) == 4.0
+
+
+# --- batches
+
+
+async def test_what_waits_while_an_instance_runs_becomes_one_batch(rig, folder):
+    async with (
+        held(rig, folder) as (gate, run),
+        background(*(rig.infer(float(n), rows=n) for n in (1, 2, 3))) as callers,
+    ):
+        await queued(rig, *callers)
+        run.release()
+        batch = await gate.arrival()
+        assert batch.rows == 6
+        batch.release()
+        assert await asyncio.gather(*callers) == [1.0, 2.0, 3.0]
+
+
+async def test_executions_and_rows_are_counted_exactly(rig, folder):
+    async with (
+        held(rig, folder) as (gate, run),
+        background(*(rig.infer(float(n), rows=n) for n in (1, 2, 3))) as callers,
+    ):
+        statistics = rig.statistics.of("m", "1")
+        await queued(rig, *callers)
+        assert statistics.executing == 1
+        run.release()
+        batch = await gate.arrival()
+        assert statistics.executing == 3
+        batch.release()
+        await asyncio.gather(*callers)
+    assert (statistics.success_count, statistics.inference_count, statistics.execution_count) == (4, 7, 2)
+    assert {rows: batch.count for rows, batch in statistics.batches.items()} == {1: 1, 6: 1}
+    assert statistics.closed == {"drained": 2}
+    assert (statistics.pending, statistics.executing) == (0, 0)
+    assert all(step > 0 for step in (statistics.queue_ns, statistics.compute_infer_ns, statistics.compute_output_ns))
+
+
+async def test_a_poison_request_fails_alone(rig, folder):
+    async with (
+        held(rig, folder, poison="13") as (gate, run),
+        background(*(refusal_or(rig.infer(value)) for value in (1.0, 13.0, 3.0))) as callers,
+    ):
+        await queued(rig, *callers)
+        run.release()
+        batch = await gate.arrival()
+        assert batch.rows == 3
+        batch.release()
+        for _ in range(3):
+            retried = await gate.arrival()
+            assert retried.rows == 1
+            retried.release()
+        first, poison, third = await asyncio.gather(*callers)
+    assert (first, third) == (1.0, 3.0)
+    assert type(poison) is errors.Internal
+    assert poison.message == "the fake model 'm' failed on its poison value"
+    assert rig.statistics.of("m", "1").failures["BACKEND"] == 1
+
+
+async def refusal_or(call):
+    """What the call returns, or the error it raises."""
+    try:
+        return await call
+    except errors.GatewayError as error:
+        return error
+
+
+async def test_a_crash_inside_an_engine_is_explained_without_its_details(rig):
+    rig.write(crash="13")
+    await rig.load()
+    error = await refusal(rig.infer(13.0))
+    assert type(error) is errors.Internal
+    assert error.message == "model 'm' failed to run this request (SystemError); the server's log has the details"
+    assert await rig.infer(4.0) == 4.0
+
+
+@pytest.mark.parametrize(("delta", "got"), [("-1", 1), ("1", 3)])
+async def test_other_rows_than_were_asked_for_are_never_handed_out(rig, delta, got):
+    rig.write(rows_delta=delta)
+    await rig.load()
+    error = await refusal(rig.infer(rows=2))
+    assert type(error) is errors.Internal
+    assert error.message == (
+        f"model 'm' gave {got} rows in output 'OUT' for a batch of 2; "
+        "a model must give one row for each row it is given"
+    )
+
+
+@pytest.mark.parametrize("cancelled", [0, 1, 2])
+async def test_a_cancelled_request_never_reaches_the_engine(rig, folder, cancelled):
+    values = (1.0, 2.0, 3.0)
+    async with held(rig, folder) as (gate, run), background(*map(rig.infer, values)) as callers:
+        await queued(rig, *callers)
+        callers[cancelled].cancel()
+        await asyncio.wait([callers[cancelled]])
+        run.release()
+        batch = await gate.arrival()
+        assert batch.rows == 2
+        batch.release()
+        for number, caller in enumerate(callers):
+            if number != cancelled:
+                assert await caller == values[number]
+    assert rig.statistics.of("m", "1").failures["CANCELED"] == 1
+
+
+async def test_an_expired_request_never_reaches_the_engine(rig, folder):
+    calls = [refusal(rig.infer(1.0, deadline=soon())), rig.infer(2.0)]
+    async with held(rig, folder) as (gate, run), background(*calls) as (late, patient):
+        assert isinstance(await late, errors.DeadlineExceeded)
+        run.release()
+        batch = await gate.arrival()
+        assert batch.rows == 1
+        batch.release()
+        assert await patient == 2.0
+
+
+async def test_a_request_cancelled_while_it_runs_leaves_its_mates_untouched(rig, folder):
+    async with held(rig, folder) as (gate, run), background(*map(rig.infer, (1.0, 2.0, 3.0))) as callers:
+        await queued(rig, *callers)
+        run.release()
+        batch = await gate.arrival()
+        callers[0].cancel()
+        await asyncio.wait([callers[0]])
+        batch.release()
+        assert await asyncio.gather(*callers[1:]) == [2.0, 3.0]
+
+
+async def test_a_deadline_is_kept_while_the_model_hangs(rig):
+    rig.write(hang="13")
+    await rig.load()
+    error = await refusal(rig.infer(13.0, deadline=soon(0.05)))
+    assert isinstance(error, errors.DeadlineExceeded)
+
+
+# --- stopping
+
+
+async def test_a_drain_answers_all_that_was_accepted(rig, folder):
+    async with held(rig, folder) as (gate, run), background(*map(rig.infer, (1.0, 2.0))) as callers:
+        await queued(rig, *callers)
+        rig.service.drain()
+        async with background(rig.worker.drain()) as (draining,):
+            await settle()
+            assert not draining.done()
+            assert isinstance(await refusal(rig.infer()), errors.Unavailable)
+            run.release()
+            (await gate.arrival()).release()
+            assert await asyncio.gather(*callers) == [1.0, 2.0]
+            await draining
+
+
+async def test_a_drain_waits_for_a_model_that_is_being_unloaded(rig, folder):
+    async with held(rig, folder) as (_, run), background(rig.unload()) as (unloading,):
+        await settle()
+        async with background(rig.worker.drain()) as (draining,):
+            await settle()
+            assert not draining.done()
+            run.release()
+            await draining
+            await unloading
+
+
+async def test_a_forced_stop_tells_every_caller(folder):
+    rig = Rig(folder / "repository")
+    rig.write(gate=folder / "gate")
+    calls = [refusal(rig.infer(float(n))) for n in range(3)]
+    async with background(rig.worker.run()) as (working,), Gate(folder / "gate") as gate:
+        loading = asyncio.ensure_future(rig.load())
+        (await gate.arrival()).release()  # the warm-up
+        await loading
+        async with background(*calls) as (running, *waiting):
+            run = await gate.arrival()
+            assert run.rows == 3 or len(waiting) == 2
+            working.cancel()
+            run.release()
+            await asyncio.wait([working])
+            rig.queue.close()
+            told = await asyncio.gather(running, *waiting)
+    assert [(type(error), error.message) for error in told] == [(errors.Unavailable, "Server not ready")] * 3
+
+
+async def test_a_forced_stop_in_the_middle_of_a_retry_tells_every_caller(folder):
+    rig = Rig(folder / "repository")
+    async with background(rig.worker.run()) as (working,), held(rig, folder, poison="13") as (gate, run):
+        calls = [refusal(rig.infer(value)) for value in (13.0, 2.0, 3.0)]
+        async with background(*calls) as callers:
+            await queued(rig, *callers)
+            run.release()
+            (await gate.arrival()).release()
+            retried = await gate.arrival()
+            working.cancel()
+            retried.release()
+            told = await asyncio.gather(*callers)
+        await asyncio.wait([working])
+    assert [(type(error), error.message) for error in told] == [(errors.Unavailable, "Server not ready")] * 3
+
+
+async def test_a_forced_stop_reports_a_load_that_was_under_way(folder):
+    rig = Rig(folder / "repository")
+    rig.write(gate=folder / "gate", more=WARMUP)
+    async with background(rig.worker.run()) as (working,), Gate(folder / "gate") as gate:
+        async with background(refusal(rig.load())) as (loading,):
+            warming = await gate.arrival()
+            working.cancel()
+            warming.release()
+            assert (await loading).message == "Server not ready"
+        await asyncio.wait([working])

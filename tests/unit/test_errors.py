@@ -1,0 +1,90 @@
+"""The error table: one row a class, complete, and equal to Triton's but where we say so (PROTOCOL.md section 1)."""
+
+import inspect
+
+import pytest
+
+from gateway import errors
+
+ROWS = {  # class: (gRPC status, HTTP status, retryable)
+    "InvalidArgument": (3, 400, False),
+    "NotFound": (5, 404, False),
+    "AlreadyExists": (6, 400, False),
+    "Unsupported": (12, 501, False),
+    "Unavailable": (14, 503, True),
+    "ResourceExhausted": (8, 429, True),
+    "DeadlineExceeded": (4, 504, False),
+    "Cancelled": (1, 400, False),
+    "Internal": (13, 500, False),
+    "Unauthenticated": (16, 401, False),
+    "PermissionDenied": (7, 403, False),
+    "MethodNotAllowed": (12, 405, False),
+}
+ARGUMENTS = {
+    "str": "x",
+    "int": 1,
+    "bool": True,
+    "Sequence[str]": ["x"],
+    "Sequence[int]": [1],
+}
+
+
+def classes():
+    return [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, errors.GatewayError)]
+
+
+def builders():
+    public = [f for name, f in inspect.getmembers(errors, inspect.isfunction) if not name.startswith("_")]
+    return [function for function in public if function.__module__ == "gateway.errors"]
+
+
+def test_every_class_is_a_row_and_every_row_a_class():
+    found = {each.__name__: (each.grpc, each.http, each.retryable) for each in classes()}
+    del found["GatewayError"]
+    assert found == ROWS
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_an_error_carries_its_text(kind):
+    error = kind("what was wrong")
+    assert error.message == "what was wrong"
+    assert str(error) == "what was wrong"
+
+
+@pytest.mark.parametrize("builder", builders())
+def test_every_builder_gives_an_error_with_a_text_or_a_prefix(builder):
+    arguments = {name: ARGUMENTS[p.annotation] for name, p in inspect.signature(builder).parameters.items()}
+    built = builder(**arguments)
+    assert type(built).__name__ == inspect.signature(builder).return_annotation
+    text = built.message if isinstance(built, errors.GatewayError) else built
+    assert text
+    assert "{" not in text
+
+
+TEXTS = [
+    (errors.unknown_model("foo"), "Request for unknown model: 'foo' is not found"),
+    (errors.unknown_version("m", "99"), "Request for unknown model: 'm' version 99 is not found"),
+    (errors.version_not_ready("m", "1"), "Request for unknown model: 'm' version 1 is not at ready state"),
+    (errors.no_versions("m"), "Request for unknown model: 'm' has no available versions"),
+    (
+        errors.bad_version("x"),
+        "failed to get model version from specified version string 'x' (details: stol), "
+        "version should be an integral value > 0",
+    ),
+    (
+        errors.reserved_parameter(),
+        "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified.",
+    ),
+    (errors.deadline_passed(), "Request timeout expired"),
+    (errors.stopping(), "Server not ready"),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), TEXTS)
+def test_texts_that_clients_match_on(error, text):
+    assert error.message == text
+
+
+def test_the_prefix_names_the_request():
+    assert errors.request_prefix("r-1") == "[request id: r-1] "
+    assert errors.request_prefix("") == "[request id: <id_unknown>] "
