@@ -81,6 +81,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                 service.drain()
                 models.cancel()
                 await _drain(worker, settings.exit_timeout_secs)
+                queue.close()
         working.cancel()
 
 

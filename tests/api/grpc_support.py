@@ -1,14 +1,16 @@
 """A gRPC server over a real service and queue, with a model whose runs the test can hold."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 import tritonclient.grpc.aio as triton
+from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from gateway import errors
@@ -20,7 +22,7 @@ from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.transport.grpc import GrpcOptions, GrpcServer
-from gateway.types import Infer, InferResponse
+from gateway.types import Infer, InferRequest, InferResponse
 from tests.support import answer, background
 
 IMPLEMENTATIONS = ("grpcio", "native")
@@ -63,7 +65,9 @@ class Running:
     server: GrpcServer
     service: Service
     model: Model
-    statistics: Statistics
+    ended: asyncio.Queue[str]  # ids of requests as their endpoints are closed, however they ended
+    stop: asyncio.Event  # set it to stop the server
+    task: asyncio.Task[None]  # the server's life
 
     @property
     def url(self) -> str:
@@ -94,22 +98,49 @@ async def serving(
     **options: Any,
 ) -> AsyncIterator[Running]:
     """Serve model "m", version 1, on a free port."""
-    queue, statistics = MemoryQueue(), Statistics()
+    queue = MemoryQueue()
     config = build(parse_text(Source("config.pbtxt", CONFIG)), Source("config.pbtxt", CONFIG))
     queue.publish(PoolState("m", (VersionState("1", "READY", config=config),)))
 
     async def names() -> list[str]:
         return ["m", "sleeping"]
 
-    service = Service(queue, statistics, names, ServiceOptions())
+    service = Service(queue, Statistics(), names, ServiceOptions())
     service.start()
     model = Model(queue)
-    chosen = GrpcOptions(port=0, native=implementation == "native", **{"grace": 10.0, **options})
-    async with (
-        background(model.run()),
-        GrpcServer(service, infer(service), authenticate, chosen) as server,
-    ):
-        yield Running(server, service, model, statistics)
+    ended: asyncio.Queue[str] = asyncio.Queue()
+    endpoint = infer(service)
+
+    async def watched(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        try:
+            async with aclosing(endpoint(request)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            ended.put_nowait(request.id)
+
+    chosen = GrpcOptions(**{"port": 0, "native": implementation == "native", "grace": 10.0, **options})
+    started: asyncio.Future[GrpcServer] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+
+    async def live() -> None:
+        try:
+            async with GrpcServer(service, watched, authenticate, chosen) as server:
+                started.set_result(server)
+                await stop.wait()
+        except OSError as problem:
+            started.set_exception(problem)
+
+    task = asyncio.create_task(live())
+    server = await started
+    async with background(model.run()):
+        try:
+            yield Running(server, service, model, ended, stop, task)
+        finally:
+            stop.set()
+            await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
 
 
 def inputs(value: float = 1.0, size: int = 4) -> list[Any]:
@@ -118,8 +149,15 @@ def inputs(value: float = 1.0, size: int = 4) -> list[Any]:
     return [tensor]
 
 
-def response_of(value: float) -> Callable[[Any], bool]:
-    return lambda result: bool((result.as_numpy("OUT") == value).all())
+def message(request_id: str = "", *, model: str = "m", **parameters: bool) -> pb.ModelInferRequest:
+    request = pb.ModelInferRequest(model_name=model, id=request_id, raw_input_contents=[bytes(8)])
+    request.inputs.add(name="IN", datatype="FP32", shape=[1, 2])
+    for key, value in parameters.items():
+        request.parameters[key].bool_param = value
+    return request
 
 
-__all__ = ["IMPLEMENTATIONS", "InferResponse", "Model", "Running", "inputs", "response_of", "serving"]
+async def failure(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details()

@@ -4,10 +4,9 @@ import asyncio
 
 import grpc
 import pytest
-from tritonclient.grpc import service_pb2 as pb
 
 from gateway.types import DataType, InferResponse, Tensor
-from tests.api.grpc_support import IMPLEMENTATIONS, Running, inputs, serving
+from tests.api.grpc_support import IMPLEMENTATIONS, Running, inputs, message, serving
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -21,14 +20,6 @@ def implementation(request: pytest.FixtureRequest) -> str:
 async def running(implementation):
     async with serving(implementation) as running:
         yield running
-
-
-def message(request_id: str, *, model: str = "m", **parameters: bool) -> pb.ModelInferRequest:
-    request = pb.ModelInferRequest(model_name=model, id=request_id, raw_input_contents=[bytes(8)])
-    request.inputs.add(name="IN", datatype="FP32", shape=[1, 2])
-    for key, value in parameters.items():
-        request.parameters[key].bool_param = value
-    return request
 
 
 async def test_a_stream_with_tritons_client(running: Running):
@@ -111,8 +102,8 @@ async def test_a_client_may_ask_for_errors_that_end_the_stream(running: Running)
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert caught.value.details() == "Request for unknown model: 'nope' is not found"
-        while not job.done:
-            await asyncio.sleep(0.001)
+        assert {await running.ended.get() for _ in range(2)} == {"held", "bad"}
+        assert job.done
 
 
 async def test_cancelling_a_stream_cancels_its_requests(running: Running):
@@ -123,9 +114,8 @@ async def test_cancelling_a_stream_cancels_its_requests(running: Running):
             await stream.write(message(each))
         jobs = [await running.model.held.get() for _ in range(2)]
         stream.cancel()
-        for job in jobs:
-            while not job.done:
-                await asyncio.sleep(0.001)
+        assert {await running.ended.get() for _ in range(2)} == {"a", "b"}
+        assert all(job.done for job in jobs)
 
 
 async def test_the_timeout_in_metadata_is_each_requests_own(running: Running):

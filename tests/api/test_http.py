@@ -4,9 +4,9 @@ import asyncio
 import gzip
 import json
 import zlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,8 @@ from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
 from gateway.transport.http import HttpApp, HttpLimits, HttpServer
-from gateway.types import InferRequest
-from tests.support import answer, background, model_config, settle, tensor, tensor_config
+from gateway.types import InferRequest, InferResponse
+from tests.support import answer, background, model_config, settle, tensor
 
 PROTO = """name: "m" backend: "fake" max_batch_size: 8
 input { name: "IN" data_type: TYPE_FP32 dims: 2 } output { name: "OUT" data_type: TYPE_FP32 dims: 2 }"""
@@ -43,7 +43,9 @@ class Running:
     service: Service
     queue: MemoryQueue
     free: asyncio.Event
-    taken: "asyncio.Queue[Job]"
+    entered: "asyncio.Queue[InferRequest]" = field(default_factory=asyncio.Queue)
+    left: "asyncio.Queue[InferRequest]" = field(default_factory=asyncio.Queue)
+    taken: "asyncio.Queue[Job]" = field(default_factory=asyncio.Queue)
 
     async def call(self, method: str, path: str, **more: Any) -> requests.Response:
         return await asyncio.to_thread(requests.request, method, self.url + path, timeout=10, **more)
@@ -61,9 +63,19 @@ async def serving(*, limits: HttpLimits | None = None, tokens: Tokens | None = N
 
     service = Service(queue, Statistics(), names, ServiceOptions(strict_readiness=False))
     service.start()
-    running = Running("", service, queue, asyncio.Event(), asyncio.Queue())
+    running = Running("", service, queue, asyncio.Event())
     running.free.set()
-    app = HttpApp(service, service.infer, limits, tokens)
+
+    async def infer(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        running.entered.put_nowait(request)
+        try:
+            async with aclosing(service.infer(request)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            running.left.put_nowait(request)
+
+    app = HttpApp(service, infer, limits, tokens)
     async with background(work(running)), app, HttpServer(app, "127.0.0.1", 0) as server:
         running.url = f"http://127.0.0.1:{server.port}"
         yield running
@@ -221,7 +233,12 @@ async def test_the_response_is_packed_as_asked_and_errors_are_not(gateway: Runni
         ("GET", "/v2/models/x/stats", 400, "requested model 'x' is not available"),
         ("POST", "/v2/models/x/infer", 404, "Request for unknown model: 'x' is not found"),
         ("POST", "/v2/models/m/versions/9/infer", 404, "Request for unknown model: 'm' version 9 is not found"),
-        ("POST", "/v2/models/m/versions/1/infer", 503, "Request for unknown model: 'm' version 1 is not at ready state"),
+        (
+            "POST",
+            "/v2/models/m/versions/1/infer",
+            503,
+            "Request for unknown model: 'm' version 1 is not at ready state",
+        ),
         ("POST", "/v2/models/broken/infer", 404, "Request for unknown model: 'broken' has no available versions"),
         ("POST", "/v2/models/m/infer", 500, "failed to parse the request JSON buffer: The document is empty. at 0"),
         (
@@ -398,14 +415,11 @@ async def test_a_client_that_leaves_frees_its_place_before_compute(gateway: Runn
     gateway.free.clear()
     running_reader, running_writer = await request_bytes(gateway)
     running = await gateway.taken.get()
+    await gateway.entered.get()
     _, waiting_writer = await request_bytes(gateway)
-    while len(gateway.queue._lane(LANE).unanswered) < 2:
-        await asyncio.sleep(0.001)
-    (waiting,) = gateway.queue._lane(LANE).unanswered - {running}
+    waiting = await gateway.entered.get()
     waiting_writer.close()
-    while gateway.queue._lane(LANE).unanswered != {running}:
-        await asyncio.sleep(0.001)
-    assert waiting.done
+    assert await gateway.left.get() is waiting
     assert not running.done
     gateway.free.set()
     assert (await running_reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 200")

@@ -20,7 +20,10 @@ from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.worker import Worker
-from tests.support import background, refusal, request, settle, soon, until
+from gateway.worker.instance import Instance
+from gateway.worker.slots import Slots
+from gateway.worker.stage import Stage
+from tests.support import Callers, background, model_config, refusal, request, settle, soon, until
 
 CONFIG = """
 backend: "fake"
@@ -470,19 +473,17 @@ async def test_a_drain_waits_for_a_model_that_is_being_unloaded(rig, folder):
 async def test_a_forced_stop_tells_every_caller(folder):
     rig = Rig(folder / "repository")
     rig.write(gate=folder / "gate")
-    calls = [refusal(rig.infer(float(n))) for n in range(3)]
-    async with background(rig.worker.run()) as (working,), Gate(folder / "gate") as gate:
-        loading = asyncio.ensure_future(rig.load())
-        (await gate.arrival()).release()  # the warm-up
-        await loading
-        async with background(*calls) as (running, *waiting):
+    async with background(rig.worker.run()) as (working,):
+        await rig.load()
+        async with Gate(folder / "gate") as gate, background(refusal(rig.infer())) as (running,):
             run = await gate.arrival()
-            assert run.rows == 3 or len(waiting) == 2
-            working.cancel()
-            run.release()
-            await asyncio.wait([working])
-            rig.queue.close()
-            told = await asyncio.gather(running, *waiting)
+            async with background(*(refusal(rig.infer()) for _ in range(2))) as waiting:
+                await queued(rig, *waiting)
+                working.cancel()
+                run.release()
+                await asyncio.wait([working])
+                rig.queue.close()
+                told = await asyncio.gather(running, *waiting)
     assert [(type(error), error.message) for error in told] == [(errors.Unavailable, "Server not ready")] * 3
 
 
@@ -512,3 +513,28 @@ async def test_a_forced_stop_reports_a_load_that_was_under_way(folder):
             warming.release()
             assert (await loading).message == "Server not ready"
         await asyncio.wait([working])
+
+
+class Silent:
+    """An engine that ends its runs without an answer."""
+
+    concurrency = 1
+
+    async def run(self, batch):
+        return
+        yield
+
+    async def close(self):
+        pass
+
+
+async def test_an_engine_that_gives_no_answer_is_an_error_not_a_hang():
+    config, slots = model_config(), Slots(1)
+    stage = Stage(config, 1)
+    instance = Instance(Silent(), config, "1", Statistics().of("m", "1"))
+    async with Callers() as callers, background(instance.serve(slots.seat(stage, 1))):
+        told = [callers.ask(request()) for _ in range(2)]
+        await settle()
+        stage.extend(await callers.consumer.take(2))
+        slots.wake()
+        assert [(await each).message for each in told] == ["model 'm' ran and gave no answer"] * 2

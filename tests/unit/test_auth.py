@@ -26,7 +26,8 @@ def test_each_token_has_its_tenant(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer ", f"Bearer {ALICE}x", ALICE, f"Basic {ALICE}", "Bearer \ud800", "Bearer é"]
+    "authorization",
+    [None, "", "Bearer", "Bearer ", f"Bearer {ALICE}x", ALICE, f"Basic {ALICE}", "Bearer \ud800", "Bearer é"],
 )
 def test_others_are_refused_without_an_echo(authorization: str | None) -> None:
     with pytest.raises(Unauthenticated) as refused:

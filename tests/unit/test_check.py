@@ -82,26 +82,34 @@ REFUSED = {
     "missing input": (
         TWO,
         asked({"A": wire((1, 2))}),
-        "expected 2 inputs but got 1 inputs for model 'm'. Got input(s) ['A'], "
-        "but missing required input(s) ['B']. Please provide all required input(s).",
+        (
+            "expected 2 inputs but got 1 inputs for model 'm'. Got input(s) ['A'], "
+            "but missing required input(s) ['B']. Please provide all required input(s)."
+        ),
     ),
     "no input": (
         TWO,
         asked({}),
-        "expected 2 inputs but got 0 inputs for model 'm'. Got input(s) [], "
-        "but missing required input(s) ['A','B']. Please provide all required input(s).",
+        (
+            "expected 2 inputs but got 0 inputs for model 'm'. Got input(s) [], "
+            "but missing required input(s) ['A','B']. Please provide all required input(s)."
+        ),
     ),
     "missing input, others optional": (
         OPTIONAL,
         asked({}),
-        "expected number of inputs between 1 and 2 but got 0 inputs for model 'm'. Got input(s) [], "
-        "but missing required input(s) ['A']. Please provide all required input(s).",
+        (
+            "expected number of inputs between 1 and 2 but got 0 inputs for model 'm'. Got input(s) [], "
+            "but missing required input(s) ['A']. Please provide all required input(s)."
+        ),
     ),
     "optional in place of required": (
         OPTIONAL_PAIR,
         asked({"B": wire((1, 2)), "C": wire((1, 2))}),
-        "expected number of inputs between 1 and 3 but got 2 inputs for model 'm'. Got input(s) ['B','C'], "
-        "but missing required input(s) ['A']. Please provide all required input(s).",
+        (
+            "expected number of inputs between 1 and 3 but got 2 inputs for model 'm'. Got input(s) ['B','C'], "
+            "but missing required input(s) ['A']. Please provide all required input(s)."
+        ),
     ),
     "extra input": (
         ONE,

@@ -68,8 +68,10 @@ TEXTS = [
     (errors.no_versions("m"), "Request for unknown model: 'm' has no available versions"),
     (
         errors.bad_version("x"),
-        "failed to get model version from specified version string 'x' (details: stol), "
-        "version should be an integral value > 0",
+        (
+            "failed to get model version from specified version string 'x' (details: stol), "
+            "version should be an integral value > 0"
+        ),
     ),
     (
         errors.reserved_parameter(),

@@ -349,11 +349,9 @@ def test_every_field_of_a_response_is_written():
         ("A", "BYTES", [0]),
     ]
     assert list(response.raw_output_contents) == [b"\x01\x02", b""]
-    assert {key: getattr(value, value.WhichOneof("parameter_choice")) for key, value in response.parameters.items()} == (
-        parameters
-    )
-    assert response.parameters["b"].WhichOneof("parameter_choice") == "bool_param"
-    assert response.parameters["u"].WhichOneof("parameter_choice") == "uint64_param"
+    kinds = {key: value.WhichOneof("parameter_choice") for key, value in response.parameters.items()}
+    assert {key: getattr(response.parameters[key], kind) for key, kind in kinds.items()} == parameters
+    assert (kinds["b"], kinds["i"], kinds["u"]) == ("bool_param", "int64_param", "uint64_param")
 
 
 def test_a_response_parameter_beyond_64_bits_is_an_error():

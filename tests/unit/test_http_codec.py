@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import GatewayError
-from gateway.transport.http.codec import Codec, ResponsePlan, encode
+from gateway.transport.http.codec import Codec, encode
+from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.limits import HttpLimits
 from gateway.types import DataType, InferResponse, Tensor
 from tests.support import model_config, tensor, tensor_config
@@ -309,7 +310,10 @@ def test_raw_bytes_request() -> None:
 @pytest.mark.parametrize(
     ("inputs", "text"),
     [
-        ((("A", "FP32", (2,)), ("B", "FP32", (2,))), "Raw request must only have 1 input to be deduced but got 2 inputs"),
+        (
+            (("A", "FP32", (2,)), ("B", "FP32", (2,))),
+            "Raw request must only have 1 input to be deduced but got 2 inputs",
+        ),
         ((("A", "FP32", (-1, -1)),), "there are more than one variable-sized dimension"),
         ((("A", "BYTES", (2,)),), "the model must have input shape [1]"),
     ],
@@ -400,7 +404,7 @@ def survives(body: bytes, length: str | None) -> None:
     try:
         request, _ = decode(body, length)
     except GatewayError as problem:
-        orjson.dumps(problem.message.encode(errors="replace").decode())  # noqa: B018
+        orjson.dumps(problem.message.encode(errors="replace").decode())
         return
     for each in request.inputs.values():
         assert each.nbytes >= 0
@@ -449,7 +453,8 @@ def test_arbitrary_documents_raise_only_gateway_errors(
 @given(st.data())
 def test_truncated_bodies_raise_only_gateway_errors(data: st.DataObject) -> None:
     whole, length = binary(
-        {"inputs": [{**IN, "parameters": {"binary_data_size": 8}}, {**IN, "name": "J", "data": [1.0, 2.0]}]}, b"12345678"
+        {"inputs": [{**IN, "parameters": {"binary_data_size": 8}}, {**IN, "name": "J", "data": [1.0, 2.0]}]},
+        b"12345678",
     )
     cut = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(GatewayError):

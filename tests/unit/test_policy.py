@@ -178,7 +178,16 @@ def test_without_knobs_nothing_waits_while_an_instance_is_idle(waiting, limits, 
     assert decision.ask_at is None
 
 
-@given(LINES, PATIENT, SHARES)
+# Lines that mostly wait: one shape, few rows, young jobs and deadlines still far off.
+YOUNG = st.lists(
+    st.builds(job, st.integers(1, 3), age=st.floats(0, 0.3), left=st.none() | st.floats(0.5, 10), done=st.booleans()),
+    min_size=1,
+    max_size=5,
+)
+WAITING = st.builds(Limits, st.just(64), st.just(True), st.floats(0.2, 5), st.sampled_from([(), (4,), (8, 32)]))
+
+
+@given(YOUNG, WAITING, SHARES)
 def test_a_wait_ends_after_the_delay_of_the_oldest_and_before_any_deadline(waiting, limits, share):
     decision = on_free(waiting, limits, share, NOW)
     live = [each for each in waiting if not each.done]

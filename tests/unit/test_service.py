@@ -127,10 +127,10 @@ async def test_a_timeout_in_microseconds_becomes_the_deadline(rig):
         assert before + 60 <= job.request.deadline <= time.monotonic() + 60
 
 
-@pytest.mark.parametrize(("deadline", "timeout", "expected"), [(30, 60, 30), (60, 30, 30)])
-async def test_the_sooner_of_deadline_and_timeout_counts(rig, deadline, timeout, expected):
+@pytest.mark.parametrize(("deadline", "micros", "expected"), [(30, 60_000_000, 30), (60, 30_000_000, 30)])
+async def test_the_sooner_of_deadline_and_timeout_counts(rig, deadline, micros, expected):
     now = time.monotonic()
-    asked = request(deadline=now + deadline, parameters={"timeout": timeout * 1_000_000})
+    asked = request(deadline=now + deadline, parameters={"timeout": micros})
     async with background(rig.infer(asked)):
         job = await rig.job()
         assert now + expected <= job.request.deadline <= time.monotonic() + expected
@@ -141,9 +141,9 @@ async def test_a_timeout_that_passes_is_an_error(rig):
     assert (type(error), error.message) == (errors.DeadlineExceeded, "Request timeout expired")
 
 
-@pytest.mark.parametrize("timeout", [0, -5, "soon", True])
-async def test_a_timeout_that_says_nothing_is_ignored(rig, timeout):
-    async with background(rig.infer(request(parameters={"timeout": timeout}))):
+@pytest.mark.parametrize("micros", [0, -5, "soon", True])
+async def test_a_timeout_that_says_nothing_is_ignored(rig, micros):
+    async with background(rig.infer(request(parameters={"timeout": micros}))):
         assert (await rig.job()).request.deadline is None
 
 

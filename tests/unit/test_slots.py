@@ -9,13 +9,15 @@ from gateway.config.model import Batching
 from gateway.queues.base import Lane
 from gateway.worker.slots import Slots
 from gateway.worker.stage import Stage
-from tests.support import Callers, background, model_config, request, settle, soon
+from tests.support import Callers, background, model_config, request, settle, soon, until
+
+GREEDY = Batching()
 
 
 class Model:
     """A model with callers, a stage and seats: one for each entry of `threads`."""
 
-    def __init__(self, slots, callers, *threads, batching=Batching()):
+    def __init__(self, slots, callers, *threads, batching=GREEDY):
         self.callers = callers
         self.stage = Stage(model_config(batching=batching), len(threads))
         self.seats = [slots.seat(self.stage, each) for each in threads]
@@ -29,9 +31,11 @@ class Model:
 @pytest.fixture
 async def new_model():
     """Makes models, each with a lane of its own in one queue."""
-    async with Callers() as first, Callers(first.queue, Lane("n", "1")) as second, Callers(
-        first.queue, Lane("o", "1")
-    ) as third:
+    async with (
+        Callers() as first,
+        Callers(first.queue, Lane("n", "1")) as second,
+        Callers(first.queue, Lane("o", "1")) as third,
+    ):
         free = [third, second, first]
         yield lambda slots, *threads, **more: Model(slots, free.pop(), *threads, **more)
 
@@ -218,8 +222,7 @@ async def test_a_seat_cancelled_with_its_batch_in_hand_hands_the_jobs_back(new_m
     async with background(model.seats[0].next()) as (gone,):
         await settle()
         await model.add(request(id="a"), request(id="b"))
-        while not model.seats[0].waiter.done():
-            await asyncio.sleep(0)
+        await until(model.seats[0].waiter.done)
         gone.cancel()
         await asyncio.wait([gone])
         assert gone.cancelled()

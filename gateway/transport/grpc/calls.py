@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
 from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from gateway import errors
 from gateway.transport.grpc import codec
@@ -44,7 +44,7 @@ class Running:
         self._count = 0
         self._idle = asyncio.Event()
         self._until = 0.0
-        self._on_close: set[Callable[[], object]] = set()
+        self._open_ended: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> None:
         if self.closed:
@@ -58,16 +58,21 @@ class Running:
         if self.closed and not self._count:
             self._idle.set()
 
-    def on_close(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Have `callback` called at `close`; returns what takes that back."""
-        self._on_close.add(callback)
-        return lambda: self._on_close.discard(callback)
+    async def until_closed(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Carry out `work`, which `close` cancels; True if it came to its end before that."""
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(work)
+            self._open_ended.add(task)
+            task.add_done_callback(self._open_ended.discard)
+            if self.closed:
+                task.cancel()
+        return not task.cancelled()
 
     async def close(self, grace: float) -> None:
         """Refuse new calls, and return when those running have ended or `grace` seconds are over."""
         self.closed = True
-        for callback in tuple(self._on_close):
-            callback()
+        for task in self._open_ended:
+            task.cancel()
         until = time.monotonic() + grace
         if self._count:
             with suppress(TimeoutError):

@@ -71,33 +71,34 @@ class Front:
         self._calls = calls
         self._group = group
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._ended: asyncio.Future[None] | None = None
+        self._ended = asyncio.Event()
+        self._started = False
         self._stopping = False
 
     def start(self, fallback: str) -> None:
         """Serve, passing all but ModelInfer to the grpcio server on the socket at this path."""
-        loop = asyncio.get_running_loop()
-        self._ended = loop.create_future()
-        self._group.create_task(self._watch(self._ended))
+        self._started = True
+        self._group.create_task(self._watch())
         self._native.set_fallback(fallback)
         self._native.start()
-        threading.Thread(target=self._dispatch, args=(loop, self._ended), name="grpc-front", daemon=True).start()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._dispatch, args=(loop,), name="grpc-front", daemon=True).start()
 
     async def stop(self) -> None:
         """Cancel the calls that outlived the grace, send what was answered, and close."""
         self._stopping = True
         for task in self._tasks.values():
             task.cancel()
-        if self._ended is not None and not self._ended.done():
+        if self._started and not self._ended.is_set():
             await asyncio.to_thread(self._flush, self._calls.running.left())
         self._native.close()
 
-    async def _watch(self, ended: asyncio.Future[None]) -> None:
-        await ended
+    async def _watch(self) -> None:
+        await self._ended.wait()
         if not self._stopping:
             raise RuntimeError("the native gRPC front stopped by itself")
 
-    def _dispatch(self, loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None]) -> None:
+    def _dispatch(self, loop: asyncio.AbstractEventLoop) -> None:
         """The front's thread: hand events to the loop until either is closed."""
         try:
             while (events := self._native.recv_batch_details(_BATCH)) is not None:
@@ -106,7 +107,7 @@ class Front:
             _log.exception("the native gRPC front failed")
         self._native.close()
         with suppress(RuntimeError):  # a loop that was closed without stop() has nobody left to tell
-            loop.call_soon_threadsafe(ended.set_result, None)
+            loop.call_soon_threadsafe(self._ended.set)
 
     def _on_events(self, events: list[tuple[Any, ...]]) -> None:
         for cancelled, call_id, _, payload, _, details in events:

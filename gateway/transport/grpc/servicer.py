@@ -6,7 +6,6 @@ call), and turn each `GatewayError` into its status. What the calls mean is in `
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -119,17 +118,15 @@ class _Reflection(ServerReflectionServicer):  # type: ignore[misc]
         self._answers: Any = reflection.ReflectionServicer(services)
         self._calls = calls
 
-    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
         """The reflection protocol, behind authentication. Clients keep it open, so a stop ends it."""
-        task = asyncio.current_task()
-        assert task is not None
-        forget = self._calls.running.on_close(task.cancel)
         try:
             self._calls.caller(context.invocation_metadata(), None)
-            async for request in request_iterator:
-                for response in self._answers.ServerReflectionInfo(iter((request,)), context):
-                    yield response
         except errors.GatewayError as error:
             await _abort(context, error)
-        finally:
-            forget()
+        await self._calls.running.until_closed(self._reflect(request_iterator, context))
+
+    async def _reflect(self, requests: AsyncIterator[Any], context: Any) -> None:
+        async for request in requests:
+            for response in self._answers.ServerReflectionInfo(iter((request,)), context):
+                await context.write(response)

@@ -2,7 +2,7 @@
 
 A request that fails is answered in `error_message` and the call goes on, unless the client's metadata says
 `triton_grpc_error: true`. Ending the call ends its requests; a server that stops reads no more of them and
-ends the call when those it has are answered.
+ends the call, UNAVAILABLE, when those it has are answered.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ class Stream:
         self._writing = asyncio.Lock()
 
     async def run(self) -> None:
-        """Serve the call. Raises the first `GatewayError` if the client asked for that."""
-        if self._calls.running.closed:
-            raise stopping()
+        """Serve the call. Raises the first `GatewayError` if the client asked for that, and when the server stops."""
         failed: BaseException | None = None
+        read_all = True
         try:
             async with asyncio.TaskGroup() as group:
-                reader = group.create_task(self._read(group))
-                forget = self._calls.running.on_close(reader.cancel)
-                reader.add_done_callback(lambda _: forget())
+                read_all = await self._calls.running.until_closed(self._read(group))
         except* errors.GatewayError as group_of_errors:
             failed = group_of_errors.exceptions[0]
         if failed is not None:
             raise failed
+        if not read_all:
+            raise stopping()  # a request may have come that was not read, and OK would say that none did
 
     async def _read(self, group: asyncio.TaskGroup) -> None:
         async for payload in self._requests:

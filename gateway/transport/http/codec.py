@@ -8,8 +8,7 @@ the model by the service.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import orjson
 from gateway.config.model import ModelConfig
 from gateway.errors import InvalidArgument
 from gateway.transport.http.document import DocumentReader, too_large
-from gateway.transport.http.header import InputHeader, RequestHeader, read_header
+from gateway.transport.http.header import InputHeader, RequestHeader, ResponsePlan, read_header
 from gateway.transport.http.limits import HttpLimits
 from gateway.types import Array, DataType, InferRequest, InferResponse, Tensor, element_count
 
@@ -28,14 +27,6 @@ _CACHED_HEADERS = 512
 _CACHED_HEADER_BYTES = 4096
 _WORDS = {each: each.value for each in DataType}
 _NOT_JSON = (DataType.FP16, DataType.BF16)
-
-
-@dataclass(frozen=True, slots=True)
-class ResponsePlan:
-    """Which outputs go back as binary: `listed` by name, any other as `binary`."""
-
-    binary: bool
-    listed: Mapping[str, bool]
 
 
 class Codec:
@@ -63,7 +54,7 @@ class Codec:
         request = InferRequest(
             model, _tensors(header.inputs, blobs, model), version, header.id, header.outputs, header.parameters
         )
-        return request, ResponsePlan(header.binary, header.binary_outputs)
+        return request, header.plan
 
     def _read(self, text: bytes) -> RequestHeader:
         return read_header(self._reader.read(text), self._limits)

@@ -3,6 +3,7 @@
 A JSON tensor may hold millions of numbers, so `data` members stay `simdjson.Array` proxies that `numbers`
 copies out as one buffer: no Python object per element. Such proxies die with the next `read`. What
 simdjson refuses and Triton's parser accepts (NaN, Infinity, integers beyond 64 bits) takes a slower parser.
+All of it runs on the event loop: no parser here lets go of the interpreter, so a thread would free nothing.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def flatten(data: Any) -> list[Any]:
     nested = data.as_list() if isinstance(data, simdjson.Array) else data
     if not isinstance(nested, list):
         raise bad_member("data", "array", "array")
-    if not any(type(element) is list for element in nested):
+    if list not in set(map(type, nested)):
         return nested
     # Not by recursion: the depth is the client's choice.
     flat: list[Any] = []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,11 +23,17 @@ _KINDS: dict[str, NumberKind] = {
     "u": "u",
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
-_SOURCES = "'data', 'binary_data_size' in 'parameters', 'shared_memory_region' in 'parameters'"
+_REGION = "shared_memory_region"
 
 
-@dataclass(frozen=True, slots=True)
-class InputHeader:
+class ResponsePlan(NamedTuple):
+    """Which outputs go back as binary: those in `listed` as it says, any other if `binary`."""
+
+    binary: bool
+    listed: Mapping[str, bool]
+
+
+class InputHeader(NamedTuple):
     """One input: its array if it came as JSON, else the `size` of its binary data."""
 
     name: str
@@ -38,16 +43,14 @@ class InputHeader:
     array: Array | None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHeader:
-    """The JSON part of a request. `binary` holds for outputs not in `binary_outputs`."""
+class RequestHeader(NamedTuple):
+    """The JSON part of a request."""
 
     id: str
     inputs: tuple[InputHeader, ...]
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
-    binary: bool
-    binary_outputs: Mapping[str, bool]
+    plan: ResponsePlan
 
 
 def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
@@ -60,7 +63,8 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     binary = parameters.pop("binary_data_output", False)
     if type(binary) is not bool:
         raise bad_member("binary_data_output", "boolean", "boolean")
-    return RequestHeader(request_id, _inputs(document, limits), outputs, parameters, binary, binary_outputs)
+    plan = ResponsePlan(binary, binary_outputs)
+    return RequestHeader(request_id, _inputs(document, limits), outputs, parameters, plan)
 
 
 def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, ...]:
@@ -68,10 +72,10 @@ def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, 
         raise Internal("Unable to parse 'inputs': attempt to access non-existing object member 'inputs'")
     members = _members(document["inputs"], "inputs", limits)
     inputs = tuple(_input(member, limits) for member in members)
-    names = [each.name for each in inputs]
-    for position, name in enumerate(names):
-        if name in names[:position]:
-            raise InvalidArgument(f"input '{name}' already exists in request")
+    if len({each.name for each in inputs}) < len(inputs):
+        names = [each.name for each in inputs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidArgument(f"input '{twice}' already exists in request")
     return inputs
 
 
@@ -83,7 +87,7 @@ def _outputs(document: dict[str, Any], limits: HttpLimits) -> tuple[tuple[Reques
         if name in binary:
             raise duplicate_output(name)
         parameters = _parameters(member.get("parameters"))
-        if "shared_memory_region" in parameters:
+        if _REGION in parameters:
             raise shared_memory_disabled()
         wanted = parameters.get("binary_data", False)
         if type(wanted) is not bool:
@@ -115,20 +119,17 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
         raise InvalidArgument(f"input '{name}' has unknown datatype '{word}'; expected one of {', '.join(_DATATYPES)}")
     shape = _shape(member, name, limits)
     parameters = _parameters(member.get("parameters"))
-    sources = [source for source in ("binary_data_size", "shared_memory_region") if source in parameters]
-    if "data" in member:
-        sources.append("data")
-    if len(sources) != 1:
-        found = " and ".join(f"'{source}'" for source in sources) or "none of them"
+    as_json, as_binary, as_region = "data" in member, "binary_data_size" in parameters, _REGION in parameters
+    if as_json + as_binary + as_region != 1:
         raise InvalidArgument(
-            f"Input must set only one of the following fields: {_SOURCES}. But input '{name}' sets {found}"
+            "Input must set only one of the following fields: 'data', 'binary_data_size' in 'parameters', "
+            f"'{_REGION}' in 'parameters'. But input '{name}' sets {as_json + as_binary + as_region} of them"
         )
-    if sources == ["shared_memory_region"]:
+    if as_json:
+        return InputHeader(name, datatype, shape, 0, _array(member["data"], name, datatype, shape))
+    if as_region:
         raise shared_memory_disabled()
-    if sources == ["binary_data_size"]:
-        size = _unsigned(parameters["binary_data_size"], "binary_data_size")
-        return InputHeader(name, datatype, shape, size, None)
-    return InputHeader(name, datatype, shape, 0, _array(member["data"], name, datatype, shape))
+    return InputHeader(name, datatype, shape, _unsigned(parameters["binary_data_size"], "binary_data_size"), None)
 
 
 def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, ...]:
@@ -147,7 +148,7 @@ def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, 
 
 
 def _array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...]) -> Array:
-    if datatype in (DataType.FP16, DataType.BF16):
+    if datatype is DataType.FP16 or datatype is DataType.BF16:
         raise InvalidArgument(
             f"receiving {datatype.name} data via JSON is not supported. "
             f"Please use the binary data format for input {name}"
@@ -157,12 +158,18 @@ def _array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...]) -> 
     elif datatype is DataType.BOOL:
         flat = _booleans(data)
     else:
-        # As in Triton, a number the type cannot hold wraps round or becomes infinite.
-        with np.errstate(over="ignore"):
-            flat = numbers(data, _KINDS[datatype.dtype.kind]).astype(datatype.dtype, copy=False)
+        flat = _narrowed(numbers(data, _KINDS[datatype.dtype.kind]), datatype)
     if flat.size != element_count(shape):
         raise Internal("Unable to parse 'data': Shape does not match true shape of 'data' field")
     return flat.reshape(shape)
+
+
+def _narrowed(flat: Array, datatype: DataType) -> Array:
+    # As in Triton, a number the type cannot hold wraps round or becomes infinite.
+    if datatype is not DataType.FP32:
+        return flat.astype(datatype.dtype, copy=False)
+    with np.errstate(over="ignore"):
+        return flat.astype(np.float32)
 
 
 def _objects(data: Any) -> Array:
