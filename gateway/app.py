@@ -148,6 +148,7 @@ def _anyone(_: str | None) -> str:
 def _http_limits(settings: Settings) -> HttpLimits:
     return HttpLimits(
         max_request_bytes=settings.max_request_bytes,
+        max_inflight_bytes=settings.max_inflight_bytes,
         max_input_size=settings.http_max_input_size,
         max_request_tensors=settings.max_request_tensors,
         max_tensor_elements=settings.max_tensor_elements,

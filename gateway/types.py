@@ -70,6 +70,9 @@ class DataType(enum.Enum):
         self.itemsize = 0 if wire == "BYTES" else self.dtype.itemsize
 
 
+_SMALL = 4096
+
+
 class Tensor:
     """One named value: element type, shape, and data as wire bytes or as an array.
 
@@ -113,11 +116,10 @@ class Tensor:
             assert self._array is not None
             if self.datatype is DataType.BYTES:
                 self._wire = encode_bytes(self._array)
-            elif self._array.size == 0:
-                self._wire = b""
+            elif self._array.nbytes <= _SMALL or not self._array.flags.c_contiguous:
+                self._wire = self._array.tobytes()  # for few bytes a copy is quicker than a view
             else:
-                flat = np.ascontiguousarray(self._array).reshape(-1)
-                self._wire = flat.view(np.uint8).data
+                self._wire = self._array.reshape(-1).view(np.uint8).data
         return self._wire
 
     @property

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="before each run wait this long at most for others to leave the cores alone",
     )
+    parser.add_argument("--instructions", action="store_true", help="count instructions per request with perf stat")
     parser.add_argument("--out", type=Path, help="JSON result file, written after every run")
     parser.add_argument("--resume", action="store_true", help="keep what --out already holds and measure the rest")
     return parser
@@ -53,6 +54,7 @@ def _options(args: argparse.Namespace) -> Options:
     if unknown := set(systems) - set(ORDER):
         sys.exit(f"unknown systems: {', '.join(sorted(unknown))}; known are {', '.join(ORDER)}")
     chosen.update(models=tuple(args.only or MODELS), systems=systems, inline=args.inline, quiet=args.wait_quiet)
+    chosen.update(instructions=args.instructions)
     return Options(args.repository.resolve(), command, **chosen)
 
 

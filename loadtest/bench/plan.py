@@ -32,6 +32,7 @@ class Options:
     minutes: float = 25.0
     inline: bool = False
     quiet: float = 0.0
+    instructions: bool = False
     systems: tuple[str, ...] = ORDER
 
 

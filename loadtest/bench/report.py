@@ -102,6 +102,10 @@ def summary(rows: Rows) -> list[dict[str, object]]:
         for name, baseline in (("vs_a", "fastapi"), ("vs_b", "ort")):
             line[name] = paired_ratio(rps, values(rows, model, connections, baseline, "rps"))
         cpu = values(rows, model, connections, system, "cpu_us")
+        line["instructions_vs_a"] = paired_ratio(
+            values(rows, model, connections, system, "kilo_instructions"),
+            values(rows, model, connections, "fastapi", "kilo_instructions"),
+        )
         line["cpu_vs_a"] = paired_ratio(cpu, values(rows, model, connections, "fastapi", "cpu_us"))
         line["errors"] = sum(row.errors for row in mine)
         line["notes"] = sorted({row.note for row in mine if row.note})
@@ -131,6 +135,7 @@ COLUMNS: tuple[tuple[str, Callable[[dict[str, object]], str]], ...] = (
     ("req/s vs (a)", lambda line: _ratio(line["vs_a"])),
     ("req/s vs (b)", lambda line: _ratio(line["vs_b"])),
     ("CPU vs (a)", lambda line: _ratio(line["cpu_vs_a"])),
+    ("k instr/req", lambda line: _cell(line["kilo_instructions"])),
     ("calib ms", lambda line: f"{_cell(line['calibration_ms'])}/{_cell(line['calibration_cpu_ms'])}"),
     ("client cores", lambda line: _cell(line["client_cores"], digits=2)),
     ("other cores", lambda line: _cell(line["other_cores"], digits=2)),

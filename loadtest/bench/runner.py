@@ -17,6 +17,7 @@ from pathlib import Path
 from loadtest import samples
 from loadtest.bench import bodies, generators, probes, rawort, servers
 from loadtest.bench.calibration import calibrate
+from loadtest.bench.instructions import Counted, counting
 from loadtest.bench.meter import Meter, wait_quiet
 from loadtest.bench.plan import GATEWAY, PINNED, Cell, Options, cells
 from loadtest.samples import Arrays
@@ -44,6 +45,7 @@ class Result:
     calibration_cpu_ms: float
     client_cores: float = 0.0
     other_cores: float = 0.0
+    kilo_instructions: float = 0.0
     note: str = ""
 
 
@@ -72,6 +74,7 @@ class Rig:
 
     file: Path
     core: int | None
+    instructions: bool
     shape: rawort.Shape
     targets: dict[str, Target]
 
@@ -93,7 +96,7 @@ def errors_of(load: generators.Load, answered: int) -> int:
     return load.errors + max(0, load.requests - load.errors - answered)
 
 
-def _measure_target(cell: Cell, target: Target, core: int | None) -> Result:
+def _measure_target(cell: Cell, target: Target, core: int | None, *, count_instructions: bool) -> Result:
     """Load one server and account for every request."""
     calibration = calibrate(SERVER_CORE if core is not None else None)
     note = target.check()
@@ -101,7 +104,10 @@ def _measure_target(cell: Cell, target: Target, core: int | None) -> Result:
     first = settled(count) if count else 0
     meter = Meter(target.server.cpu_seconds)
     client = None if core is None else CLIENT_CORE
-    load = generators.run(f"http://127.0.0.1:{target.port}", target.wire, cell.connections, cell.seconds, client)
+    base = f"http://127.0.0.1:{target.port}"
+    pids = [process.pid for process in target.server.tree()]
+    with counting(pids) if count_instructions else contextlib.nullcontext(Counted()) as counted:
+        load = generators.run(base, target.wire, cell.connections, cell.seconds, client)
     answered = settled(count) - first if count else load.requests - load.errors
     _, used, others = meter.read()
     note = "; ".join(filter(None, [note, target.check()]))
@@ -111,7 +117,7 @@ def _measure_target(cell: Cell, target: Target, core: int | None) -> Result:
         cell.model, cell.connections, cell.pair, cell.system, load.seconds, load.requests, answered,
         (load.requests - load.errors) / load.seconds, load.p50_us, load.p99_us, used / max(1, answered) * 1e6,
         errors_of(load, answered) + bool(note), calibration.wall_ms, calibration.cpu_ms,
-        load.client_cpu_s / load.seconds, others, note,
+        load.client_cpu_s / load.seconds, others, counted.total / max(1, answered) / 1e3, note,
     )  # fmt: skip
 
 
@@ -124,8 +130,8 @@ def _measure_raw(cell: Cell, rig: Rig) -> Result:
     rows = round(raw.rows_per_second * cell.seconds)
     return Result(
         cell.model, cell.connections, cell.pair, cell.system, cell.seconds, rows, rows, raw.rows_per_second,
-        raw.p50_us, raw.p99_us, raw.cpu_us_per_row, 0, calibration.wall_ms, calibration.cpu_ms, 0.0, meter.read()[2],
-        str(shape),
+        raw.p50_us, raw.p99_us, raw.cpu_us_per_row, 0, calibration.wall_ms, calibration.cpu_ms,
+        other_cores=meter.read()[2], note=str(shape),
     )  # fmt: skip
 
 
@@ -159,7 +165,7 @@ def _rig(options: Options, model: str) -> Iterator[Rig]:
             if problem := target.check():
                 log(f"{model}: {system}: {problem}")
             generators.run(f"http://127.0.0.1:{target.port}", target.wire, 32, 1, None)  # warm-up
-        yield Rig(file, core, shape, targets)
+        yield Rig(file, core, options.instructions, shape, targets)
 
 
 def log(text: str) -> None:
@@ -172,7 +178,7 @@ def _line(result: Result) -> str:
     return (
         f"{result.model:18} {result.connections:>3} #{result.pair} {result.system:8} {result.rps:>8.0f}/s "
         f"p50 {result.p50_us / 1e3:>7.2f} ms p99 {result.p99_us / 1e3:>7.2f} ms cpu {result.cpu_us:>7.0f} us "
-        f"errors {result.errors} calibration {result.calibration_ms:.0f}/{result.calibration_cpu_ms:.0f} ms others {result.other_cores:.2f} {result.note}"
+        f"{result.kilo_instructions:.0f} ki errors {result.errors} calibration {result.calibration_ms:.0f}/{result.calibration_cpu_ms:.0f} ms others {result.other_cores:.2f} {result.note}"
     )
 
 
@@ -201,7 +207,7 @@ def _cell(cell: Cell, rig: Rig) -> Result:
     try:
         if cell.system == "ort":
             return _measure_raw(cell, rig)
-        return _measure_target(cell, rig.targets[cell.system], rig.core)
+        return _measure_target(cell, rig.targets[cell.system], rig.core, count_instructions=rig.instructions)
     except (generators.GeneratorError, servers.ServerError) as error:
         nothing = Result(cell.model, cell.connections, cell.pair, cell.system, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0)
         return replace(nothing, note=str(error)[:300])

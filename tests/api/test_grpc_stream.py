@@ -4,9 +4,11 @@ import asyncio
 
 import grpc
 import pytest
+from tritonclient.grpc import service_pb2_grpc
 
+from gateway import errors
 from gateway.types import DataType, InferResponse, Tensor
-from tests.api.grpc_support import IMPLEMENTATIONS, Running, inputs, message, serving
+from tests.api.grpc_support import IMPLEMENTATIONS, Running, failure, inputs, message, serving
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -104,6 +106,29 @@ async def test_a_client_may_ask_for_errors_that_end_the_stream(running: Running)
         assert caught.value.details() == "Request for unknown model: 'nope' is not found"
         assert {await running.ended.get() for _ in range(2)} == {"held", "bad"}
         assert job.done
+
+
+async def test_an_error_that_ends_the_stream_waits_for_the_answer_being_written(implementation):
+    size = 8 << 20  # more than flow control lets through while the client does not read
+
+    async def infer(request):
+        if request.id == "bad":
+            raise errors.NotFound("gone")
+        output = Tensor(DataType.UINT8, (size,), wire=bytes(size))
+        yield InferResponse("m", "1", {"OUT": output}, id=request.id)
+
+    options = [("grpc.max_receive_message_length", -1)]
+    async with (
+        serving(implementation, infer=lambda _: infer) as running,
+        running.channel(options=options) as channel,
+    ):
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        stream = stub.ModelStreamInfer(metadata=[("triton_grpc_error", "true")])
+        await stream.write(message("large"))
+        await stream.write(message("bad"))
+        assert await running.ended.get() == "bad"
+        assert len((await stream.read()).infer_response.raw_output_contents[0]) == size
+        assert await failure(stream.read()) == (grpc.StatusCode.NOT_FOUND, "gone")
 
 
 async def test_cancelling_a_stream_cancels_its_requests(running: Running):

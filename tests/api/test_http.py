@@ -221,6 +221,12 @@ async def test_the_response_is_packed_as_asked_and_errors_are_not(gateway: Runni
         ("POST", "/v2/models//infer", 404, "Not Found"),
         ("POST", "/v2/models/m/versions/x/infer", 404, "Not Found"),
         ("GET", "/v2/models/m/versions/x", 404, "Not Found"),
+        (
+            "GET",
+            "/v2/models/m/versions/" + "9" * 5000,
+            404,
+            f"Request for unknown model: 'm' version {'9' * 5000} is not found",
+        ),
         ("GET", "/v2/health/other", 404, "Not Found"),
         ("GET", "/v2/models/m/infer", 405, "Method Not Allowed"),
         ("POST", "/v2", 405, "Method Not Allowed"),
@@ -344,6 +350,13 @@ async def test_everything_but_health_and_docs_needs_a_token() -> None:
                 assert list(response.json()) == ["error"]
         for path in ("/v2/health/live", "/v2/health/ready", "/docs", "/openapi.json"):
             assert (await gateway.call("GET", path)).status_code == 200
+        # Nobody can make the gateway read a body without a token: this one never comes.
+        host, port = gateway.url.removeprefix("http://").split(":")
+        for path in (b"/v2/models/m/infer", b"/v2/repository/index"):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+            assert (await reader.readuntil(b"\r\n")).startswith(b"HTTP/1.1 401")
+            writer.close()
         allowed = {"Authorization": f"Bearer {TOKEN}"}
         assert (await gateway.call("GET", "/v2/models/m", headers=allowed)).status_code == 200
         assert (await gateway.call("POST", "/v2/models/m/infer", json=BODY, headers=allowed)).status_code == 200
@@ -431,14 +444,19 @@ async def test_a_client_that_leaves_frees_its_place_before_compute(gateway: Runn
     assert statistics["fail"]["count"] == 1
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody(gateway: Running) -> None:
+async def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody(
+    gateway: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
-    for head in (b"Content-Length: 100", b"Transfer-Encoding: chunked"):
-        _, writer = await asyncio.open_connection(host, int(port))
-        writer.write(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n5\r\n{")
-        await writer.drain()
-        writer.close()
+    for path in (b"/v2/models/m/infer", b"/v2/repository/index"):
+        for head in (b"Content-Length: 100", b"Transfer-Encoding: chunked"):
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n5\r\n{")
+            await writer.drain()
+            writer.close()
     assert (await gateway.call("POST", "/v2/models/m/infer", json=BODY)).status_code == 200
+    assert (await gateway.call("POST", "/v2/repository/index")).status_code == 200
+    assert caplog.text == ""
 
 
 async def test_errors_of_the_queue_reach_the_client(gateway: Running) -> None:

@@ -363,7 +363,6 @@ def test_models_that_take_no_raw_request(inputs: tuple, text: str) -> None:
         ),
         ({"inputs": [{**IN, "data": [1, 2]}] * 2}, 400, "input 'IN' already exists in request"),
         ({"inputs": [{**IN, "data": [1, 2]}] * 9}, 400, "the request has 9 inputs, more than the limit of 8"),
-        ({"inputs": [], "outputs": [{"name": "O"}] * 2}, 400, "output 'O' already exists in request"),
         ({"inputs": [], "parameters": {"p": None}}, 400, "parameter 'p' has invalid type"),
         (
             {"inputs": [{**IN, "parameters": {"shared_memory_region": "r"}}]},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loadtest import flat, flat_requests, samples
-from loadtest.bench import bodies, generators, plan, report, runner, statistics
+from loadtest.bench import bodies, generators, instructions, plan, report, runner, statistics
 from loadtest.flat_clients import Answers, Tally, judge
 from loadtest.pacing import Level, Levels
 
@@ -141,6 +141,12 @@ def test_h2load_output():
     assert load.seconds == pytest.approx(0.0077)
     with pytest.raises(generators.GeneratorError, match="cannot read"):
         generators.parse_h2load("", "")
+
+
+def test_perf_output():
+    text = "# started on x\n\n2631319661,,instructions:u,3762,100.00,,\n271075834,,instructions:k,3762,100.00,,\n"
+    assert instructions.parse(text) == 2902395495
+    assert instructions.parse("<not supported>,,instructions:u,0,100.00,,\n") == 0
 
 
 def test_h2load_silence_is_an_error():

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import aclosing, suppress
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from gateway import errors
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.types import Infer, InferRequest, InferResponse
 
+_T = TypeVar("_T")
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 Authenticate: TypeAlias = Callable[[str | None], str]
 """Tenant of an `authorization` value; raises `Unauthenticated` or `PermissionDenied`."""
@@ -44,7 +45,7 @@ class Running:
         self._count = 0
         self._idle = asyncio.Event()
         self._until = 0.0
-        self._open_ended: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Timeout] = set()
 
     def __enter__(self) -> None:
         if self.closed:
@@ -58,21 +59,24 @@ class Running:
         if self.closed and not self._count:
             self._idle.set()
 
-    async def until_closed(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Carry out `work`, which `close` cancels; True if it came to its end before that."""
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(work)
-            self._open_ended.add(task)
-            task.add_done_callback(self._open_ended.discard)
-            if self.closed:
-                task.cancel()
-        return not task.cancelled()
+    async def unless_closed(self, item: Awaitable[_T]) -> _T | None:
+        """Wait for `item`; None if `close` comes first, which gives up waiting."""
+        try:
+            # A timeout that nobody sets until close() does: the wait ends there and then, and nothing else.
+            async with asyncio.timeout(0 if self.closed else None) as scope:
+                self._waits.add(scope)
+                try:
+                    return await item
+                finally:
+                    self._waits.discard(scope)
+        except TimeoutError:
+            return None
 
     async def close(self, grace: float) -> None:
         """Refuse new calls, and return when those running have ended or `grace` seconds are over."""
         self.closed = True
-        for task in self._open_ended:
-            task.cancel()
+        for scope in self._waits:
+            scope.reschedule(0)
         until = time.monotonic() + grace
         if self._count:
             with suppress(TimeoutError):
@@ -144,11 +148,14 @@ class Calls:
 
     async def _only(self, request: InferRequest) -> InferResponse:
         answer: InferResponse | None = None
-        async with aclosing(self.infer(request)) as responses:
+        responses = self.infer(request)
+        try:
             async for response in responses:
                 if answer is not None or not response.final:
                     raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
                 answer = response
+        finally:
+            await responses.aclose()  # aclosing() does the same for 1 us more
         if answer is None:
             raise errors.Internal(f"model '{request.model_name}' ended without an answer")
         return answer

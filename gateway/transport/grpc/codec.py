@@ -132,25 +132,30 @@ def check_version(version: str) -> str:
 
 
 def _tensors(head: _Head, parts: Parts) -> dict[str, Tensor]:
-    raw = parts.raw
-    if not raw and not head.raw_only:
-        return {each.name: Tensor(each.datatype, each.shape, wire=_present(each, head)) for each in head.inputs}
+    if head.raw_only and len(parts.raw) == len(head.inputs):
+        return {
+            each.name: Tensor(each.datatype, each.shape, wire=wire)
+            for each, wire in zip(head.inputs, parts.raw, strict=True)
+        }
+    if parts.raw:
+        raise _misplaced(head, len(parts.raw))
+    return {each.name: Tensor(each.datatype, each.shape, wire=_present(each, head)) for each in head.inputs}
+
+
+def _misplaced(head: _Head, raw: int) -> InvalidArgument:
+    """Why so many raw tensors do not suit these inputs."""
     for each in head.inputs:
         if each.wire is not None:
-            raise InvalidArgument(
+            return InvalidArgument(
                 f"contents field must not be specified when using raw_input_contents for '{each.name}' "
                 f"for model '{head.model_name}'"
             )
-    if len(raw) < len(head.inputs):
-        raise _no_data(head.inputs[len(raw)], head)
-    if len(raw) > len(head.inputs):
-        raise InvalidArgument(
-            f"expected {len(head.inputs)} raw_input_contents, one for each input, but got {len(raw)} "
-            f"for model '{head.model_name}'"
-        )
-    return {
-        each.name: Tensor(each.datatype, each.shape, wire=wire) for each, wire in zip(head.inputs, raw, strict=True)
-    }
+    if raw < len(head.inputs):
+        return _no_data(head.inputs[raw], head)
+    return InvalidArgument(
+        f"expected {len(head.inputs)} raw_input_contents, one for each input, but got {raw} "
+        f"for model '{head.model_name}'"
+    )
 
 
 def _present(each: _Input, head: _Head) -> Buffer:

@@ -112,7 +112,8 @@ class Front:
     def _on_events(self, events: list[tuple[Any, ...]]) -> None:
         for cancelled, call_id, _, payload, _, details in events:
             if cancelled:
-                task = self._tasks.get(call_id)
+                # Taken out here, because a task that is cancelled before it began cleans up nothing.
+                task = self._tasks.pop(call_id, None)
                 if task is not None:
                     task.cancel()
             elif self._calls.running.closed:
@@ -127,7 +128,7 @@ class Front:
         except errors.GatewayError as error:
             self._fail(call_id, error)
         finally:
-            del self._tasks[call_id]
+            self._tasks.pop(call_id, None)
 
     def _fail(self, call_id: int, error: errors.GatewayError) -> None:
         self._native.fail(call_id, error.grpc, error.message)

@@ -6,7 +6,7 @@ call), and turn each `GatewayError` into its status. What the calls mean is in `
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -64,9 +64,9 @@ def _model_infer(calls: Calls) -> Callable[[bytes, Any], Awaitable[bytes]]:
 
 
 def _model_stream_infer(calls: Calls) -> Callable[[Any, Any], Awaitable[None]]:
-    async def model_stream_infer(requests: Any, context: Any) -> None:
+    async def model_stream_infer(_: Any, context: Any) -> None:
         try:
-            await Stream(calls, requests, context).run()
+            await Stream(calls, context).run()
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
             await _abort(context, explain(error))
 
@@ -118,15 +118,12 @@ class _Reflection(ServerReflectionServicer):  # type: ignore[misc]
         self._answers: Any = reflection.ReflectionServicer(services)
         self._calls = calls
 
-    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> None:  # noqa: N802
+    async def ServerReflectionInfo(self, request_iterator: Any, context: Any) -> None:  # noqa: ARG002, N802
         """The reflection protocol, behind authentication. Clients keep it open, so a stop ends it."""
         try:
             self._calls.caller(context.invocation_metadata(), None)
         except errors.GatewayError as error:
             await _abort(context, error)
-        await self._calls.running.until_closed(self._reflect(request_iterator, context))
-
-    async def _reflect(self, requests: AsyncIterator[Any], context: Any) -> None:
-        async for request in requests:
+        while (request := await self._calls.running.unless_closed(context.read())) not in (None, grpc.aio.EOF):
             for response in self._answers.ServerReflectionInfo(iter((request,)), context):
                 await context.write(response)

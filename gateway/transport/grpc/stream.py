@@ -8,9 +8,10 @@ ends the call, UNAVAILABLE, when those it has are answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
+
+from grpc.aio import EOF
 
 from gateway import errors
 from gateway.transport.grpc import codec
@@ -18,12 +19,11 @@ from gateway.transport.grpc.calls import Caller, Calls, explain, sendable, stopp
 
 
 class Stream:
-    """One ModelStreamInfer call: its serialized requests and its `grpc.aio.ServicerContext`."""
+    """One ModelStreamInfer call; `context` is its `grpc.aio.ServicerContext`, which reads and writes bytes."""
 
-    def __init__(self, calls: Calls, requests: AsyncIterator[bytes], context: Any) -> None:
+    def __init__(self, calls: Calls, context: Any) -> None:
         metadata = context.invocation_metadata()
         self._calls = calls
-        self._requests = requests
         self._context = context
         self._caller: Caller = calls.caller(metadata, context.time_remaining())
         self._fails_whole = ("triton_grpc_error", "true") in ((key, value) for key, value in metadata)
@@ -35,7 +35,7 @@ class Stream:
         read_all = True
         try:
             async with asyncio.TaskGroup() as group:
-                read_all = await self._calls.running.until_closed(self._read(group))
+                read_all = await self._read(group)
         except* errors.GatewayError as group_of_errors:
             failed = group_of_errors.exceptions[0]
         if failed is not None:
@@ -43,9 +43,13 @@ class Stream:
         if not read_all:
             raise stopping()  # a request may have come that was not read, and OK would say that none did
 
-    async def _read(self, group: asyncio.TaskGroup) -> None:
-        async for payload in self._requests:
+    async def _read(self, group: asyncio.TaskGroup) -> bool:
+        """Start the requests as they come; False if the server stopped before the client had sent its last."""
+        while (payload := await self._calls.running.unless_closed(self._context.read())) is not None:
+            if payload is EOF:
+                return True
             group.create_task(self._answer(payload))
+        return False
 
     async def _answer(self, payload: bytes) -> None:
         try:
@@ -57,6 +61,8 @@ class Stream:
         except Exception as problem:  # noqa: BLE001 - explain() logs what is not ours, and the request is answered
             error = explain(problem)
             if self._fails_whole:
+                # Kept for good: the status cannot be sent while another answer is half written.
+                await self._writing.acquire()
                 raise error from None
             await self._write(codec.encode_streamed_error(error.message, codec.request_id(payload)))
 

@@ -71,14 +71,16 @@ def _walk(payload: bytes) -> Parts:
             raise ValueError
         if size > 127:
             size, at = _varint(payload, at - 1)
-        if tag in (_RAW, _ID):
+        stop = at + size
+        if tag == _RAW:
             heads.append(payload[kept:start])
-            kept = at + size
-            if tag == _RAW:
-                raw.append(view[at:kept])
-            else:
-                request_id = str(view[at:kept], "utf-8")
-        at += size
+            raw.append(view[at:stop])
+            kept = stop
+        elif tag == _ID:
+            heads.append(payload[kept:start])
+            request_id = str(view[at:stop], "utf-8")
+            kept = stop
+        at = stop
         fields += 1
     if at > end:
         raise ValueError

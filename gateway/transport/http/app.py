@@ -8,12 +8,13 @@ request, on a thread, because its import takes as long as all the rest of the st
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, ResourceExhausted
 from gateway.service import Service
 from gateway.transport.auth import Tokens
 from gateway.transport.http.bridge import AsgiApp, call_asgi
@@ -45,6 +46,7 @@ class HttpApp:
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
+        self._held_bytes = 0
 
     async def __aenter__(self) -> Self:
         await self._disconnects.__aenter__()
@@ -73,14 +75,19 @@ class HttpApp:
         path: str = scope.path
         try:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
-                header = scope.headers.get
-                tenant = self._tokens.tenant(header("authorization")) if self._tokens is not None else ""
-                body = await self._body(scope, protocol)
-                return 200, *await self._endpoint.answer(*target, header, body, tenant)
+                headers = scope.headers  # granian makes a new object each time
+                tenant = self._tokens.tenant(headers.get("authorization")) if self._tokens is not None else ""
+                declared = int(headers.get("content-length") or 0)
+                self._reserve(declared)
+                try:
+                    body = await self._body(headers, protocol)
+                    return 200, *await self._endpoint.answer(*target, headers.get, body, tenant)
+                finally:
+                    self._held_bytes -= declared
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
                 return health(self._service, word)
             asgi = self._asgi or await self._build()
-            return await call_asgi(asgi, scope, await self._body(scope, protocol))
+            return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
         except GatewayError as error:
             return error_reply(error)
         except ProtocolClosed:
@@ -88,14 +95,24 @@ class HttpApp:
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
 
-    async def _body(self, scope: Any, protocol: Any) -> bytes:
-        declared = scope.headers.get("content-length")
+    def _reserve(self, declared: int) -> None:
+        # Before the body is read: a thousand connections could each send the largest body at once.
+        limit = self._limits.max_inflight_bytes
+        if self._held_bytes and self._held_bytes + declared > limit:
+            raise ResourceExhausted(
+                f"the gateway holds {self._held_bytes} bytes of request bodies and its limit is {limit}; "
+                "retry later, or raise --max-inflight-bytes"
+            )
+        self._held_bytes += declared
+
+    async def _body(self, headers: Any, protocol: Any) -> bytes:
+        declared = headers.get("content-length")
         limit = self._limits.max_request_bytes
         if declared is not None:
             if int(declared) > limit:
                 raise body_too_large(int(declared), limit)
             return await protocol()  # type: ignore[no-any-return]
-        return await read_body(protocol, limit) if "transfer-encoding" in scope.headers else b""
+        return await read_body(protocol, limit) if "transfer-encoding" in headers else b""
 
     async def _build(self) -> AsgiApp:
         async with self._building:

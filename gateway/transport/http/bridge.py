@@ -6,7 +6,10 @@ For the control paths, whose bodies are small: nothing is streamed.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, TypeAlias
+
+from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from gateway.transport.http.replies import Reply
 
@@ -16,15 +19,20 @@ AsgiApp: TypeAlias = Callable[
 ]
 
 
-async def call_asgi(app: AsgiApp, scope: Any, body: bytes) -> Reply:
-    """The reply of `app` to the RSGI request `scope` with this body."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+async def call_asgi(app: AsgiApp, scope: Any, read: Callable[[], Awaitable[bytes]]) -> Reply:
+    """The reply of `app` to the RSGI request `scope`; `read` gets its body, if and when `app` asks for it."""
+    received = False
     status = 500
     headers: list[tuple[str, str]] = []
     parts: list[bytes] = []
 
     async def receive() -> Message:
-        return messages.pop() if messages else {"type": "http.disconnect"}
+        nonlocal received
+        if not received:
+            received = True
+            with suppress(ProtocolClosed):
+                return {"type": "http.request", "body": await read(), "more_body": False}
+        return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         nonlocal status, headers

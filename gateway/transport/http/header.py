@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gateway.errors import Internal, InvalidArgument, duplicate_output, shared_memory_disabled
+from gateway.errors import Internal, InvalidArgument, shared_memory_disabled
 from gateway.transport.http.document import NumberKind, bad_member, flatten, numbers
 from gateway.transport.http.limits import HttpLimits
 from gateway.types import Array, DataType, Parameter, RequestedOutput, element_count
@@ -84,8 +84,6 @@ def _outputs(document: dict[str, Any], limits: HttpLimits) -> tuple[tuple[Reques
     binary: dict[str, bool] = {}
     for member in _members(document.get("outputs", []), "outputs", limits):
         name = _string(member, "name")
-        if name in binary:
-            raise duplicate_output(name)
         parameters = _parameters(member.get("parameters"))
         if _REGION in parameters:
             raise shared_memory_disabled()

@@ -16,6 +16,7 @@ from fastapi import Depends, FastAPI, Path, Request
 from fastapi.params import Depends as Dependency
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gateway import __version__, errors
 from gateway.config.parse import config_json
@@ -29,7 +30,7 @@ from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
-Version = Annotated[int, Path(description="One of the model's versions; without it the newest that is ready.")]
+Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
 _ERROR = {"description": "What was wrong and what to do.", "content": {"application/json": {"example": {"error": ""}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 _INFER_EXAMPLE = {
@@ -59,6 +60,7 @@ def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, tokens:
     )
     app.add_exception_handler(errors.GatewayError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(ClientDisconnect, _on_error)
     app.add_exception_handler(Exception, _on_error)
     page = resources.files(__package__).joinpath("docs.html").read_text(encoding="utf-8")
 
@@ -98,9 +100,9 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
             return _json(answer(model, ""))
 
         async def of_version(model: Model, version: Version) -> Response:
-            return _json(answer(model, str(version)))
+            return _json(answer(model, _number(version)))
 
-        for path, handler in (("", newest), ("/versions/{version:int}", of_version)):
+        for path, handler in (("", newest), ("/versions/{version}", of_version)):
             app.add_api_route(
                 "/v2/models/{model}" + path + suffix, handler, summary=summary, dependencies=[*dependencies]
             )
@@ -143,10 +145,10 @@ def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, depend
         return await answer(request, model, "")
 
     async def of_version(model: Model, version: Version, request: Request) -> Response:
-        return await answer(request, model, str(version))
+        return await answer(request, model, _number(version))
 
     body = {"content": {"application/json": {"schema": {"type": "object"}, "example": _INFER_EXAMPLE}}}
-    for path, handler in (("", newest), ("/versions/{version:int}", of_version)):
+    for path, handler in (("", newest), ("/versions/{version}", of_version)):
         app.add_api_route(
             "/v2/models/{model}" + path + "/infer",
             handler,
@@ -158,12 +160,21 @@ def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, depend
         )
 
 
+def _number(version: str) -> str:
+    # Not FastAPI's to check: what it refuses is a 422.
+    if not (version.isascii() and version.isdecimal()):
+        raise errors.NotFound("Not Found")
+    return version
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.GatewayError):
         return _response(error_reply(error))
     if isinstance(error, HTTPException):
         row = errors.MethodNotAllowed if error.status_code == 405 else errors.NotFound
         return _response(error_reply(row(error.detail)))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)
     return _response(fault_reply(error, request.url.path))
 
 
