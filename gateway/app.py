@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
@@ -117,7 +118,7 @@ def _endpoint(settings: Settings, service: Service) -> Infer:
 
 async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, statistics: Statistics) -> None:
     """Open the ports, metrics first and so closed last."""
-    tokens = Tokens.load(settings.token_file) if settings.token_file else None
+    tokens = _tokens(settings.token_file) if settings.token_file else None
     infer = _endpoint(settings, gateway.service)
     if settings.allow_metrics:
         metrics = HttpServer(MetricsApp(statistics), settings.metrics_address, settings.metrics_port)
@@ -139,6 +140,13 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
         )
         gateway.ports["http"] = (await stack.enter_async_context(http)).port
     log_event("listening", **gateway.ports)
+
+
+def _tokens(file: Path) -> Tokens:
+    try:
+        return Tokens.load(file)
+    except ValueError as problem:
+        raise errors.InvalidArgument(f"--token-file: {problem}") from None
 
 
 def _anyone(_: str | None) -> str:
@@ -175,6 +183,9 @@ def _grpc_options(settings: Settings) -> GrpcOptions:
             max_connection_age_grace_ms=settings.grpc_max_connection_age_grace,
         ),
         tls=tls,
+        max_request_bytes=settings.max_request_bytes,
+        max_request_tensors=settings.max_request_tensors,
+        max_connections=settings.max_connections,
         grace=float(settings.exit_timeout_secs),
     )
 

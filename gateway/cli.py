@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -19,6 +20,8 @@ from gateway.config.settings import Settings
 from gateway.queues.base import PoolState
 from gateway.repository import Repository
 from gateway.telemetry import configure_logging, log_event
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 USAGE = """usage: gateway COMMAND [options]
 
@@ -52,11 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(settings: Settings) -> int:
     configure_logging(settings.log_format, settings.log_verbose)
+    _keep_freed_memory()
     try:
         return _run(serve(settings))
     except (OSError, errors.GatewayError) as problem:
         print(f"gateway: {problem}", file=sys.stderr)
-        return 1
+    except ExceptionGroup as group:
+        expected, fault = group.split((OSError, errors.GatewayError))
+        if expected is None or fault is not None:
+            raise
+        print(f"gateway: {_leaf(expected)}", file=sys.stderr)
+    return 1
+
+
+def _leaf(group: BaseException) -> BaseException:
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
 
 
 async def serve(settings: Settings) -> int:
@@ -89,6 +104,19 @@ async def _announce(gateway: Gateway, settings: Settings, stop: asyncio.Event) -
         stop.set()
         return 1
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of the last requests' bodies for the next ones.
+
+    Given back and asked for again, each image of 600 KB costs a quarter of a millisecond of page faults.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return  # another C library, which has ways of its own
+    for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 16 << 20)):
+        mallopt(option, size)
 
 
 def _settle_memory() -> None:

@@ -26,6 +26,7 @@ class GrpcUser(InferUser):
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", -1)]
         self._channel = grpc.insecure_channel(self.environment.parsed_options.grpc_host, options=options)
         self._call = self._channel.unary_unary(bodies.GRPC_PATH, request_serializer=bytes, response_deserializer=bytes)
+        self._encoded = None if self.fixed is None else bodies.grpc_message(self.fixed)
 
     def on_stop(self) -> None:
         """Leave."""
@@ -33,4 +34,4 @@ class GrpcUser(InferUser):
 
     def send(self, sample: Sample) -> Arrays:
         """Call and parse."""
-        return bodies.parse_grpc(self._call(bodies.grpc_message(sample), timeout=30))
+        return bodies.parse_grpc(self._call(self._encoded or bodies.grpc_message(sample), timeout=30))

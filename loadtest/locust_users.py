@@ -57,16 +57,16 @@ class InferUser(User):
         """Prepare what does not belong in a measurement."""
         options = self.environment.parsed_options
         self._rng = np.random.default_rng()
-        self._fixed = None if options.model == "add_sub" else samples.sample(options.model)
+        self.fixed = None if options.model == "add_sub" else samples.sample(options.model)
         self._want: Arrays = {}
-        if self._fixed is not None:
-            self._want = References.of(Path(options.repository), self._fixed)
+        if self.fixed is not None:
+            self._want = References.of(Path(options.repository), self.fixed)
         self.connect()
 
     def _next(self) -> tuple[Sample, Arrays]:
         """A sample with its right answer: fresh numbers for add_sub, so that answers cannot be mixed up unseen."""
-        if self._fixed is not None:
-            return self._fixed, self._want
+        if self.fixed is not None:
+            return self.fixed, self._want
         low, high = (self._rng.integers(-9999, 9999, (1, 16)).astype(np.float32) for _ in range(2))
         return Sample("add_sub", {"INPUT0": low, "INPUT1": high}), {"OUTPUT0": low + high, "OUTPUT1": low - high}
 

@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         None, "safety", "file with a line 'tenant:token' for each caller; requests must carry a token"
     )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
-    max_request_bytes: PositiveInt = _setting(256 * MIB, "safety", "bytes of one request")
+    max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
     max_request_tensors: PositiveInt = _setting(256, "safety", "inputs, and outputs, of one request")
     max_tensor_elements: PositiveInt = _setting(1 << 28, "safety", "elements of one tensor")

@@ -1,6 +1,7 @@
 """`python -m loadtest.bench`: run the benchmark, print the table and the bars, write the JSON.
 
-The exit status is 0 when every bar that was measured is met and no request failed, 1 otherwise, 2 when a tool is missing.
+The exit status is 0 when every bar that was measured is met and no request failed, 1 otherwise, 2 when a tool is missing
+or a server does not start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loadtest.bench import generators, report, runner
+from loadtest.bench import generators, report, runner, servers
 from loadtest.bench.plan import MODELS, ORDER, Options
 from loadtest.record import ROOT, provenance
 
@@ -73,7 +74,11 @@ def main() -> int:
         if args.out:
             report.save(args.out, rows, head)
 
-    rows = runner.run(options, done, save)
+    try:
+        rows = runner.run(options, done, save)
+    except servers.ServerError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     sys.stdout.write(f"{report.table(rows)}\n\n{report.bars(rows)}\n")
     save(rows)
     return int(any(entry["verdict"] == "FAIL" for entry in report.judge(rows)))

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loadtest.bench.bodies import Wire
@@ -39,6 +39,7 @@ class Load:
     p50_us: float
     p99_us: float
     client_cpu_s: float = 0.0
+    note: str = ""
 
 
 def missing(tools: Iterable[str] = _DEBIAN) -> str | None:
@@ -54,8 +55,10 @@ def parse_wrk(text: str) -> Load:
         message = f"no result in wrk's output: {text[-300:]!r}"
         raise GeneratorError(message)
     found = json.loads(line.removeprefix("RESULT "))
-    errors = sum(found[kind] for kind in ("connect", "read", "write", "timeout", "status")) + (not found["requests"])
-    return Load(found["requests"], found["duration_us"] / 1e6, errors, found["p50_us"], found["p99_us"])
+    errors = sum(found[kind] for kind in ("connect", "read", "write", "timeout", "status"))
+    note = "" if found["requests"] else "no answers"
+    seconds = found["duration_us"] / 1e6
+    return Load(found["requests"], seconds, errors + bool(note), found["p50_us"], found["p99_us"], note=note)
 
 
 def parse_h2load(text: str, log: str) -> Load:
@@ -69,18 +72,20 @@ def parse_h2load(text: str, log: str) -> Load:
     done, succeeded, failed, errored, timeout = (int(value) for value in counts.groups())
     rows = [line.split("\t") for line in log.splitlines() if line]
     times = sorted(float(row[2]) for row in rows if row[1] == "200")
-    errors = max(done - succeeded, failed + errored + timeout) + _silent(rows, seconds)
-    return Load(done, seconds, errors, percentile(times, 50), percentile(times, 99))
+    note = _silence(rows, seconds)
+    errors = max(done - succeeded, failed + errored + timeout) + bool(note)
+    return Load(done, seconds, errors, percentile(times, 50), percentile(times, 99), note=note)
 
 
-def _silent(rows: Sequence[Sequence[str]], seconds: float) -> int:
-    """One when answers stopped long before the end: h2load reports no error when a server refuses or drops connections."""
+def _silence(rows: Sequence[Sequence[str]], seconds: float) -> str:
+    """What to say when answers stopped half-way: h2load reports no error when a server refuses or drops connections."""
     if not rows:
-        return 1
+        return "no answers"
     begin = min(int(row[0]) for row in rows)
     end = max(int(row[0]) + int(row[2]) for row in rows)
     slowest = max(int(row[2]) for row in rows)
-    return int(seconds * 1e6 - (end - begin) > 500_000 + 3 * slowest)
+    silent = seconds - (end - begin) / 1e6
+    return f"no answers in the last {silent:.1f} s" if silent > max(seconds / 2, 3e-6 * slowest) else ""
 
 
 def _pinned(core: int | None) -> list[str]:
@@ -122,4 +127,4 @@ def run(base: str, wire: Wire, connections: int, seconds: float, core: int | Non
             flags = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", "-s", str(_LUA)]
             text, cpu = _call([*_pinned(core), "wrk", *flags, url, "--", str(body), *pairs], seconds + 60)
             load = parse_wrk(text)
-    return Load(load.requests, load.seconds, load.errors, load.p50_us, load.p99_us, cpu)
+    return replace(load, client_cpu_s=cpu)

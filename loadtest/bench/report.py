@@ -42,6 +42,12 @@ BARS = (
 )  # fmt: skip
 
 
+FIGURES = (
+    "rps", "p50_us", "p99_us", "cpu_us", "kilo_instructions", "calibration_ms", "calibration_cpu_ms", "client_cores",
+    "other_cores",
+)  # fmt: skip
+
+
 def values(rows: Rows, model: str, connections: int, system: str, figure: str) -> dict[int, float]:
     """A figure by pair; failed cells have none."""
     return {
@@ -87,16 +93,7 @@ def summary(rows: Rows) -> list[dict[str, object]]:
     for model, connections, system in _unique((row.model, row.connections, row.system) for row in rows):
         mine = [row for row in rows if (row.model, row.connections, row.system) == (model, connections, system)]
         line: dict[str, object] = {"model": model, "connections": connections, "system": system}
-        for figure in (
-            "rps",
-            "p50_us",
-            "p99_us",
-            "cpu_us",
-            "calibration_ms",
-            "calibration_cpu_ms",
-            "client_cores",
-            "other_cores",
-        ):
+        for figure in FIGURES:
             line[figure] = spread(list(values(rows, model, connections, system, figure).values()))
         rps = values(rows, model, connections, system, "rps")
         for name, baseline in (("vs_a", "fastapi"), ("vs_b", "ort")):

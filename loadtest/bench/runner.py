@@ -111,12 +111,14 @@ def _measure_target(cell: Cell, target: Target, core: int | None, *, count_instr
     answered = settled(count) - first if count else load.requests - load.errors
     _, used, others = meter.read()
     note = "; ".join(filter(None, [note, target.check()]))
+    wrong = bool(note)
+    note = "; ".join(filter(None, [note, load.note]))
     if answered > load.requests + 2 * cell.connections:
         note += f" the server answered {answered - load.requests} requests that were not ours"
     return Result(
         cell.model, cell.connections, cell.pair, cell.system, load.seconds, load.requests, answered,
         (load.requests - load.errors) / load.seconds, load.p50_us, load.p99_us, used / max(1, answered) * 1e6,
-        errors_of(load, answered) + bool(note), calibration.wall_ms, calibration.cpu_ms,
+        errors_of(load, answered) + wrong, calibration.wall_ms, calibration.cpu_ms,
         load.client_cpu_s / load.seconds, others, counted.total / max(1, answered) / 1e3, note,
     )  # fmt: skip
 

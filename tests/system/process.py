@@ -31,6 +31,10 @@ class GatewayProcess:
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self.ports: dict[str, int] = {}
+
+    def wait_listening(self) -> None:
+        """Until its ports are open; `ports` has them from then on."""
         listening = self.wait_for("listening")
         self.ports = {name: listening[name] for name in ("http", "grpc", "metrics")}
 
@@ -81,6 +85,7 @@ def started(*flags: str) -> Iterator[GatewayProcess]:
     """A gateway for the duration of the block; killed if it is still there at the end."""
     gateway = GatewayProcess(*flags)
     try:
+        gateway.wait_listening()
         yield gateway
     finally:
         if gateway.process.poll() is None:
