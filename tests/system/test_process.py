@@ -77,12 +77,20 @@ async def test_sigterm_answers_what_was_accepted_and_exits_0(short: Path, kind: 
             await asyncio.to_thread(gateway.wait_for, "draining")
             with pytest.raises(InferenceServerException, match=r"Server not ready|shutting down"):
                 await infer(kind, port, 3.0)
-            with pytest.raises(urllib.error.HTTPError):
-                await asyncio.to_thread(gateway.get, "/v2/health/ready")
+            assert await asyncio.to_thread(status_of, gateway.url("/v2/health/ready")) == 400
             held.release()
             (await gate.arrival()).release()
         assert (running.result(), waiting.result()) == (1.0, 2.0)
         assert await asyncio.to_thread(gateway.process.wait, 20) == 0
+
+
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
 
 
 async def waiting_requests(gateway) -> int:
@@ -131,9 +139,7 @@ def test_a_broken_model_is_unavailable_with_a_reason_and_the_others_serve(short:
         assert entries["good"]["state"] == "READY"
         assert entries["bad"]["state"] == "UNAVAILABLE"
         assert "line 2" in entries["bad"]["reason"]
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            gateway.get("/v2/health/ready")
-        assert refused.value.code == 400
+        assert status_of(gateway.url("/v2/health/ready")) == 400
         assert gateway.terminate() == 0
 
 
