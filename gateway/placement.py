@@ -6,6 +6,7 @@ configuration and the devices. Nothing here loads anything.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +15,22 @@ from pathlib import Path
 from gateway import errors
 from gateway.config.model import InstanceGroup, ModelConfig
 
+# What a batch saves is a fixed cost of some 0.1 ms. A core computes rows in turn, so they share nothing else, and
+# large batches of images leave its caches (EfficientNet: 17 ms a row up to 4 rows, 18 at 32).
+_LONG_CPU_RUN = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What batches compete for: `kind` is `cpu` or `gpu`; `cores` is how many one-core runs fit at once."""
+    """What batches compete for: `kind` is `cpu` or `gpu`; `cores` is how many one-core runs fit at once.
+
+    A run of `long_run` seconds gains nothing from more rows; infinite where rows are computed side by side.
+    """
 
     name: str  # "cpu", "gpu:0", ...
     kind: str
     cores: int
+    long_run: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ class Placement:
 
 def devices() -> list[Device]:
     """The devices of this process: its share of the CPU. GPUs are not looked for yet."""
-    return [Device("cpu", "cpu", cpu_cores())]
+    return [Device("cpu", "cpu", cpu_cores(), _LONG_CPU_RUN)]
 
 
 def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:

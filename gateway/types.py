@@ -62,6 +62,8 @@ class DataType(enum.Enum):
     BF16 = "BF16"
     BYTES = "BYTES"
 
+    __hash__ = object.__hash__  # members are single; the hash of enum's own costs ten times as much
+
     dtype: np.dtype[Any]
     itemsize: int  # bytes per element on the wire; 0 for BYTES, whose elements vary
 
@@ -188,7 +190,9 @@ class InferRequest:
     """One inference as the client sent it. Times are `time.monotonic` seconds.
 
     `rows`, `size` and `signature` are filled in by the service when it checks the request against the model:
-    the request's batch size, its bytes, and what must be equal for two requests to share a batch.
+    the request's batch size, its bytes, and what must be equal for two requests to share a batch. Requests
+    given the same `form` by a transport are equal in everything but id, parameters and data, so that what was
+    found out about one need not be found out about the next.
     """
 
     model_name: str
@@ -200,6 +204,7 @@ class InferRequest:
     deadline: float | None = None
     priority: int = 0
     tenant: str = ""
+    form: object = None
     rows: int = 1
     size: int = 0
     signature: Hashable = None

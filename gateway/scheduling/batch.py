@@ -12,7 +12,7 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.types import Array, Buffer, DataType, InferRequest, Tensor
+from gateway.types import Array, DataType, InferRequest, Tensor
 
 _JOIN_BYTES = 64 * 1024  # below this, joining bytes is quicker than concatenating arrays (2 us against 20 for 32 rows)
 
@@ -58,7 +58,7 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
         else:
             parts = _slices(tensor.datatype, array, requests)
         for request, result, part in zip(requests, results, parts, strict=True):
-            if not request.outputs or any(output.name == tensor.name for output in request.outputs):
+            if not request.outputs or tensor.name in [output.name for output in request.outputs]:
                 result[tensor.name] = part
     return results
 
@@ -108,10 +108,12 @@ def _slices(datatype: DataType, array: Array, requests: Sequence[InferRequest]) 
             parts.append(Tensor.from_array(datatype, array[start : start + request.rows]))
             start += request.rows
         return parts
-    wire: Buffer = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    wire = Tensor.from_array(datatype, array).wire
     step = array.nbytes // array.shape[0]
+    single = (1, *inner)
     for request in requests:
-        stop = start + request.rows * step
-        parts.append(Tensor(datatype, (request.rows, *inner), wire=wire[start:stop]))
+        rows = request.rows
+        stop = start + rows * step
+        parts.append(Tensor(datatype, single if rows == 1 else (rows, *inner), wire=wire[start:stop]))
         start = stop
     return parts

@@ -45,7 +45,7 @@ class Decision(Generic[W]):
 
     Reasons: `full` no further row fits, `preferred` a preferred size was reached or would be passed, `delay`
     the queue delay or a deadline ran out, `shape` what else waits cannot share the batch, `share` the rest is
-    left to the other instances, `single` the model does not join requests, `drained` nothing else waits.
+    left to the other instances or the next run, `single` the model does not join requests, `drained` nothing else waits.
     """
 
     jobs: list[W]
@@ -57,8 +57,8 @@ class Decision(Generic[W]):
 def on_free(waiting: Iterable[W], limits: Limits, share: int, now: float) -> Decision[W]:
     """Choose a batch for an instance that is free. `waiting` is oldest first.
 
-    `share` is how many rows this instance should leave the others of its model to do; the head is taken
-    whatever its rows. A model with Triton's knobs set is batched by those alone.
+    `share` is how many rows are this instance's part of the work, or as many as gain from running together;
+    the head is taken whatever its rows. A model with Triton's knobs set is batched by those alone.
     """
     if limits.preferred or limits.delay > 0:
         most = max(limits.preferred, default=limits.max_rows)

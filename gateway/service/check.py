@@ -1,14 +1,28 @@
 """Checks a request against its model: names, types, shapes, batch and byte sizes, in Triton's order and words.
 
 A `Checker` is compiled once per model version, so that a request costs a few comparisons. It fills in the
-request's `rows` and `signature` and touches nothing else.
+request's `rows`, `size` and `signature`, and remembers which forms have passed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
 from gateway.types import DataType, InferRequest, Tensor, element_count
+
+_REMEMBERED = 512
+
+
+class _Passed(NamedTuple):
+    """What the checks found for a form."""
+
+    sizes: list[int]  # bytes of each input, in order; the one thing a form does not tell
+    rows: int
+    size: int
+    signature: Hashable
 
 
 class Checker:
@@ -24,9 +38,24 @@ class Checker:
         self._fixed = len(self._required) == len(self._inputs) and not any(
             -1 in tensor.dims for tensor in config.inputs
         )
+        # BYTES elements are data, and no form says anything about data.
+        self._forms_tell = not any(tensor.datatype is DataType.BYTES for tensor in config.inputs)
+        self._passed: dict[object, _Passed] = {}
 
     def check(self, request: InferRequest) -> None:
         """Raise `InvalidArgument` for a request the model cannot take; else set `rows`, `size` and `signature`."""
+        passed = self._passed.get(request.form) if request.form is not None else None
+        if passed is not None and [tensor.nbytes for tensor in request.inputs.values()] == passed.sizes:
+            request.rows, request.size, request.signature = passed.rows, passed.size, passed.signature
+            return
+        self._check(request)
+        if request.form is not None and self._forms_tell:
+            if len(self._passed) >= _REMEMBERED:
+                self._passed.clear()
+            sizes = [tensor.nbytes for tensor in request.inputs.values()]
+            self._passed[request.form] = _Passed(sizes, request.rows, request.size, request.signature)
+
+    def _check(self, request: InferRequest) -> None:
         try:
             self._check_outputs(request)
             self._check_names(request)

@@ -69,7 +69,11 @@ class Host:
             raise
         self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
-        self._stage = Stage(self.source.config, len(self._engines))
+        self._stage = Stage(
+            self.source.config,
+            len(self._engines),
+            max(placement.device.long_run for placement in placements),
+        )
         self._consumer = self._queue.consumer([self._lane])
 
     async def serve(self) -> None:

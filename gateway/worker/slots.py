@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from gateway.queues.base import Job
+from gateway.scheduling.policy import Decision
 from gateway.worker.stage import Stage
 
 
@@ -25,6 +26,7 @@ class Assignment:
     rows: int
     reason: str
     cores: int
+    started: float  # time.monotonic
 
 
 class Seat:
@@ -55,7 +57,7 @@ class Seat:
 
     def release(self, assignment: Assignment) -> None:
         """The run is over; its slots are free."""
-        self.stage.finished(assignment.rows)
+        self.stage.finished(assignment.rows, time.monotonic() - assignment.started)
         self._slots.release(assignment.cores)
 
 
@@ -121,7 +123,7 @@ class Slots:
                 return False  # what is free is kept for the most urgent, or a wide run would wait for ever
             decision = stage.choose(now)
             if decision.jobs:
-                self._start(seat, decision.jobs, decision.rows, decision.reason)
+                self._start(seat, decision, now)
                 return True
             if decision.ask_at is not None:
                 patient[stage] = decision.ask_at
@@ -131,16 +133,17 @@ class Slots:
         ranked = [(urgency, stage) for stage in self._idle if (urgency := stage.urgency()) is not None]
         return [stage for _, stage in sorted(ranked, key=itemgetter(0))]
 
-    def _start(self, seat: Seat, jobs: list[Job], rows: int, reason: str) -> None:
+    def _start(self, seat: Seat, decision: Decision[Job], now: float) -> None:
         # A lone run may use every core; with anything else to do, each run keeps to its own.
         alone = self._free == self._cores and not any(len(stage) for stage in self._idle)
         cores = self._cores if alone else seat.threads
         self._free -= cores
         self.leave(seat)
+        assignment = Assignment(decision.jobs, decision.rows, decision.reason, cores, now)
         assert seat.waiter is not None
         if seat.waiter.done():  # cancelled in this very turn
-            for job in reversed(jobs):
+            for job in reversed(decision.jobs):
                 job.release()
-            seat.release(Assignment(jobs, rows, reason, cores))
+            seat.release(assignment)
             return
-        seat.waiter.set_result(Assignment(jobs, rows, reason, cores))
+        seat.waiter.set_result(assignment)

@@ -16,13 +16,15 @@ from gateway.queues.base import Job
 from gateway.scheduling.policy import Decision, Limits, on_free
 
 _SWEEP = 1024  # staged jobs, below which cancelled ones among them are not worth looking for
+_NEWS = 0.2  # weight of the newest measurement
 _PATIENCE = 10.0  # seconds; ranks a request without a deadline, so that those with one never starve it
 
 
 class Stage:
     """Staged jobs, oldest first, and the rows that are staged and running."""
 
-    def __init__(self, config: ModelConfig, instances: int) -> None:
+    def __init__(self, config: ModelConfig, instances: int, long_run: float = math.inf) -> None:
+        """A run of `long_run` seconds gains nothing from more rows."""
         batching = config.batching
         preferred = batching.preferred_batch_sizes if batching else ()
         self._limits = Limits(
@@ -33,6 +35,8 @@ class Stage:
             preferred=() if preferred == (config.max_batch_size,) else preferred,
         )
         self._instances = instances
+        self._long_run = long_run
+        self._row_seconds = 0.0
         self._jobs: deque[Job] = deque()
         self._staged_rows = 0
         self._running_rows = 0
@@ -64,15 +68,19 @@ class Stage:
     def choose(self, now: float) -> Decision[Job]:
         """Take out the batch that a free instance should run now, or learn when to ask again."""
         share = math.ceil((self._staged_rows + self._running_rows) / self._instances)
+        if self._row_seconds and share * self._row_seconds > self._long_run:
+            share = math.ceil(self._long_run / self._row_seconds)
         decision = on_free(self._jobs, self._limits, share, now)
         if decision.jobs:
             self._remove(decision.jobs)
             self._running_rows += decision.rows
         return decision
 
-    def finished(self, rows: int) -> None:
-        """A batch of this many rows no longer runs."""
+    def finished(self, rows: int, seconds: float) -> None:
+        """A batch of this many rows no longer runs; it took so long."""
         self._running_rows -= rows
+        row_seconds = seconds / rows
+        self._row_seconds += (row_seconds - self._row_seconds) * (_NEWS if self._row_seconds else 1.0)
         self._note_quiet()
 
     async def settled(self) -> None:

@@ -43,8 +43,17 @@ async def test_staged_and_running_rows_are_shared_between_instances(callers):
 async def test_rows_that_have_run_no_longer_count(callers):
     stage = Stage(model_config(), instances=2)
     stage.extend(await callers.jobs(*numbered(6)))
-    stage.finished(stage.choose(time.monotonic()).rows)
+    stage.finished(stage.choose(time.monotonic()).rows, 0.001)
     assert ids(stage.choose(time.monotonic()).jobs) == ["3", "4"]
+
+
+async def test_a_batch_is_no_longer_than_gains_from_it(callers):
+    stage = Stage(model_config(), instances=1, long_run=0.02)
+    stage.extend(await callers.jobs(*numbered(8)))
+    stage.finished(stage.choose(time.monotonic()).rows, seconds=8 * 0.009)
+    stage.extend(await callers.jobs(*numbered(8)))
+    decision = stage.choose(time.monotonic())
+    assert (decision.rows, decision.reason) == (3, "share")
 
 
 async def test_a_model_without_batching_runs_one_request_at_a_time(callers):
@@ -110,7 +119,7 @@ async def test_a_cancelled_job_is_not_chosen_and_not_counted(callers, gone):
         if not decision.jobs:
             break
         taken += ids(decision.jobs)
-        stage.finished(decision.rows)
+        stage.finished(decision.rows, 0.001)
     assert taken == left
     await stage.settled()
 
@@ -142,7 +151,7 @@ async def test_settled_waits_for_what_is_staged_and_what_runs(callers):
         decision = stage.choose(time.monotonic())
         await settle()
         assert not settled.done()
-        stage.finished(decision.rows)
+        stage.finished(decision.rows, 0.001)
         await settled
 
 

@@ -51,7 +51,7 @@ class _Input:
     wire: Buffer | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Head:
     """All of a request but its id and raw tensors; `raw_only` when no input has typed contents."""
 
@@ -68,7 +68,8 @@ def decode(payload: bytes) -> InferRequest:
     and `Unsupported` for shared memory.
     """
     parts = split(payload)
-    head = _remembered_head(parts.head) if len(parts.head) <= _REMEMBERED_BYTES else _parse_head(parts.head)
+    repeats = len(parts.head) <= _REMEMBERED_BYTES
+    head = _remembered_head(parts.head) if repeats else _parse_head(parts.head)
     return InferRequest(
         head.model_name,
         _tensors(head, parts),
@@ -76,6 +77,7 @@ def decode(payload: bytes) -> InferRequest:
         parts.id,
         head.outputs,
         dict(head.parameters) if head.parameters else {},
+        form=head if repeats and head.raw_only else None,
     )
 
 

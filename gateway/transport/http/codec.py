@@ -9,6 +9,9 @@ the model by the service.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,19 @@ from gateway.types import Array, DataType, InferRequest, InferResponse, Tensor, 
 
 Headers = list[tuple[str, str]]
 
-_CACHED_HEADERS = 512
-_CACHED_HEADER_BYTES = 4096
+_REMEMBERED = 512  # headers of requests, and of responses
+_REMEMBERED_BYTES = 4096
 _WORDS = {each: each.value for each in DataType}
 _NOT_JSON = (DataType.FP16, DataType.BF16)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """A header that was met before: what it says, where its tensors lie behind it, and how long they are."""
+
+    header: RequestHeader
+    cuts: tuple[tuple[str, DataType, tuple[int, ...], int, int], ...]
+    size: int
 
 
 class Codec:
@@ -35,7 +47,7 @@ class Codec:
     def __init__(self, limits: HttpLimits) -> None:
         self._limits = limits
         self._reader = DocumentReader(limits.max_input_size, limits.max_json_depth)
-        self._headers: dict[bytes, RequestHeader] = {}
+        self._forms: dict[bytes, _Form] = {}
 
     def decode(
         self, body: bytes, header_length: str | None, model: str, version: str, config: Callable[[], ModelConfig]
@@ -45,30 +57,41 @@ class Codec:
         `config` is asked for only by a raw binary request (header length 0), whose shape is the model's.
         """
         if header_length is None:
-            header, blobs = self._read(body), memoryview(b"")
-        else:
-            length = _header_length(header_length, len(body))
-            if not length:
-                return self._decode_raw(body, model, version, config())
-            header, blobs = self._read_cached(body[:length]), memoryview(body)[length:]
-        request = InferRequest(
-            model, _tensors(header.inputs, blobs, model), version, header.id, header.outputs, header.parameters
-        )
+            return self._decode_parts(body, b"", model, version)
+        length = _header_length(header_length, len(body))
+        # Clients repeat a header byte for byte; not reading it again saves more time than all else here takes.
+        form = self._forms.get(body[:length])
+        if form is not None and length + form.size == len(body):
+            view = memoryview(body)[length:]
+            tensors = {
+                name: Tensor(datatype, shape, wire=view[start:end]) for name, datatype, shape, start, end in form.cuts
+            }
+            header = form.header
+            request = InferRequest(model, tensors, version, "", header.outputs, header.parameters, form=form)
+            return request, header.plan
+        if not length:
+            return self._decode_raw(body, model, version, config())
+        return self._decode_parts(body[:length], memoryview(body)[length:], model, version)
+
+    def _decode_parts(
+        self, text: bytes, blobs: bytes | memoryview, model: str, version: str
+    ) -> tuple[InferRequest, ResponsePlan]:
+        header = read_header(self._reader.read(text), self._limits)
+        tensors = _tensors(header.inputs, blobs, model)
+        if not header.id and len(text) <= _REMEMBERED_BYTES and all(each.array is None for each in header.inputs):
+            self._remember(text, header)
+        request = InferRequest(model, tensors, version, header.id, header.outputs, header.parameters)
         return request, header.plan
 
-    def _read(self, text: bytes) -> RequestHeader:
-        return read_header(self._reader.read(text), self._limits)
-
-    def _read_cached(self, text: bytes) -> RequestHeader:
-        # Clients repeat a header byte for byte; not reading it again saves more time than all else here takes.
-        header = self._headers.get(text)
-        if header is None:
-            header = self._read(text)
-            if not header.id and len(text) <= _CACHED_HEADER_BYTES and all(i.array is None for i in header.inputs):
-                if len(self._headers) >= _CACHED_HEADERS:
-                    self._headers.clear()
-                self._headers[text] = header
-        return header
+    def _remember(self, text: bytes, header: RequestHeader) -> None:
+        if len(self._forms) >= _REMEMBERED:
+            self._forms.clear()
+        ends = list(accumulate([each.size for each in header.inputs], initial=0))
+        cuts = tuple(
+            (each.name, each.datatype, each.shape, start, end)
+            for each, start, end in zip(header.inputs, ends[:-1], ends[1:], strict=True)
+        )
+        self._forms[text] = _Form(header, cuts, ends[-1])
 
     def _decode_raw(
         self, body: bytes, model: str, version: str, config: ModelConfig
@@ -97,6 +120,13 @@ class Codec:
 
 def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]:
     """Write the response's headers and body. Raises InvalidArgument for an output that JSON cannot carry."""
+    binary = all(map(plan.listed.get, response.outputs)) if plan.listed else plan.binary
+    if binary and not response.id and not response.parameters:
+        tensors = response.outputs.values()
+        kinds = tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()])
+        headers, text = _binary_head(response.model_name, response.model_version, kinds)
+        if text:
+            return list(headers), b"".join((text, *[tensor.wire for tensor in tensors]))
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes | bytearray | memoryview] = []
     for name, tensor in response.outputs.items():
@@ -118,11 +148,30 @@ def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]
     text = orjson.dumps(head)
     if not blobs:
         return [("content-type", "application/json")], text
-    headers = [
+    return _binary_headers(text), b"".join((text, *blobs))
+
+
+@lru_cache(_REMEMBERED)
+def _binary_head(
+    model: str, version: str, outputs: tuple[tuple[str, DataType, tuple[int, ...]], ...]
+) -> tuple[Headers, bytes]:
+    """Headers and JSON of a response whose sizes follow from its shapes; empty JSON when they do not."""
+    sizes = [element_count(shape) * datatype.itemsize for _, datatype, shape in outputs]
+    if any(datatype is DataType.BYTES for _, datatype, _ in outputs) or not sum(sizes):
+        return [], b""
+    described = [
+        {"name": name, "datatype": _WORDS[datatype], "shape": shape, "parameters": {"binary_data_size": size}}
+        for (name, datatype, shape), size in zip(outputs, sizes, strict=True)
+    ]
+    text = orjson.dumps({"model_name": model, "model_version": version, "outputs": described})
+    return _binary_headers(text), text
+
+
+def _binary_headers(text: bytes) -> Headers:
+    return [
         ("content-type", "application/octet-stream"),
         ("inference-header-content-length", str(len(text))),
     ]
-    return headers, b"".join((text, *blobs))
 
 
 def _header_length(value: str, size: int) -> int:
@@ -133,7 +182,7 @@ def _header_length(value: str, size: int) -> int:
     return length
 
 
-def _tensors(inputs: tuple[InputHeader, ...], blobs: memoryview, model: str) -> dict[str, Tensor]:
+def _tensors(inputs: tuple[InputHeader, ...], blobs: bytes | memoryview, model: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     offset = 0
     for each in inputs:
