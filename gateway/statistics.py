@@ -125,14 +125,16 @@ class VersionStatistics:
         if timings is None:
             # An answer out of a cache counts as a success and in no compute figure, the rows included.
             return
+        queue, infer = timings.queue_ns, timings.compute_infer_ns
+        stack, split = timings.compute_input_ns, timings.compute_output_ns
         self.inference_count += rows
         self.compute_count += 1
-        self.queue_ns += timings.queue_ns
-        self.compute_input_ns += timings.compute_input_ns
-        self.compute_infer_ns += timings.compute_infer_ns
-        self.compute_output_ns += timings.compute_output_ns
-        self.queue_times.observe(timings.queue_ns)
-        self.compute_times.observe(timings.compute_input_ns + timings.compute_infer_ns + timings.compute_output_ns)
+        self.queue_ns += queue
+        self.compute_input_ns += stack
+        self.compute_infer_ns += infer
+        self.compute_output_ns += split
+        self.queue_times.observe(queue)
+        self.compute_times.observe(stack + infer + split)
 
     def record_failure(self, reason: str, total_ns: int) -> None:
         """Count a request that ended without an answer after `total_ns`; `reason` is one of FAILURE_REASONS."""

@@ -188,7 +188,12 @@ def test_poll_mode_follows_the_folder(short: Path):
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "gateway", *flags], cwd=ROOT, capture_output=True, text=True, timeout=60
+        check=False,
+        args=[sys.executable, "-m", "gateway", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

@@ -59,17 +59,17 @@ class HttpApp:
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         """Answer one request. A client that leaves cancels its request and gets no answer."""
-        waiting = self._disconnects.begin(protocol)
+        task = self._disconnects.begin(protocol)
         try:
             status, headers, body = await self._reply(scope, protocol)
             protocol.response_bytes(status, headers, body)
         except ProtocolClosed:
             pass  # the client left while its body was read
         except asyncio.CancelledError:
-            if not waiting.gone:
+            if not self._disconnects.gone(task):
                 raise
         finally:
-            self._disconnects.end(waiting)
+            self._disconnects.end(task)
 
     async def _reply(self, scope: Any, protocol: Any) -> Reply:
         path: str = scope.path

@@ -15,26 +15,16 @@ Protocol = Any  # granian.rsgi.HTTPProtocol
 _INTERVAL = 0.02  # seconds
 
 
-class Waiting:
-    """One request that may be watched. `gone` tells a cancellation by disconnect from any other."""
-
-    __slots__ = ("gone", "protocol", "task", "watcher")
-
-    def __init__(self, protocol: Protocol, task: asyncio.Task[Any]) -> None:
-        self.protocol = protocol
-        self.task = task
-        self.watcher: asyncio.Task[None] | None = None
-        self.gone = False
-
-
 class Disconnects:
-    """The requests in flight of one listener; an async context manager that owns their watchers."""
+    """The requests in flight of one listener, by task; an async context manager that owns their watchers."""
 
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._timer: asyncio.TimerHandle | None = None
-        self._new: set[Waiting] = set()
-        self._seen: set[Waiting] = set()
+        self._new: dict[asyncio.Task[Any], Protocol] = {}
+        self._seen: dict[asyncio.Task[Any], Protocol] = {}
+        self._watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
+        self._gone: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -45,34 +35,37 @@ class Disconnects:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        # The block's own error is not told to the group, which would wrap it; the watchers end with their requests.
-        await self._group.__aexit__(None, None, None)
+        await self._group.__aexit__(kind, error, trace)
 
-    def begin(self, protocol: Protocol) -> Waiting:
-        """Have the current task cancelled if its client leaves before `end`."""
+    def begin(self, protocol: Protocol) -> asyncio.Task[Any]:
+        """Have the current task, which is returned, cancelled if its client leaves before `end`."""
         task = asyncio.current_task()
         assert task is not None
-        waiting = Waiting(protocol, task)
-        self._new.add(waiting)
+        self._new[task] = protocol
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep)
-        return waiting
+        return task
 
-    def end(self, waiting: Waiting) -> None:
+    def gone(self, task: asyncio.Task[Any]) -> bool:
+        """Whether the task was cancelled because its client left, and for no other reason."""
+        return task in self._gone
+
+    def end(self, task: asyncio.Task[Any]) -> None:
         """The request is over; to be called exactly once."""
-        self._new.discard(waiting)
-        self._seen.discard(waiting)
-        if waiting.watcher is not None:
-            waiting.watcher.cancel()
+        if self._new.pop(task, None) is None:
+            self._seen.pop(task, None)
+            self._gone.discard(task)
+            watcher = self._watchers.pop(task, None)
+            if watcher is not None:
+                watcher.cancel()
 
     def _sweep(self) -> None:
-        for waiting in self._seen:
-            waiting.watcher = self._group.create_task(_watch(waiting))
-        self._seen, self._new = self._new, set()
+        for task, protocol in self._seen.items():
+            self._watchers[task] = self._group.create_task(self._watch(task, protocol))
+        self._seen, self._new = self._new, {}
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep) if self._seen else None
 
-
-async def _watch(waiting: Waiting) -> None:
-    await waiting.protocol.client_disconnect()
-    waiting.gone = True
-    waiting.task.cancel()
+    async def _watch(self, task: asyncio.Task[Any], protocol: Protocol) -> None:
+        await protocol.client_disconnect()
+        self._gone.add(task)
+        task.cancel()

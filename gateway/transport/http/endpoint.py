@@ -16,7 +16,7 @@ from gateway.service import Service
 from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Infer, InferRequest, InferResponse
+from gateway.types import Infer
 
 Header: TypeAlias = Callable[[str], str | None]
 """A request's headers: the value of one by its lower-case name, or None."""
@@ -50,21 +50,19 @@ class InferEndpoint:
         timeout = header("x-request-timeout-ms")
         if timeout is not None:
             request.deadline = time.monotonic() + _seconds(timeout)
-        headers, answer = encode(await self._only(request), plan)
+        responses = self._infer(request)
+        try:
+            response = await anext(responses)
+        except StopAsyncIteration:
+            raise Internal(f"model '{model}' ended without an answer") from None
+        finally:
+            await responses.aclose()
+        headers, answer = encode(response, plan)
         accept = header("accept-encoding")
         if accept is not None and (packing := accepted(accept)) != "identity":
             headers.append(("content-encoding", packing))
             answer = await compress(answer, packing)
         return headers, answer
-
-    async def _only(self, request: InferRequest) -> InferResponse:
-        responses = self._infer(request)
-        try:
-            async for response in responses:
-                return response
-        finally:
-            await responses.aclose()
-        raise Internal(f"model '{request.model_name}' ended without an answer")
 
 
 async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
