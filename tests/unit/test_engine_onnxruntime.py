@@ -86,7 +86,8 @@ async def test_a_lone_run_takes_the_wide_session_and_all_engines_share_both(tmp_
     assert one.loaded._wide is other.loaded._wide
     options = [session.get_session_options() for session in (one.loaded._narrow, one.loaded._wide)]
     assert [option.intra_op_num_threads for option in options] == [1, 2]
-    assert {option.get_session_config_entry("session.intra_op.allow_spinning") for option in options} == {"0"}
+    assert [option.get_session_config_entry("session.intra_op.allow_spinning") for option in options] == ["0", "1"]
+    assert options[1].get_session_config_entry("session.force_spinning_stop") == "1"
     await close(created)
 
 
