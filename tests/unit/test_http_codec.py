@@ -132,6 +132,10 @@ def test_a_repeated_header_is_read_again_from_each_body() -> None:
         assert request.inputs["IN"].array.tolist() == [[value, value]]
 
 
+def test_a_member_named_with_nul_in_a_large_document_is_passed_over() -> None:
+    assert array({"inputs": [{**IN, "data": [1, 2], "\0": None}], "pad\0": "x" * 2000}).tolist() == [[1, 2]]
+
+
 def test_headers_with_ids_do_not_answer_for_each_other() -> None:
     codec = Codec(LIMITS)
     for request_id in ("a", "b", "a"):

@@ -52,7 +52,7 @@ class DocumentReader:
             raise self._too_deep()
         document = self._parse(text)
         if isinstance(document, simdjson.Object):
-            return {key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in document}
+            return {key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)}
         if not isinstance(document, dict):
             raise Internal("failed to parse the request JSON buffer: expected a JSON object at 0")
         return document
@@ -141,11 +141,16 @@ def _inputs(value: Any) -> Any:
     if not isinstance(value, simdjson.Array):
         return _plain(value)
     return [
-        {key: each[key] if key == "data" else _plain(each[key]) for key in each}
+        {key: each[key] if key == "data" else _plain(each[key]) for key in _keys(each)}
         if isinstance(each, simdjson.Object)
         else _plain(each)
         for each in value
     ]
+
+
+def _keys(document: simdjson.Object) -> list[str]:
+    # csimdjson looks keys up as C strings, so one with a NUL is not found; no member of the protocol has one.
+    return [key for key in document if "\0" not in key]
 
 
 def _plain(value: Any) -> Any:
