@@ -121,7 +121,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
     tokens = _tokens(settings.token_file) if settings.token_file else None
     infer = _endpoint(settings, gateway.service)
     if settings.allow_metrics:
-        metrics = HttpServer(MetricsApp(statistics), settings.metrics_address, settings.metrics_port)
+        metrics = HttpServer(MetricsApp(statistics, tokens), settings.metrics_address, settings.metrics_port)
         gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
     if settings.allow_grpc:
         authenticate = tokens.tenant if tokens else _anyone

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gateway import __version__
+from gateway.errors import Unauthenticated
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
+from gateway.transport.auth import Tokens
+from gateway.transport.http.replies import error_reply
 
 Scope: TypeAlias = Any  # granian.rsgi.Scope
 Protocol: TypeAlias = Any  # granian.rsgi.HTTPProtocol
@@ -168,16 +171,23 @@ class HostMetrics:
 
 
 class MetricsApp:
-    """The RSGI application of the metrics port: GET /metrics."""
+    """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too."""
 
-    def __init__(self, statistics: Statistics) -> None:
+    def __init__(self, statistics: Statistics, tokens: Tokens | None = None) -> None:
         self._statistics = statistics
+        self._tokens = tokens
         self._host = HostMetrics()
         # A thread of its own: scrapes queue up behind each other, and need none of the threads that serve requests.
         self._thread = ThreadPoolExecutor(1, "metrics")
 
     async def __rsgi__(self, scope: Scope, protocol: Protocol) -> None:
-        """Answer one request: 200 with the metrics, 404 for another path, 405 for another method."""
+        """Answer one request: 200 with the metrics, 401 without a token, 404 for another path, 405 for another method."""
+        try:
+            if self._tokens is not None:
+                self._tokens.tenant(scope.headers.get("authorization"))
+        except Unauthenticated as refused:
+            protocol.response_bytes(*error_reply(refused))
+            return
         if scope.path != "/metrics":
             protocol.response_str(404, [("content-type", "application/json")], '{"error":"Not Found"}')
         elif scope.method != "GET":

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import __version__
 from gateway.statistics import Statistics
+from gateway.transport.auth import Tokens
 from gateway.transport.metrics import HostMetrics, MetricsApp
 from gateway.types import Timings
 
@@ -20,6 +21,7 @@ class Scope:
 
     path: str = "/metrics"
     method: str = "GET"
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,9 +40,9 @@ class Protocol:
         self.response_bytes(status, headers, body.encode())
 
 
-async def get(app: MetricsApp, path: str = "/metrics", method: str = "GET") -> Protocol:
+async def get(app: MetricsApp, path: str = "/metrics", method: str = "GET", **headers: str) -> Protocol:
     protocol = Protocol()
-    await app.__rsgi__(Scope(path, method), protocol)
+    await app.__rsgi__(Scope(path, method, headers), protocol)
     return protocol
 
 
@@ -154,6 +156,13 @@ async def test_no_models_is_a_valid_answer() -> None:
 async def test_anything_else_is_refused(path: str, method: str, status: int, body: bytes) -> None:
     response = await get(MetricsApp(Statistics()), path, method)
     assert (response.status, response.body) == (status, body)
+
+
+async def test_where_callers_need_a_token_scrapers_need_one_too() -> None:
+    app = MetricsApp(Statistics(), Tokens({"t" * 16: "ops"}))
+    assert (await get(app)).status == 401
+    assert (await get(app, authorization="Bearer " + "x" * 16)).status == 401
+    assert (await get(app, authorization="Bearer " + "t" * 16)).status == 200
 
 
 def write_proc(folder: Path, stat: str) -> None:

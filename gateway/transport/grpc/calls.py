@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from gateway import errors
+from gateway.telemetry import Refusals
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.types import Infer, InferRequest, InferResponse
@@ -99,6 +100,7 @@ class Calls:
         self._authenticate = authenticate
         self._max_bytes = options.max_request_bytes
         self._max_tensors = options.max_request_tensors
+        self._refusals = Refusals()
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
@@ -137,7 +139,9 @@ class Calls:
                 request = self.request(payload, self.caller(metadata, remaining))
                 return sendable(codec.encode(await self._only(request)))
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
-            raise explain(error) from None
+            known = explain(error)
+            self._refusals.note(type(known).__name__, wire="grpc", reason=known.message)
+            raise known from None
 
     def _check_count(self, count: int, what: str) -> None:
         if count > self._max_tensors:

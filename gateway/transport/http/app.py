@@ -16,6 +16,7 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from gateway.errors import GatewayError, ResourceExhausted
 from gateway.service import Service
+from gateway.telemetry import Refusals
 from gateway.transport.auth import Tokens
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
@@ -47,6 +48,7 @@ class HttpApp:
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
         self._held_bytes = 0
+        self._refusals = Refusals()
 
     async def __aenter__(self) -> Self:
         await self._disconnects.__aenter__()
@@ -89,6 +91,7 @@ class HttpApp:
             asgi = self._asgi or await self._build()
             return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
         except GatewayError as error:
+            self._refusals.note(type(error).__name__, wire="http", reason=error.message)
             return error_reply(error)
         except ProtocolClosed:
             raise

@@ -52,7 +52,9 @@ class DocumentReader:
             raise self._too_deep()
         document = self._parse(text)
         if isinstance(document, simdjson.Object):
-            return {key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)}
+            return {
+                key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)
+            }
         if not isinstance(document, dict):
             raise Internal("failed to parse the request JSON buffer: expected a JSON object at 0")
         return document
