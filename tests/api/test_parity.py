@@ -6,6 +6,7 @@ The gateway is a process of its own serving the real models; the clients are the
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -350,6 +351,7 @@ def test_perf_analyzers_calls_in_its_order_over_http(gateway: GatewayProcess):
     assert count() == before + 1
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl_posts_json_with_its_own_content_type(gateway: GatewayProcess):
     done = subprocess.run(
         ["curl", "-s", "-d", json.dumps({"inputs": GOOD}), gateway.url("/v2/models/add_sub/infer")],
