@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from gateway.middleware.access_log import access_log
 from gateway.middleware.classification import classification
 from gateway.queues.base import Command, Load, PoolState, Unload
 from gateway.queues.memory import MemoryQueue
-from gateway.repository import Repository
+from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
@@ -195,7 +195,9 @@ def _grpc_options(settings: Settings) -> GrpcOptions:
 
 async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
     """Load what is wanted at start and, in poll mode, follow the repository for as long as this runs."""
-    previous = (await asyncio.to_thread(repository.changes, {})).now if settings.model_control_mode == "poll" else {}
+    polls = settings.model_control_mode == "poll"
+    changes = await _changes(repository, {}) if polls else None
+    previous = changes.now if changes else {}
     wanted = names
     if settings.model_control_mode == "explicit" and "*" not in settings.load_model:
         wanted = list(settings.load_model)
@@ -204,16 +206,23 @@ async def _keep_models(settings: Settings, repository: Repository, gateway: Gate
     await _send_all(gateway, [Load(name) for name in wanted])
     gateway.service.start()
     gateway.loaded.set()
-    while settings.model_control_mode == "poll":
+    while polls:
         await asyncio.sleep(settings.repository_poll_secs)
-        try:
-            changes = await asyncio.to_thread(repository.changes, previous)
-        except errors.GatewayError as problem:
-            log_event("repository_unreadable", logging.ERROR, reason=problem.message)
+        changes = await _changes(repository, previous)
+        if changes is None:
             continue
         previous = changes.now
         commands: list[Command] = [Load(name) for name in (*changes.added, *changes.changed)]
         await _send_all(gateway, [*commands, *(Unload(name) for name in changes.removed)])
+
+
+async def _changes(repository: Repository, previous: Mapping[str, Fingerprint]) -> Changes | None:
+    """What has changed, or None when the folders cannot be read now: what is loaded goes on serving."""
+    try:
+        return await asyncio.to_thread(repository.changes, previous)
+    except (errors.GatewayError, OSError) as problem:
+        log_event("repository_unreadable", logging.ERROR, reason=str(problem))
+        return None
 
 
 async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
@@ -223,5 +232,9 @@ async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
 
 
 async def _send(gateway: Gateway, command: Command) -> None:
-    with suppress(errors.GatewayError):  # the worker has logged it and published the reason
+    try:
         await gateway.queue.send(command)
+    except errors.GatewayError as problem:
+        # The worker has logged it and published the reason, unless it knows no such model: --load-model misspelt.
+        if isinstance(command, Load) and gateway.queue.pool(command.model) is None:
+            gateway.queue.publish(PoolState(command.model, reason=problem.message))

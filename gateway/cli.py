@@ -16,9 +16,10 @@ from typing import Any
 from gateway import __version__, engines, errors, placement
 from gateway.app import Gateway, running
 from gateway.config.arguments import parse_args
+from gateway.config.fit import check_fit
 from gateway.config.settings import Settings
 from gateway.queues.base import PoolState
-from gateway.repository import Repository
+from gateway.repository import ModelSource, Repository
 from gateway.telemetry import configure_logging, log_event
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -164,6 +165,7 @@ def _models(settings: Settings) -> int:
     for name in names:
         try:
             source = repository.read(name)
+            _open_files(source)
             instances = sum(place.count for place in placement.plan(source.config, placement.devices()))
         except errors.GatewayError as problem:
             status = 1
@@ -181,6 +183,14 @@ def _models(settings: Settings) -> int:
         for warning in source.warnings:
             print(f"    warning: {warning}")
     return status
+
+
+def _open_files(source: ModelSource) -> None:
+    """Read every ONNX file that would be served. Raises `GatewayError` for one that is no model, or another's."""
+    for path in source.versions.values():
+        file = path / source.config.default_model_filename
+        if file.suffix == ".onnx":
+            check_fit(source.config, engines.describe(file))
 
 
 def _run(serving: Coroutine[Any, Any, int]) -> int:

@@ -37,6 +37,7 @@ class Engine(Protocol):
 
     provider: str
     warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
+    widest: int  # the most cores a run can use
     concurrency: int  # how many runs may be open at once
 
     def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:

@@ -43,6 +43,7 @@ class FakeModel:
 
     provider = "Fake"
     warnings: tuple[str, ...] = ()
+    widest = 1
 
     def __init__(self, config: ModelConfig) -> None:
         self.runs: deque[int] = deque(maxlen=1000)

@@ -80,6 +80,7 @@ class OnnxModel:
     def __init__(self, spec: EngineSpec, io: ModelIO, narrow: Session, wide: Session | None) -> None:
         self.provider: str = narrow.get_providers()[0]
         self.warnings = _fallback(spec.config.execution_providers, self.provider)
+        self.widest = spec.threads if wide is None else spec.cores
         self.wide_runs = 0  # runs that had every core
         self._cores = spec.cores
         self._config = spec.config

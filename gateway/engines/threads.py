@@ -29,6 +29,10 @@ class Loaded(Protocol):
         """What the model really runs on."""
 
     @property
+    def widest(self) -> int:
+        """The most cores a run can use."""
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the operator should know though the model works."""
 
@@ -121,6 +125,7 @@ class ThreadEngine:
     def __init__(self, loaded: Loaded, thread: EngineThread) -> None:
         self.provider = loaded.provider
         self.warnings = loaded.warnings
+        self.widest = loaded.widest
         self.loaded: Loaded | None = loaded
         self._thread = thread
 

@@ -28,17 +28,16 @@ def classification(infer: Infer, config_of: Callable[[str, str], ModelConfig]) -
         return answers(request, wanted) if wanted else infer(request)
 
     async def answers(request: InferRequest, wanted: dict[str, int]) -> AsyncGenerator[InferResponse, None]:
+        # Before the run: when its answer comes, the version may be on its way out.
+        config = config_of(request.model_name, request.model_version)
         async with aclosing(infer(request)) as responses:
             async for response in responses:
-                yield _classify(response, wanted, config_of)
+                yield _classify(response, wanted, config)
 
     return classified
 
 
-def _classify(
-    response: InferResponse, wanted: dict[str, int], config_of: Callable[[str, str], ModelConfig]
-) -> InferResponse:
-    config = config_of(response.model_name, response.model_version)
+def _classify(response: InferResponse, wanted: dict[str, int], config: ModelConfig) -> InferResponse:
     labels = {output.name: output.labels for output in config.outputs}
     outputs = {
         name: _top(name, tensor, wanted[name], labels.get(name, ()), batched=config.max_batch_size > 0)

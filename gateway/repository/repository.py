@@ -95,6 +95,9 @@ class Repository:
         chosen, absent = _choose(proto, name, numbered, source)
         newest = chosen[max(chosen)]
         proto = fill_backend(proto, name, layout.names(newest))
+        if override and proto.backend == "fake":
+            # Anyone who may load models could otherwise have one that crashes on request.
+            raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
         require_supported(proto, self._backends, source)
         config = self._config(proto, folder, chosen, source)
         return ModelSource(

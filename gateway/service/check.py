@@ -6,6 +6,7 @@ request's `rows`, `size` and `signature`, and remembers which forms have passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from gateway.config.model import ModelConfig, TensorConfig
 from gateway.types import DataType, InferRequest, Tensor, element_count
 
 _REMEMBERED = 512
+_MAX_ELEMENTS = 1 << 48  # what numpy can address in any type
 
 
 class _Passed(NamedTuple):
@@ -115,6 +117,10 @@ class Checker:
         """Returns the tensor's bytes on the wire."""
         if tensor.datatype is not config.datatype:
             raise errors.wrong_datatype(config.name, self._model, tensor.datatype.name, config.datatype.name)
+        if math.prod([dim or 1 for dim in tensor.shape]) > _MAX_ELEMENTS:  # a dimension of 0 would hide the others
+            raise errors.InvalidArgument(
+                f"shape of input '{config.name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}"
+            )
         shape = tensor.shape[1:] if self._max_batch_size else tensor.shape
         if -1 in shape or (shape != config.dims and not _fits(shape, config.dims)):
             raise self._bad_shape(config, tensor)

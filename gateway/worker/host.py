@@ -86,7 +86,9 @@ class Host:
                 for engine, placement in self._engines:
                     instance = Instance(engine, self.source.config, self.source.version, self._statistics)
                     slots = self._slots[placement.device.name]
-                    seats = [slots.seat(self._stage, placement.threads) for _ in range(engine.concurrency)]
+                    seats = [
+                        slots.seat(self._stage, placement.threads, engine.widest) for _ in range(engine.concurrency)
+                    ]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 await self._stopped.wait()
                 for task in serving:

@@ -82,6 +82,10 @@ class Instance:
                         time.monotonic_ns() - result.finished_ns,
                     )
                     self._statistics.record_batch(rows, *spent, reason)
+                    log_event(
+                        "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
+                        rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
+                    )  # fmt: skip
                     for job, outputs in zip(jobs, answers, strict=True):
                         queued = max(begun - int(job.enqueued * 1e9), 0)
                         job.reply(self._response(job.request, outputs, Timings(queued, *spent, rows)))

@@ -32,9 +32,10 @@ class Assignment:
 class Seat:
     """One open run of an instance: waits here for its next batch. Made by `Slots.seat`."""
 
-    def __init__(self, slots: Slots, stage: Stage, threads: int) -> None:
+    def __init__(self, slots: Slots, stage: Stage, threads: int, widest: int) -> None:
         self.stage = stage
         self.threads = threads
+        self.widest = widest
         self.waiter: asyncio.Future[Assignment] | None = None
         self._slots = slots
 
@@ -71,9 +72,12 @@ class Slots:
         self._scheduled = False
         self._timer: asyncio.TimerHandle | None = None
 
-    def seat(self, stage: Stage, threads: int) -> Seat:
-        """A place for an instance of the stage's model that runs on `threads` cores when the device is loaded."""
-        return Seat(self, stage, min(threads, self._cores))
+    def seat(self, stage: Stage, threads: int, widest: int | None = None) -> Seat:
+        """A place for an instance of the stage's model that runs on `threads` cores when the device is loaded and
+        on at most `widest`, or every core, when it is alone.
+        """
+        threads = min(threads, self._cores)
+        return Seat(self, stage, threads, max(threads, min(widest or self._cores, self._cores)))
 
     def wake(self) -> None:
         """Something changed: decide at the end of this turn of the event loop."""
@@ -136,7 +140,7 @@ class Slots:
     def _start(self, seat: Seat, decision: Decision[Job], now: float) -> None:
         # A lone run may use every core; with anything else to do, each run keeps to its own.
         alone = self._free == self._cores and not any(len(stage) for stage in self._idle)
-        cores = self._cores if alone else seat.threads
+        cores = seat.widest if alone else seat.threads
         self._free -= cores
         self.leave(seat)
         assignment = Assignment(decision.jobs, decision.rows, decision.reason, cores, now)

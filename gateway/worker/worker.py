@@ -113,8 +113,7 @@ class Worker:
         async with asyncio.TaskGroup() as tasks:
             for new in changed:
                 tasks.create_task(self._replace(model, new))
-        for version in [version for version in model.hosts if version not in wanted]:
-            await self._remove(model, version)
+        await self._remove_unwanted(model, wanted)
         self._report_failures(model, wanted)
 
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
@@ -175,6 +174,12 @@ class Worker:
             raise errors.InvalidArgument(f"load failed for model '{model.name}': {' '.join(failed)}")
 
     # --- unload
+
+    async def _remove_unwanted(self, model: _Model, wanted: Mapping[str, Source]) -> None:
+        # A new version that does not load must not cost the model the old one.
+        if all(version in model.hosts for version in wanted):
+            for version in [version for version in model.hosts if version not in wanted]:
+                await self._remove(model, version)
 
     async def _unload(self, model: _Model) -> None:
         if not model.states and not model.reason:

@@ -237,6 +237,19 @@ async def test_a_reload_that_fails_keeps_the_old_version_serving(rig, broken):
     assert isinstance(await refusal(rig.infer(9.0)), errors.Internal)
 
 
+async def test_a_new_version_that_does_not_load_does_not_cost_the_old_one(rig):
+    rig.write()
+    await rig.load()
+    rig.write(versions=(2,), a_us="soon")
+    error = await refusal(rig.load())
+    assert "version 2 is at UNAVAILABLE state" in error.message
+    assert await rig.infer(4.0) == 4.0
+    rig.write(versions=(2,))
+    await rig.load()
+    assert rig.states()["2"][0] == "READY"
+    assert rig.states()["1"] == ("UNAVAILABLE", "unloaded")
+
+
 async def test_a_broken_version_that_is_gone_is_forgotten(rig):
     rig.write(versions=(1, 2), more="version_policy { all { } }", a_us="soon")
     await refusal(rig.load())

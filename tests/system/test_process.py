@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,24 @@ def test_exit_on_error_stops_with_status_1(short: Path):
         assert gateway.wait_for("exit_on_error")["models"] == 1
 
 
+def test_a_model_to_load_that_is_not_there_is_a_failure(short: Path):
+    write_model(short / "repo", "m")
+    flags = ("--model-control-mode", "explicit", "--load-model", "misspelt", "--exit-on-error")
+    with started("--model-repository", str(short / "repo"), *flags) as gateway:
+        assert gateway.process.wait(timeout=20) == 1
+        assert "misspelt" in gateway.wait_for("exit_on_error")["first"]
+
+
+def test_sigterm_does_not_wait_for_a_client_that_stalls_in_its_body(short: Path):
+    write_model(short / "repo", "m")
+    with started("--model-repository", str(short / "repo")) as gateway:
+        gateway.wait_ready()
+        with socket.create_connection(("127.0.0.1", gateway.ports["http"])) as stalled:
+            stalled.sendall(b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            gateway.get("/v2/health/live")
+            assert gateway.terminate() == 0
+
+
 async def test_explicit_mode_loads_and_unloads_on_request(short: Path):
     write_model(short / "repo", "m")
     write_model(short / "repo", "other")
@@ -225,5 +244,10 @@ def test_models_shows_what_would_load_and_what_would_not(short: Path):
     assert done.returncode == 1
     assert "good: version 1, backend fake, max_batch_size 8, 1 instance(s)" in done.stdout
     assert "bad: UNAVAILABLE" in done.stdout
+    (short / "repo" / "junk" / "1").mkdir(parents=True)
+    (short / "repo" / "junk" / "1" / "model.onnx").write_bytes(b"junk")
+    tensors = CONFIG.replace('backend: "fake"', 'backend: "onnxruntime"')
+    (short / "repo" / "junk" / "config.pbtxt").write_text(tensors)
+    assert "junk: UNAVAILABLE" in run("models", "--model-repository", str(short / "repo")).stdout
     assert run("--version").stdout.startswith("gateway ")
     assert run("nonsense").returncode == 2

@@ -21,11 +21,12 @@ from gateway.transport.auth import Tokens
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
-from gateway.transport.http.endpoint import InferEndpoint, body_too_large, read_body
+from gateway.transport.http.endpoint import InferEndpoint, body_too_large
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 from gateway.types import Infer
 
+_SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
 _MODELS = "/v2/models/"
 _INFER = "/infer"
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
@@ -47,7 +48,7 @@ class HttpApp:
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
-        self._held_bytes = 0
+        self._arriving = 0  # bytes of large bodies
         self._refusals = Refusals()
 
     async def __aenter__(self) -> Self:
@@ -79,13 +80,8 @@ class HttpApp:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = self._tokens.tenant(headers.get("authorization")) if self._tokens is not None else ""
-                declared = int(headers.get("content-length") or 0)
-                self._reserve(declared)
-                try:
-                    body = await self._body(headers, protocol)
-                    return 200, *await self._endpoint.answer(*target, headers.get, body, tenant)
-                finally:
-                    self._held_bytes -= declared
+                body = await self._body(headers, protocol)
+                return 200, *await self._endpoint.answer(*target, headers.get, body, tenant)
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
                 return health(self._service, word)
             asgi = self._asgi or await self._build()
@@ -98,24 +94,33 @@ class HttpApp:
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
 
-    def _reserve(self, declared: int) -> None:
-        # Before the body is read: a thousand connections could each send the largest body at once.
-        limit = self._limits.max_inflight_bytes
-        if self._held_bytes and self._held_bytes + declared > limit:
-            raise ResourceExhausted(
-                f"the gateway holds {self._held_bytes} bytes of request bodies and its limit is {limit}; "
-                "retry later, or raise --max-inflight-bytes"
-            )
-        self._held_bytes += declared
-
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")
-        limit = self._limits.max_request_bytes
-        if declared is not None:
-            if int(declared) > limit:
-                raise body_too_large(int(declared), limit)
-            return await protocol()  # type: ignore[no-any-return]
-        return await read_body(protocol, limit) if "transfer-encoding" in headers else b""
+        if declared is None:
+            return await self._read(protocol) if "transfer-encoding" in headers else b""
+        if int(declared) > self._limits.max_request_bytes:
+            raise body_too_large(int(declared), self._limits.max_request_bytes)
+        return await protocol() if int(declared) <= _SMALL_BODY else await self._read(protocol)
+
+    async def _read(self, protocol: Any) -> bytes:
+        """A large body, counted while it arrives: a thousand connections could each send the largest at once."""
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in protocol:
+                parts.append(chunk)
+                size += len(chunk)
+                self._arriving += len(chunk)
+                if size > self._limits.max_request_bytes:
+                    raise body_too_large(size, self._limits.max_request_bytes)
+                if self._arriving > max(size, self._limits.max_inflight_bytes):
+                    raise ResourceExhausted(
+                        f"{self._arriving} bytes of request bodies are arriving and the limit is "
+                        f"{self._limits.max_inflight_bytes}; retry later, or raise --max-inflight-bytes"
+                    )
+            return b"".join(parts)
+        finally:
+            self._arriving -= size
 
     async def _build(self) -> AsgiApp:
         async with self._building:

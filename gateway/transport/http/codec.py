@@ -60,7 +60,7 @@ class Codec:
             return self._decode_parts(body, b"", model, version)
         length = _header_length(header_length, len(body))
         # Clients repeat a header byte for byte; not reading it again saves more time than all else here takes.
-        form = self._forms.get(body[:length])
+        form = self._forms.get(body[:length]) if length <= _REMEMBERED_BYTES else None
         if form is not None and length + form.size == len(body):
             view = memoryview(body)[length:]
             tensors = {

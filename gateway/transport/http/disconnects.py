@@ -7,8 +7,11 @@ a sweep every 20 ms starts a watcher for those it meets a second time. It runs o
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import TracebackType
 from typing import Any, Self
+
+from gateway.telemetry import log_event
 
 Protocol = Any  # granian.rsgi.HTTPProtocol
 
@@ -35,6 +38,8 @@ class Disconnects:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        for watcher in self._watchers.values():
+            watcher.cancel()
         await self._group.__aexit__(kind, error, trace)
 
     def begin(self, protocol: Protocol) -> asyncio.Task[Any]:
@@ -66,6 +71,10 @@ class Disconnects:
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep) if self._seen else None
 
     async def _watch(self, task: asyncio.Task[Any], protocol: Protocol) -> None:
-        await protocol.client_disconnect()
+        try:
+            await protocol.client_disconnect()
+        except Exception as fault:  # noqa: BLE001 - whatever granian raises, only this request goes unwatched
+            log_event("disconnect_unwatched", logging.WARNING, fault)
+            return
         self._gone.add(task)
         task.cancel()

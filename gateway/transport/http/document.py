@@ -22,7 +22,6 @@ from gateway.types import Array
 NumberKind: TypeAlias = Literal["d", "i", "u"]
 
 _SMALL = 1 << 10  # below this orjson is as fast and leaves nothing behind in a parser
-_DEPTH_CHECKED = 1 << 16  # an exact depth costs a third of the parsing; larger texts have simdjson's own limit of 1024
 _PARSER_KEPT = 4 << 20  # a parser keeps some ten times its largest text for ever; larger texts get their own
 _NUMBERS: dict[NumberKind, tuple[str, type[np.generic]]] = {
     "d": ("number", np.float64),
@@ -48,7 +47,7 @@ class DocumentReader:
         """
         if len(text) > self._max_bytes:
             raise too_large(len(text), self._max_bytes)
-        if len(text) <= _DEPTH_CHECKED and _depth_exceeds(text, self._max_depth):
+        if _depth_exceeds(text, self._max_depth):
             raise self._too_deep()
         document = self._parse(text)
         if isinstance(document, simdjson.Object):

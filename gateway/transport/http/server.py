@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,7 @@ from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
+_FINISH = 5.0  # seconds a stop leaves requests that are inside the application, when all accepted work is done
 _LINGER = 1.0  # seconds a stop leaves the kernel to take the last answers
 
 
@@ -79,7 +81,10 @@ class HttpServer:
         self._stopping = True
         self._server.stop()  # type: ignore[no-untyped-call]
         try:
-            await self._running.finished()
+            # What is left may be a client that stalls in the middle of its body, for ever.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_FINISH):
+                    await self._running.finished()
             # granian waits for half-sent requests as well, and those may never be completed.
             await asyncio.wait({self._serving}, timeout=_LINGER)
         finally:
