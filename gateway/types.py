@@ -62,7 +62,7 @@ class DataType(enum.Enum):
     BF16 = "BF16"
     BYTES = "BYTES"
 
-    __hash__ = object.__hash__  # members are single; the hash of enum's own costs ten times as much
+    __hash__ = object.__hash__  # members are single; enum's own hash is written in Python, and costs more
 
     dtype: np.dtype[Any]
     itemsize: int  # bytes per element on the wire; 0 for BYTES, whose elements vary

@@ -301,6 +301,27 @@ async def test_bodies_over_the_limit() -> None:
         assert chunked.status_code == 200
 
 
+async def test_large_bodies_that_arrive_together_are_bounded_together(gateway: Running) -> None:
+    limits = HttpLimits(max_inflight_bytes=3_000_000)
+    app = HttpApp(gateway.service, gateway.service.infer, limits)
+
+    async def chunks(count: int, held: asyncio.Event) -> AsyncGenerator[bytes, None]:
+        for _ in range(count):
+            yield bytes(1_000_000)
+        await held.wait()
+
+    first = asyncio.Event()
+    async with background(app._read(chunks(3, first))) as (reading,):
+        await settle()
+        done = asyncio.Event()
+        done.set()
+        with pytest.raises(errors.ResourceExhausted, match="max-inflight-bytes"):
+            await app._read(chunks(1, done))
+        first.set()
+        assert len(await reading) == 3_000_000
+        assert len(await app._read(chunks(4, done))) == 4_000_000  # alone, it is let in
+
+
 async def test_a_deadline_header_ends_the_wait(gateway: Running) -> None:
     gateway.free.clear()
     response = await gateway.call("POST", "/v2/models/m/infer", json=BODY, headers={"x-request-timeout-ms": "50"})

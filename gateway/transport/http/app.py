@@ -8,6 +8,8 @@ request, on a thread, because its import takes as long as all the rest of the st
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +23,7 @@ from gateway.transport.auth import Tokens
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
-from gateway.transport.http.endpoint import InferEndpoint, body_too_large
+from gateway.transport.http.endpoint import InferEndpoint, body_too_large, read_body
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 from gateway.types import Infer
@@ -104,21 +106,22 @@ class HttpApp:
 
     async def _read(self, protocol: Any) -> bytes:
         """A large body, counted while it arrives: a thousand connections could each send the largest at once."""
-        parts: list[bytes] = []
+        async with aclosing(self._counted(protocol)) as chunks:
+            return await read_body(chunks, self._limits.max_request_bytes)
+
+    async def _counted(self, protocol: Any) -> AsyncGenerator[bytes, None]:
         size = 0
         try:
             async for chunk in protocol:
-                parts.append(chunk)
                 size += len(chunk)
                 self._arriving += len(chunk)
-                if size > self._limits.max_request_bytes:
-                    raise body_too_large(size, self._limits.max_request_bytes)
+                # A lone body is let in, however large: its own limit bounds it.
                 if self._arriving > max(size, self._limits.max_inflight_bytes):
                     raise ResourceExhausted(
                         f"{self._arriving} bytes of request bodies are arriving and the limit is "
                         f"{self._limits.max_inflight_bytes}; retry later, or raise --max-inflight-bytes"
                     )
-            return b"".join(parts)
+                yield chunk
         finally:
             self._arriving -= size
 
