@@ -63,6 +63,14 @@ async def test_a_batch_waits_for_a_seat(new_model):
     assert ids(await model.seats[0].next()) == ["a"]
 
 
+@pytest.mark.parametrize(("widest", "cores"), [(None, 4), (4, 4), (2, 2), (1, 1), (9, 4)])
+async def test_a_lone_run_takes_no_more_cores_than_its_engine_can_use(new_model, widest, cores):
+    slots = Slots(4)
+    model = new_model(slots, 1)
+    await model.add(request())
+    assert (await slots.seat(model.stage, 1, widest).next()).cores == cores
+
+
 async def test_arrivals_of_one_turn_are_one_batch(new_model):
     slots = Slots(1)
     model = new_model(slots, 1)
