@@ -25,9 +25,9 @@ from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
-from gateway.transport.auth import Tokens
+from gateway.transport.auth import Callers, Tokens
 from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
-from gateway.transport.http import HttpApp, HttpLimits, HttpServer, TlsFiles
+from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, TlsFiles
 from gateway.transport.metrics import MetricsApp
 from gateway.types import Infer
 from gateway.worker import Worker
@@ -104,6 +104,7 @@ def _options(settings: Settings) -> ServiceOptions:
         strict_readiness=settings.strict_readiness,
         explicit_control=settings.model_control_mode == "explicit",
         max_inflight_bytes=settings.max_inflight_bytes,
+        default_deadline_ms=settings.default_deadline_ms,
     )
 
 
@@ -113,22 +114,34 @@ def _endpoint(settings: Settings, service: Service) -> Infer:
     return access_log(infer) if settings.log_access else infer
 
 
+async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
+    """Entered before the listeners, so that what they answer last is recorded too."""
+    if settings.record is None:
+        return infer
+    from gateway.middleware.record import Recorder, RecordOptions, recording
+
+    options = RecordOptions(settings.record, settings.record_inputs, settings.record_sample, settings.record_max_bytes)
+    return recording(infer, await stack.enter_async_context(Recorder(options)))
+
+
 # --- listeners
 
 
 async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, statistics: Statistics) -> None:
     """Open the ports, metrics first and so closed last."""
     tokens = _tokens(settings.token_file) if settings.token_file else None
-    infer = _endpoint(settings, gateway.service)
+    callers = Callers(tokens, settings.tenant_header)
+    infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
     if settings.allow_metrics:
-        metrics = HttpServer(MetricsApp(statistics, tokens), settings.metrics_address, settings.metrics_port)
+        metrics = HttpServer(
+            Counted(MetricsApp(statistics, tokens).__rsgi__), settings.metrics_address, settings.metrics_port
+        )
         gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
     if settings.allow_grpc:
-        authenticate = tokens.tenant if tokens else _anyone
-        grpc = GrpcServer(gateway.service, infer, authenticate, _grpc_options(settings))
+        grpc = GrpcServer(gateway.service, infer, callers.tenant, _grpc_options(settings))
         gateway.ports["grpc"] = (await stack.enter_async_context(grpc)).port
     if settings.allow_http:
-        app = await stack.enter_async_context(HttpApp(gateway.service, infer, _http_limits(settings), tokens))
+        app = await stack.enter_async_context(HttpApp(gateway.service, infer, _http_limits(settings), callers))
         http = HttpServer(
             app,
             settings.http_address,
@@ -147,10 +160,6 @@ def _tokens(file: Path) -> Tokens:
         return Tokens.load(file)
     except ValueError as problem:
         raise errors.InvalidArgument(f"--token-file: {problem}") from None
-
-
-def _anyone(_: str | None) -> str:
-    return ""
 
 
 def _http_limits(settings: Settings) -> HttpLimits:

@@ -1,4 +1,4 @@
-"""The command `gateway`: `serve`, `models` and `--version`. Turns errors into one line and an exit status."""
+"""The command `gateway`: `serve`, `models`, `simulate` and `--version`. Turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gateway import __version__, engines, errors, placement
@@ -27,8 +28,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 USAGE = """usage: gateway COMMAND [options]
 
 commands:
-  serve    serve a folder of models over HTTP and gRPC
-  models   show what a folder of models would serve, and what is wrong with the rest
+  serve     serve a folder of models over HTTP and gRPC
+  models    show what a folder of models would serve, and what is wrong with the rest
+  simulate  simulate the scheduling under load, and that of other servers beside it
 
 options:
   --version   show the version
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(parse_args(arguments))
     if command == "models":
         return _models(parse_args(arguments, prog="gateway models"))
+    if command == "simulate":
+        from gateway.scheduling.simulator import cli as simulator
+
+        return simulator.run(arguments)
     if command in ("--version", "-V", "version"):
         print(f"gateway {__version__}")
         return 0
@@ -57,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(settings: Settings) -> int:
     configure_logging(settings.log_format, settings.log_verbose)
     _keep_freed_memory()
+    _let_threads_finish()
     try:
         return _run(serve(settings))
     except (OSError, errors.GatewayError) as problem:
@@ -118,6 +125,17 @@ def _keep_freed_memory() -> None:
         return  # another C library, which has ways of its own
     for option, size in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 16 << 20)):
         mallopt(option, size)
+
+
+def _let_threads_finish() -> None:
+    """Ask Linux not to interrupt one of this process's threads when another one wakes.
+
+    Each arriving packet would else stop the thread that holds Python's lock for one that must wait for the lock.
+    On one core at 32 connections that makes 2.1 switches and 134 us a small request, so 0.3 and 77 us.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _settle_memory() -> None:

@@ -4,10 +4,27 @@ The codes are Triton's (`http_server.cc` HttpCodeFromError, `grpc_utils.cc` Code
 (429 / RESOURCE_EXHAUSTED) and a request's own deadline (504 / DEADLINE_EXCEEDED), which Triton folds into
 503. The text of an error is written for the client: what was wrong, what was expected, what to do. It never
 carries a path or a trace.
+
+A request that is well formed and still not served gets one of these, and `reason` says which:
+
+| reason          | when                                                               | HTTP | gRPC               | retry |
+|-----------------|--------------------------------------------------------------------|------|--------------------|-------|
+| `overload`      | on arrival: too much waits for it to be answered by its deadline   | 429  | RESOURCE_EXHAUSTED | yes   |
+| `shed`          | after it was accepted: dropped, so that others keep their deadline | 429  | RESOURCE_EXHAUSTED | yes   |
+| `bytes`         | on arrival: the gateway holds `--max-inflight-bytes` already       | 429  | RESOURCE_EXHAUSTED | yes   |
+| `deadline`      | on arrival: not even an idle model could meet its deadline         | 504  | DEADLINE_EXCEEDED  | no    |
+| `expired`       | after it was accepted: its deadline passed or can no longer be met | 504  | DEADLINE_EXCEEDED  | no    |
+| `queue_full`    | the model's own `max_queue_size` is reached                        | 503  | UNAVAILABLE        | yes   |
+| `queue_timeout` | it waited longer than the model's own queue policy allows          | 503  | UNAVAILABLE        | yes   |
+| `unavailable`   | the model is not ready, or the server stops                        | 503  | UNAVAILABLE        | yes   |
+
+`retry_after`, where it is known, is when to try again: `Retry-After` and `retry-after-ms` on HTTP,
+`google.rpc.RetryInfo`, `retry-after-ms` and, with grpcio, `grpc-retry-pushback-ms` on gRPC.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -18,10 +35,13 @@ class GatewayError(Exception):
     grpc: ClassVar[int] = 2  # UNKNOWN
     http: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    reason: ClassVar[str] = ""  # why a good request is not served, one word for metrics; empty for other errors
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        """`retry_after` is in seconds; None when trying again is no use or nobody knows when it will be."""
         super().__init__(message)
         self.message = message
+        self.retry_after = retry_after
 
 
 class InvalidArgument(GatewayError):
@@ -52,18 +72,51 @@ class Unavailable(GatewayError):
     """Not now: not ready, draining, or refused by the model's own queue policy."""
 
     grpc, http, retryable = 14, 503, True
+    reason = "unavailable"
+
+
+class QueueFull(Unavailable):
+    """The model's configuration allows no more requests to wait (`max_queue_size`)."""
+
+    reason = "queue_full"
+
+
+class QueueTimeout(Unavailable):
+    """The request waited longer than the model's configuration allows (`default_timeout_microseconds`)."""
+
+    reason = "queue_timeout"
 
 
 class ResourceExhausted(GatewayError):
-    """Refused or shed by the gateway's own limits; try again later."""
+    """Refused by the gateway's own limits on bytes; try again later."""
 
     grpc, http, retryable = 8, 429, True
+    reason = "bytes"
+
+
+class Overloaded(ResourceExhausted):
+    """Refused at admission: too much is waiting for it to be answered in time."""
+
+    reason = "overload"
+
+
+class Shed(ResourceExhausted):
+    """Accepted, then dropped so that others keep their deadline."""
+
+    reason = "shed"
 
 
 class DeadlineExceeded(GatewayError):
-    """The request's own deadline passed before it was answered."""
+    """The request's own deadline passed before it was answered, or cannot be met any more."""
 
     grpc, http = 4, 504
+    reason = "expired"
+
+
+class DeadlineTooShort(DeadlineExceeded):
+    """Refused at admission: not even an idle model could answer by the request's own deadline."""
+
+    reason = "deadline"
 
 
 class Cancelled(GatewayError):
@@ -217,6 +270,29 @@ def stopping() -> Unavailable:
 def deadline_passed() -> DeadlineExceeded:
     """The request's own deadline, wherever it came from, is over."""
     return DeadlineExceeded("Request timeout expired")
+
+
+def queue_full(request_id: str, retry_after: float | None) -> QueueFull:
+    """As many requests wait as the model's queue policy allows."""
+    return QueueFull(request_prefix(request_id) + "Exceeds maximum queue size", retry_after)
+
+
+def queue_timeout(retry_after: float | None) -> QueueTimeout:
+    """The request waited as long as the model's queue policy allows. Triton's text, which is the deadline's too."""
+    return QueueTimeout("Request timeout expired", retry_after)
+
+
+def too_many_bytes(why: str) -> ResourceExhausted:
+    """A request that the limit on all requests together leaves no room for; `why` has both numbers."""
+    # Bytes are let go within about the time of a batch, which nobody here knows. Spread out, so that the refused
+    # do not come back together.
+    return ResourceExhausted(
+        f"{why}; retry later, or raise --max-inflight-bytes",
+        random.uniform(_SOON, 2 * _SOON),
+    )
+
+
+_SOON = 0.5  # seconds
 
 
 def _dims(shape: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -68,7 +68,8 @@ def answer(of: InferRequest, *, final: bool = True, **outputs: Tensor) -> InferR
 
 async def ask(queue: Queue, of: InferRequest, lane: Lane = LANE) -> InferResponse:
     """Submit and return the one answer."""
-    responses = [response async for response in queue.submit(lane, of)]
+    async with aclosing(queue.submit(lane, of)) as answers:
+        responses = [response async for response in answers]
     assert len(responses) == 1
     return responses[0]
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import FilePath, ValidationError
 from pydantic.fields import FieldInfo
 
 from gateway.config.settings import Settings
 
+_METAVARS: dict[Any, str] = {int: "N", float: "N", FilePath | None: "FILE", Path | None: "DIR"}
 _ALIASES = {"model_repository": ["--model-store"], "server_id": ["--id"]}
 
 
@@ -75,7 +77,7 @@ def _options(field: FieldInfo) -> dict[str, Any]:
         return {"help": text, "metavar": "|".join(get_args(kind))}
     if get_origin(kind) is tuple:
         return {"help": text, "action": "append", "metavar": "DIR" if field.is_required() else "NAME"}
-    return {"help": text, "metavar": "N" if kind is int else "FILE" if type(None) in get_args(kind) else "TEXT"}
+    return {"help": text, "metavar": _METAVARS.get(kind, "TEXT")}
 
 
 def _explain(problem: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.config.check import ACCELERATORS, check
+from gateway.config.check import ACCELERATORS, check, default_deadline_ms
 from gateway.config.complete import normalise
 from gateway.config.model import (
     Batching,
     InstanceGroup,
     ModelConfig,
     ModelConfigProto,
+    QueuePolicy,
     TensorConfig,
     Warmup,
     WarmupInput,
@@ -49,6 +50,7 @@ def build(
         execution_providers=_providers(full, gpus),
         decoupled=full.model_transaction_policy.decoupled,
         proto=full,
+        default_deadline_ms=default_deadline_ms(full, source),
     )
 
 
@@ -88,10 +90,29 @@ def _kind(group: Any, gpus: Sequence[int]) -> str:
 
 
 def _batching(full: ModelConfigProto) -> Batching | None:
-    if not full.HasField("dynamic_batching") or full.max_batch_size <= 1:
+    if not full.HasField("dynamic_batching"):
         return None
     batching = full.dynamic_batching
-    return Batching(batching.max_queue_delay_microseconds, tuple(batching.preferred_batch_size))
+    return Batching(
+        max_queue_delay_us=batching.max_queue_delay_microseconds,
+        preferred_batch_sizes=tuple(batching.preferred_batch_size),
+        queue_policy=_queue_policy(batching.default_queue_policy),
+        priority_levels=batching.priority_levels,
+        default_priority_level=batching.default_priority_level,
+        priority_queue_policies={
+            level: _queue_policy(policy) for level, policy in sorted(batching.priority_queue_policy.items())
+        },
+        preserve_ordering=batching.preserve_ordering,
+    )
+
+
+def _queue_policy(policy: Any) -> QueuePolicy:
+    return QueuePolicy(
+        max_queue_size=policy.max_queue_size,
+        default_timeout_us=policy.default_timeout_microseconds,
+        delays=policy.timeout_action == policy.DELAY,
+        allow_timeout_override=policy.allow_timeout_override,
+    )
 
 
 def _warmup(sample: Any) -> Warmup:

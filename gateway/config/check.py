@@ -7,6 +7,7 @@ serves. Whether it fits the model file is `fit.py`; whether we do what it asks, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -34,6 +35,8 @@ def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
             _check_tensor(tensor, kind, proto.max_batch_size, source)
         _check_unique([tensor.name for tensor in tensors], kind, source)
     _check_batching(proto, source)
+    _check_priorities(proto, source)
+    _check_ordering(proto, source)
     for group in proto.instance_group:
         _check_group(group, gpus, source)
     accelerators = proto.optimization.execution_accelerators
@@ -122,6 +125,69 @@ def _check_batching(proto: ModelConfigProto, source: Source) -> None:
                 f"{proto.max_batch_size}",
                 *words,
             )
+
+
+def _check_priorities(proto: ModelConfigProto, source: Source) -> None:
+    batching = proto.dynamic_batching
+    levels = batching.priority_levels
+    if not levels:
+        return
+    if not 1 <= batching.default_priority_level <= levels:
+        raise source.error(
+            f"default priority level must be in range [1, {levels}] for {proto.name}. Set default_priority_level to "
+            "the level of requests that name none; 1 is the highest",
+            "dynamic_batching",
+            "default_priority_level" if batching.default_priority_level else "priority_levels",
+        )
+    for level in batching.priority_queue_policy:
+        if not 1 <= level <= levels:
+            raise source.error(
+                f"priority queue policy must have priority level in range [1, {levels}] for {proto.name}, got {level}. "
+                "Correct its key, or raise priority_levels",
+                "dynamic_batching",
+                "priority_queue_policy",
+                "key",
+                str(level),
+            )
+
+
+def _check_ordering(proto: ModelConfigProto, source: Source) -> None:
+    batching = proto.dynamic_batching
+    if not batching.preserve_ordering:
+        return
+    words = ("dynamic_batching", "preserve_ordering")
+    if batching.priority_levels > 1:
+        raise source.error(
+            f"Only one priority level is allowed when 'preserve_ordering' is true for {proto.name}. Remove one of "
+            "the two",
+            *words,
+        )
+    for policy in (batching.default_queue_policy, *batching.priority_queue_policy.values()):
+        if policy.default_timeout_microseconds and policy.timeout_action == policy.DELAY:
+            raise source.error(
+                f"Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true for {proto.name}. "
+                "Use REJECT, or remove preserve_ordering",
+                *words,
+            )
+
+
+_DEFAULT_DEADLINE = "default_deadline_ms"
+
+
+def default_deadline_ms(proto: ModelConfigProto, source: Source) -> float | None:
+    """The parameter of this name, which only this gateway knows; None when it is not there."""
+    if _DEFAULT_DEADLINE not in proto.parameters:
+        return None
+    text = proto.parameters[_DEFAULT_DEADLINE].string_value
+    with suppress(ValueError):
+        milliseconds = float(text)
+        if 0 <= milliseconds < 1e12:
+            return milliseconds
+    raise source.error(
+        f"parameter {_DEFAULT_DEADLINE} must be a number of milliseconds, 0 for no deadline, got '{text}'",
+        "parameters",
+        _DEFAULT_DEADLINE,
+    )
 
 
 def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:

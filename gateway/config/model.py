@@ -7,7 +7,7 @@ the gateway reads the fields here and never touches protobuf.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from gateway.types import DataType
@@ -32,11 +32,32 @@ class TensorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """Triton's `ModelQueuePolicy`: how many requests may wait, how long, and what becomes of those that did.
+
+    `delays` is `timeout_action` DELAY: a request that waited too long goes behind the others, not out.
+    """
+
+    max_queue_size: int = 0  # 0: any number
+    default_timeout_us: int = 0  # 0: for ever
+    delays: bool = False
+    allow_timeout_override: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Batching:
-    """Triton's `dynamic_batching`: when a batch is sent though it could still grow."""
+    """Triton's `dynamic_batching`: when a batch is sent though it could still grow, and who may wait for it.
+
+    The queue policies count for a model without batches (`max_batch_size` below 2) too. Priority 1 is the highest of `priority_levels`; a level without its own policy has `queue_policy`.
+    """
 
     max_queue_delay_us: int = 0
     preferred_batch_sizes: tuple[int, ...] = ()
+    queue_policy: QueuePolicy = QueuePolicy()
+    priority_levels: int = 0  # 0: priorities are not the model's business
+    default_priority_level: int = 0
+    priority_queue_policies: Mapping[int, QueuePolicy] = field(default_factory=dict)
+    preserve_ordering: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +99,11 @@ class ModelConfig:
     inputs: tuple[TensorConfig, ...]
     outputs: tuple[TensorConfig, ...]
     instance_groups: tuple[InstanceGroup, ...]
-    batching: Batching | None  # None: max_batch_size > 1 still lets a client send batches, requests are not joined
+    batching: Batching | None  # None: requests are not joined, though max_batch_size > 1 lets a client send batches
     warmup: tuple[Warmup, ...]
     default_model_filename: str
     parameters: Mapping[str, str]
     execution_providers: tuple[str, ...]  # from optimization.execution_accelerators and instance kinds, in order
     decoupled: bool
     proto: ModelConfigProto
+    default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default

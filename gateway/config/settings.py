@@ -48,6 +48,13 @@ class Settings(BaseSettings):
         4, "models", "max_batch_size of a model that can take batches and whose configuration leaves it open"
     )
     model_load_thread_count: PositiveInt = _setting(4, "models", "how many models are loaded side by side")
+    default_deadline_ms: float = _setting(
+        0.0,
+        "models",
+        "ms that a request has which brings no deadline; 0: any time; a model's parameter default_deadline_ms goes first",
+        ge=0,
+        lt=1e12,
+    )
     strict_readiness: bool = _setting(True, "models", "ready only when every model is ready")
     exit_on_error: bool = _setting(
         False, "models", "exit when a model fails to load at start; without it the others serve"
@@ -102,6 +109,12 @@ class Settings(BaseSettings):
     token_file: FilePath | None = _setting(
         None, "safety", "file with a line 'tenant:token' for each caller; requests must carry a token"
     )
+    tenant_header: str = _setting(
+        "",
+        "safety",
+        "header or metadata in which a trusted proxy names the tenant; a token's name goes first",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
@@ -113,6 +126,12 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
     log_access: bool = _setting(False, "logging", "log a line for every request")
+    record: Path | None = _setting(
+        None, "logging", "folder to write arrivals to, for gateway simulate; nothing is recorded without it"
+    )
+    record_inputs: bool = _setting(False, "logging", "record the tensors too, a .npz file for each request")
+    record_sample: float = _setting(1.0, "logging", "share of the requests that is recorded", gt=0, le=1)
+    record_max_bytes: PositiveInt = _setting(256 * MIB, "logging", "bytes to record at most")
 
     @field_validator("model_repository", mode="before")
     @classmethod
@@ -144,6 +163,8 @@ class Settings(BaseSettings):
             raise ValueError("--http-tls-cert and --http-tls-key belong together; give both or neither")
         if self.grpc_use_ssl and (self.grpc_server_cert is None or self.grpc_server_key is None):
             raise ValueError("--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key")
+        if self.record_inputs and self.record is None:
+            raise ValueError("--record-inputs needs --record DIR")
         if self.grpc_use_ssl_mutual and (not self.grpc_use_ssl or self.grpc_root_cert is None):
             raise ValueError("--grpc-use-ssl-mutual needs --grpc-use-ssl and --grpc-root-cert")
         return self

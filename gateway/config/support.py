@@ -62,10 +62,6 @@ def _any(field: str) -> Callable[[ModelConfigProto], bool]:
     return lambda proto: bool(getattr(proto, field))
 
 
-def _batching(*fields: str) -> Callable[[ModelConfigProto], bool]:
-    return lambda proto: _set_in(proto.dynamic_batching, fields)
-
-
 def _groups(*fields: str) -> Callable[[ModelConfigProto], bool]:
     return lambda proto: any(_set_in(group, fields) for group in proto.instance_group)
 
@@ -99,22 +95,15 @@ _REFUSED = (
 )
 
 _WITHOUT_EFFECT = (
-    Gap(lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"),
     Gap(
-        _batching("priority_levels", "default_priority_level", "priority_queue_policy"),
+        lambda proto: (
+            not proto.dynamic_batching.priority_levels
+            and _set_in(proto.dynamic_batching, ("default_priority_level", "priority_queue_policy"))
+        ),
         ("dynamic_batching", "priority_levels"),
-        "All requests have the same priority",
+        "Set it to the number of levels; without it all requests have the same priority",
     ),
-    Gap(
-        _batching("default_queue_policy"),
-        ("dynamic_batching", "default_queue_policy"),
-        "Requests wait until their own deadline",
-    ),
-    Gap(
-        _batching("preserve_ordering"),
-        ("dynamic_batching", "preserve_ordering"),
-        "Responses are sent as soon as they are ready",
-    ),
+    Gap(lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"),
     Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
     Gap(
         _groups("passive", "secondary_devices", "host_policy"),

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.types import Array, DataType, Infer, InferRequest, InferResponse, Tensor
+from gateway.types import Array, DataType, Infer, InferRequest, InferResponse, Responses, Tensor
 
 _MAX_ELEMENTS = 1_000_000
 _UNSUPPORTED = (DataType.FP16, DataType.BF16, DataType.BOOL, DataType.BYTES)
@@ -22,7 +22,9 @@ _UNSUPPORTED = (DataType.FP16, DataType.BF16, DataType.BOOL, DataType.BYTES)
 def classification(infer: Infer, config_of: Callable[[str, str], ModelConfig]) -> Infer:
     """Wrap an endpoint. `config_of(model, version)` gives the labels and whether there is a batch dimension."""
 
-    def classified(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
+    def classified(request: InferRequest) -> Responses:
+        if not request.outputs:
+            return infer(request)
         wanted = {output.name: output.classification for output in request.outputs if output.classification}
         # Most requests ask for no classes, and need not pay for another generator.
         return answers(request, wanted) if wanted else infer(request)

@@ -13,13 +13,13 @@ What every implementation promises (tests/contract/test_queue.py):
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from gateway.config.model import ModelConfig
 from gateway.errors import GatewayError
-from gateway.types import InferRequest, InferResponse
+from gateway.types import InferRequest, InferResponse, Responses
 
 
 class Lane(NamedTuple):
@@ -117,8 +117,11 @@ class Order(Protocol):
 class Queue(Protocol):
     """See the module's promises."""
 
-    def submit(self, lane: Lane, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """Queue a request and yield its responses, the last with `final` true. Raises `GatewayError`."""
+    def submit(self, lane: Lane, request: InferRequest) -> Responses:
+        """Queue a request; its responses come from what is returned, the last with `final` true.
+
+        Close it, whatever happens: until then the request counts as unanswered. Raises `GatewayError`.
+        """
 
     def consumer(self, lanes: Sequence[Lane]) -> Consumer:
         """Open a worker's end of these lanes."""

@@ -37,8 +37,11 @@ class Request(Protocol):
 class Waiting(Protocol):
     """What scheduling sees of a job."""
 
-    request: Request
     enqueued: float
+
+    @property
+    def request(self) -> Request:
+        """What is asked."""
 
     @property
     def done(self) -> bool:

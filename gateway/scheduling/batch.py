@@ -46,26 +46,29 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
 
     Raises `Internal` when an output is missing, of another type, or has other rows than the batch.
     """
-    results: list[dict[str, Tensor]] = [{} for _ in requests]
-    rows = sum(request.rows for request in requests)
+    rows = sum([request.rows for request in requests])
     wanted = wanted_outputs(requests)
+    results: list[dict[str, Tensor]] = [{} for _ in requests]
     for tensor in config.outputs:
         if wanted and tensor.name not in wanted:
             continue
         array = _checked(outputs.get(tensor.name), tensor, rows, config)
         if len(requests) == 1:
-            parts = [Tensor.from_array(tensor.datatype, array)]
-        else:
-            parts = _slices(tensor.datatype, array, requests)
-        for request, result, part in zip(requests, results, parts, strict=True):
-            if not request.outputs or tensor.name in [output.name for output in request.outputs]:
-                result[tensor.name] = part
+            results[0][tensor.name] = Tensor.from_array(tensor.datatype, array)
+            continue
+        for result, part in zip(results, _slices(tensor.datatype, array, requests), strict=True):
+            result[tensor.name] = part
+    for request, result in zip(requests, results, strict=True):
+        if request.outputs:
+            names = [output.name for output in request.outputs]
+            for other in result.keys() - names:
+                del result[other]
     return results
 
 
 def _join(parts: list[Tensor]) -> Array:
     first = parts[0]
-    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    shape = (sum([part.shape[0] for part in parts]), *first.shape[1:])
     if first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
         return np.frombuffer(b"".join([part.wire for part in parts]), first.datatype.dtype).reshape(shape)
     return np.concatenate([part.array for part in parts])
@@ -110,10 +113,11 @@ def _slices(datatype: DataType, array: Array, requests: Sequence[InferRequest]) 
         return parts
     wire = Tensor.from_array(datatype, array).wire
     step = array.nbytes // array.shape[0]
-    single = (1, *inner)
+    if len(requests) == array.shape[0]:
+        single = (1, *inner)
+        return [Tensor(datatype, single, wire[at : at + step]) for at in range(0, len(wire), step)]
     for request in requests:
-        rows = request.rows
-        stop = start + rows * step
-        parts.append(Tensor(datatype, single if rows == 1 else (rows, *inner), wire=wire[start:stop]))
+        stop = start + request.rows * step
+        parts.append(Tensor(datatype, (request.rows, *inner), wire[start:stop]))
         start = stop
     return parts

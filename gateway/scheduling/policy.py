@@ -1,101 +1,94 @@
-"""The batch decision, pure: which of the waiting jobs to run now, or until when to wait, and why.
+"""The batch decision, pure: which of the waiting jobs to run now, which to drop, or until when to wait, and why.
 
-Greedy: an idle engine takes what is waiting. Only a model whose configuration asks for it
-(`max_queue_delay_microseconds`, `preferred_batch_size`) waits, and then by Triton's rules
-(`dynamic_batch_scheduler.cc` GetDynamicBatch): the delay counts from the oldest job, and a job's own
-deadline cuts it short. Time is given, never read, so that a simulator can drive the same code.
+An idle engine takes what is waiting, up to the largest batch that keeps every deadline in it. When that would be
+a small batch of a long line, the head of the line is dropped and the batch kept (early drop, Nexus, SOSP 2019):
+serving an almost late head costs the time of many others. Without an `Outlook` nothing is known of durations, and
+the decision is greedy. Only a model whose configuration asks for it (`max_queue_delay_microseconds`,
+`preferred_batch_size`) waits, and then by Triton's rules (`dynamic_batch_scheduler.cc` GetDynamicBatch): the delay
+counts from the oldest job, and a job's own deadline cuts it short. Time is given, never read, so that a simulator
+can drive the same code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Generic, Literal, TypeAlias
 
-from gateway.types import InferRequest
+from gateway.scheduling.base import Limits, RefusalReason, W, Waiting
+from gateway.scheduling.latency import LatencyModel
 
+__all__ = ["Decision", "Limits", "Outlook", "Waiting", "on_free", "on_timer"]
 
-class Waiting(Protocol):
-    """What the policy sees of a job; `enqueued` in seconds on the caller's clock."""
-
-    request: InferRequest
-    enqueued: float
-
-    @property
-    def done(self) -> bool:
-        """True for a job nobody waits for, which is passed over."""
+Fill: TypeAlias = Callable[[Iterable[W]], Iterable[W]]
+Drop: TypeAlias = Literal["none", "late", "shed"]
 
 
-W = TypeVar("W", bound=Waiting)
+@dataclass(slots=True)
+class Outlook:
+    """What is known of the time to come: how long batches take, and what else wants the engine."""
 
+    latency: LatencyModel
+    overhead: float = 0.0  # seconds between the end of a run and its answers
+    backlog: int = 0  # rows that wait at the head's level
+    target: Callable[[], int] = lambda: 1  # rows of the smallest batch that sustains the load
+    idle: bool = False  # nothing else wants the engine
+    probe: bool = False  # nothing ran for so long that the latency may be another one now
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """A model's own bounds: rows per batch, whether requests are joined, and Triton's two knobs."""
-
-    max_rows: int = 1
-    joins: bool = False
-    delay: float = 0.0  # seconds
-    preferred: tuple[int, ...] = ()
+    def room(self, deadline: float | None, now: float) -> int:
+        """Rows of the largest batch that ends by then."""
+        return self.latency.cap if deadline is None else self.latency.room(deadline - now - self.overhead)
 
 
 @dataclass(slots=True)
 class Decision(Generic[W]):
     """Jobs to run now, with why the batch closed; or none, and when to ask again (None: on the next event).
 
-    Reasons: `full` no further row fits, `preferred` a preferred size was reached or would be passed, `delay`
-    the queue delay or a deadline ran out, `shape` what else waits cannot share the batch, `share` the rest is
-    left to the other instances or the next run, `single` the model does not join requests, `drained` nothing else waits.
+    Reasons: `full` no further row fits, `deadline` a larger batch would miss a deadline, `explore` larger batches
+    were not tried yet, `preferred` a preferred size was reached or would be passed, `delay` the queue delay or a
+    deadline ran out, `shape` what else waits cannot share the batch, `share` the rest is left to the other
+    instances or the next run, `single` the model does not join requests, `drained` nothing else waits.
+    `dropped` are jobs that wait in vain.
     """
 
     jobs: list[W]
     rows: int
     reason: str
     ask_at: float | None = None
+    dropped: list[tuple[W, RefusalReason]] = field(default_factory=list)
 
 
-def on_free(waiting: Iterable[W], limits: Limits, share: int, now: float) -> Decision[W]:
-    """Choose a batch for an instance that is free. `waiting` is oldest first.
+def on_free(
+    waiting: Iterable[W],
+    limits: Limits,
+    share: int,
+    now: float,
+    outlook: Outlook | None = None,
+    fill: Fill[W] | None = None,
+) -> Decision[W]:
+    """Choose a batch for an instance that is free. `waiting` is most urgent first.
 
     `share` is how many rows are this instance's part of the work, or as many as gain from running together;
-    the head is taken whatever its rows. A model with Triton's knobs set is batched by those alone.
+    the head is taken whatever its rows. A model with Triton's knobs set is batched by those alone. `fill` puts
+    what stands behind the head in the order in which the batch is filled.
     """
-    if limits.preferred or limits.delay > 0:
-        most = max(limits.preferred, default=limits.max_rows)
-        return _patient(_gather(waiting, limits, most, "preferred"), limits, now)
-    return _gather(waiting, limits, min(limits.max_rows, max(share, 1)), "share")
+    patient = bool(limits.preferred) or limits.delay > 0
+    most = max(limits.preferred, default=limits.max_rows) if patient else min(limits.max_rows, max(share, 1))
+    dropped: list[tuple[W, RefusalReason]] = []
+    if outlook is not None:
+        waiting = _drop(iter(waiting), min(most, outlook.latency.cap), now, outlook, dropped)
+    if fill is not None:
+        waiting = fill(waiting)
+    decision = _gather(waiting, limits, most, "preferred" if patient else "share", _Room(now, outlook))
+    if patient:
+        decision = on_timer(decision, limits, now, outlook)
+    decision.dropped = dropped
+    return decision
 
 
-def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str) -> Decision[W]:
-    """The head of the line and those behind it that fit with it, up to `most` rows.
-
-    `short` is why to stop at `most` where the model itself would take more.
-    """
-    jobs: list[W] = []
-    rows = 0
-    reason = "drained"
-    for job in waiting:
-        if job.done:
-            continue
-        if not jobs:
-            jobs.append(job)
-            rows = job.request.rows
-            if not limits.joins:
-                return Decision(jobs, rows, "single")
-        elif job.request.signature != jobs[0].request.signature:
-            # Passed over, not waited for: it heads the next batch, and order among its own shape is kept.
-            reason = "shape"
-        elif rows + job.request.rows > most:
-            return Decision(jobs, rows, "full" if rows + job.request.rows > limits.max_rows else short)
-        else:
-            jobs.append(job)
-            rows += job.request.rows
-        if rows >= limits.max_rows:
-            return Decision(jobs, rows, "full")
-    return Decision(jobs, rows, reason)
-
-
-def _patient(gathered: Decision[W], limits: Limits, now: float) -> Decision[W]:
+def on_timer(gathered: Decision[W], limits: Limits, now: float, outlook: Outlook | None = None) -> Decision[W]:
     """Apply `preferred_batch_size` and `max_queue_delay_microseconds` to what could be run now."""
     if not gathered.jobs or gathered.reason == "single":
         return gathered
@@ -107,13 +100,111 @@ def _patient(gathered: Decision[W], limits: Limits, now: float) -> Decision[W]:
     if limits.preferred and gathered.rows > max(limits.preferred):
         return Decision(gathered.jobs, gathered.rows, "preferred")
     until = min(job.enqueued for job in gathered.jobs) + limits.delay
+    run = outlook.latency.bound(gathered.rows) + outlook.overhead if outlook else 0.0
     for job in gathered.jobs:
         if job.request.deadline is not None:
             # Half of a job's time may go to waiting, so that the other half is there for the engine.
-            until = min(until, (job.enqueued + job.request.deadline) / 2)
+            until = min(until, (job.enqueued + job.request.deadline) / 2, job.request.deadline - run)
     if now >= until:
         return Decision(gathered.jobs, gathered.rows, "delay")
     return Decision([], 0, "wait", ask_at=until)
+
+
+def _drop(
+    line: Iterator[W], most: int, now: float, outlook: Outlook, dropped: list[tuple[W, RefusalReason]]
+) -> Iterable[W]:
+    """The line from the first job on that is worth a batch. Those before it go to `dropped`."""
+    backlog = outlook.backlog
+    for job in line:
+        if job.done:
+            continue
+        verdict = _verdict(job, min(backlog, most), now, outlook)
+        if verdict is None or (
+            verdict == "expired" and backlog <= job.request.rows and _worth_a_try(job, now, outlook)
+        ):
+            return chain((job,), line)
+        dropped.append((job, verdict))
+        backlog -= job.request.rows
+    return ()
+
+
+def _verdict(job: W, backlog: int, now: float, outlook: Outlook) -> RefusalReason | None:
+    """Why a head of the line should not be served, None if it should."""
+    deadline = job.request.deadline
+    if deadline is None:
+        return None
+    if not outlook.latency.trusted:
+        # The best tuned batcher there is: first in first out, and a time limit at half the deadline.
+        return "shed" if now - job.enqueued > (deadline - job.enqueued) / 2 else None
+    room = outlook.room(deadline, now)
+    rows = job.request.rows
+    if room < rows and now + outlook.overhead + outlook.latency.bound(rows) > deadline:
+        return "expired"
+    if room < backlog and room < min(backlog, outlook.target()):
+        return "shed"
+    return None
+
+
+def _worth_a_try(job: W, now: float, outlook: Outlook) -> bool:
+    """Whether to run a lone job that is likely to be late: nothing else wants the engine."""
+    deadline = job.request.deadline
+    if not outlook.idle or deadline is None or now >= deadline:
+        return False
+    return outlook.probe or now + outlook.latency.mean(job.request.rows) <= deadline
+
+
+class _Room:
+    """How many rows a batch may have so that every deadline in it is kept."""
+
+    __slots__ = ("_deadline", "_now", "_outlook", "explored", "rows")
+
+    def __init__(self, now: float, outlook: Outlook | None) -> None:
+        known = outlook is not None and outlook.latency.trusted
+        self._now = now
+        self._outlook = outlook if known else None
+        self._deadline = math.inf
+        self.explored = outlook.latency.cap if outlook is not None else 1 << 62
+        self.rows = self.explored
+
+    def narrow(self, deadline: float | None) -> int:
+        """Take a further deadline into account; returns the rows left by it."""
+        if self._outlook is not None and deadline is not None and deadline < self._deadline:
+            self._deadline = deadline
+            self.rows = min(self.rows, self._outlook.room(deadline, self._now))
+        return self.rows
+
+
+def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str, room: _Room) -> Decision[W]:
+    """The head of the line and those behind it that fit with it, up to `most` rows.
+
+    `short` is why to stop at `most` where the model itself would take more.
+    """
+    jobs: list[W] = []
+    rows = 0
+    reason = "drained"
+    signature = None
+    for job in waiting:
+        if job.done:
+            continue
+        request = job.request
+        if not jobs:
+            signature = request.signature
+            room.narrow(request.deadline)
+        elif request.signature != signature:
+            # Passed over, not waited for: it heads the next batch, and order among its own shape is kept.
+            reason = "shape"
+            continue
+        elif rows + request.rows > most:
+            return Decision(jobs, rows, "full" if rows + request.rows > limits.max_rows else short)
+        elif rows + request.rows > room.narrow(request.deadline):
+            return Decision(jobs, rows, "explore" if room.rows >= room.explored else "deadline")
+        jobs.append(job)
+        rows += request.rows
+        if not limits.joins:
+            return Decision(jobs, rows, "single")
+        if rows >= limits.max_rows:
+            return Decision(jobs, rows, "full")
+    return Decision(jobs, rows, reason)
 
 
 def _largest_preferred(jobs: list[W], sizes: tuple[int, ...]) -> int:

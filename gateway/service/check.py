@@ -21,7 +21,6 @@ _MAX_ELEMENTS = 1 << 48  # what numpy can address in any type
 class _Passed(NamedTuple):
     """What the checks found for a form."""
 
-    sizes: list[int]  # bytes of each input, in order; the one thing a form does not tell
     rows: int
     size: int
     signature: Hashable
@@ -47,15 +46,14 @@ class Checker:
     def check(self, request: InferRequest) -> None:
         """Raise `InvalidArgument` for a request the model cannot take; else set `rows`, `size` and `signature`."""
         passed = self._passed.get(request.form) if request.form is not None else None
-        if passed is not None and [tensor.nbytes for tensor in request.inputs.values()] == passed.sizes:
+        if passed is not None:
             request.rows, request.size, request.signature = passed.rows, passed.size, passed.signature
             return
         self._check(request)
         if request.form is not None and self._forms_tell:
             if len(self._passed) >= _REMEMBERED:
                 self._passed.clear()
-            sizes = [tensor.nbytes for tensor in request.inputs.values()]
-            self._passed[request.form] = _Passed(sizes, request.rows, request.size, request.signature)
+            self._passed[request.form] = _Passed(request.rows, request.size, request.signature)
 
     def _check(self, request: InferRequest) -> None:
         try:

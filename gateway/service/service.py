@@ -7,15 +7,16 @@ process or on other machines. It keeps no request: once submitted, a request is 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
+from gateway.service.inference import Inference, failure_reason
 from gateway.statistics import ModelStatistics, Statistics, VersionStatistics
-from gateway.types import InferRequest, InferResponse, Parameter
+from gateway.types import InferRequest, Parameter, Responses
 
 EXTENSIONS = (
     "classification",
@@ -36,6 +37,7 @@ class ServiceOptions:
     strict_readiness: bool = True
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
+    default_deadline_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class _Route:
     config: ModelConfig
     checker: Checker
     statistics: VersionStatistics
+    default_deadline: float  # seconds that a request has which brings no deadline; 0: any time
 
 
 class Service:
@@ -80,54 +83,42 @@ class Service:
 
     # --- inference
 
-    async def infer(self, request: InferRequest) -> AsyncGenerator[InferResponse, None]:
-        """Run a request (an `Infer`). Closing the iterator cancels it."""
-        started = time.monotonic_ns()
-        route = self._admit(request)
-        statistics = route.statistics
-        statistics.pending += 1
-        answered = False
-        responses = self._queue.submit(route.lane, request)
-        try:
-            async for response in responses:
-                if response.final:
-                    answered = True
-                    statistics.record_success(time.monotonic_ns() - started, response.timings, request.rows)
-                yield response
-        except errors.GatewayError as error:
-            answered = True
-            statistics.record_failure(_failure_reason(error), time.monotonic_ns() - started)
-            raise
-        finally:
-            await responses.aclose()
-            self._inflight_bytes -= request.size
-            statistics.pending -= 1
-            if not answered:
-                statistics.record_failure("CANCELED", time.monotonic_ns() - started)
+    def infer(self, request: InferRequest) -> Inference:
+        """Run a request (an `Infer`). It begins when the first answer is asked for; closing cancels it."""
+        return Inference(self, request)
 
-    def _admit(self, request: InferRequest) -> _Route:
-        """Where the request goes, its bytes reserved."""
+    def submit(self, request: InferRequest) -> tuple[Responses, VersionStatistics]:
+        """Check and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""
         if self._draining:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
-            _apply_parameters(request)
+            if request.parameters:
+                _apply_parameters(request)
+            if request.deadline is None and route.default_deadline:
+                request.deadline = time.monotonic() + route.default_deadline
             route.checker.check(request)
-            self._reserve(request.size)
+            # A lone request is always let in, however large: the transport's own limit bounded it.
+            if self._inflight_bytes and self._inflight_bytes + request.size > self._options.max_inflight_bytes:
+                raise self._full()
+            responses = self._queue.submit(route.lane, request)
         except errors.GatewayError as error:
-            route.statistics.record_failure(_failure_reason(error), 0)
+            route.statistics.record_failure(failure_reason(error), 0)
             raise
-        return route
+        self._inflight_bytes += request.size
+        route.statistics.pending += 1
+        return responses, route.statistics
 
-    def _reserve(self, size: int) -> None:
-        # A lone request is always let in, however large: the transport's own limit bounded it.
+    def end(self, request: InferRequest, statistics: VersionStatistics) -> None:
+        """A submitted request is over, however it ended. For `Inference`."""
+        self._inflight_bytes -= request.size
+        statistics.pending -= 1
+
+    def _full(self) -> errors.GatewayError:
         limit = self._options.max_inflight_bytes
-        if self._inflight_bytes and self._inflight_bytes + size > limit:
-            raise errors.ResourceExhausted(
-                f"the gateway holds {self._inflight_bytes} bytes of requests and its limit is {limit}; "
-                "retry later, or raise --max-inflight-bytes"
-            )
-        self._inflight_bytes += size
+        return errors.too_many_bytes(
+            f"the gateway holds {self._inflight_bytes} bytes of requests and its limit is {limit}"
+        )
 
     def _resolve(self, name: str, version: str) -> _Route:
         pool = self._queue.pool(name)
@@ -138,12 +129,14 @@ class Service:
             return route
         state = _pick(pool, version)
         assert state.config is not None
+        own = state.config.default_deadline_ms
         route = _Route(
             pool,
             Lane(name, state.version),
             state.config,
             Checker(state.config),
             self._statistics.of(name, state.version),
+            (self._options.default_deadline_ms if own is None else own) / 1000,
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
         self._routes[name, version] = route
@@ -256,20 +249,11 @@ def _index_entries(name: str, pool: PoolState | None) -> list[IndexEntry]:
     return [IndexEntry(name, state.version, state.state, state.reason) for state in pool.versions]
 
 
-def _failure_reason(error: errors.GatewayError) -> str:
-    """Triton's `reason` label of `nv_inference_request_failure`."""
-    if isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
-        return "REJECTED"
-    return "BACKEND" if isinstance(error, errors.Internal) else "OTHER"
-
-
 _ALLOWED_RESERVED = "triton_enable_empty_final_response"
 
 
 def _apply_parameters(request: InferRequest) -> None:
     """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
-    if not request.parameters:
-        return
     for key in request.parameters:
         if key.startswith("triton_") and key != _ALLOWED_RESERVED:
             raise errors.reserved_parameter()

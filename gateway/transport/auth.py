@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens from a file, shared by HTTP and gRPC.
+"""Who calls: bearer tokens from a file, or a header that a trusted proxy sets; shared by HTTP and gRPC.
 
 Knows the tokens only as SHA-256 digests, so finding one takes the same time whatever was sent. Does not
 decide what a caller may do: it gives the tenant's name and no more.
@@ -9,13 +9,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-from gateway.errors import Unauthenticated
+from gateway.errors import InvalidArgument, Unauthenticated
 from gateway.telemetry import log_event
 
 MIN_TOKEN_LENGTH = 16
+MAX_TENANT_LENGTH = 128
+
+Header: TypeAlias = Callable[[str], str | None]
+"""A request's headers or metadata: the value of one by its lower-case name, or None."""
 
 
 class Tokens:
@@ -56,6 +61,30 @@ class Tokens:
         if tenant is None:
             raise Unauthenticated("the token is not known to this server; expected 'Authorization: Bearer <token>'")
         return tenant
+
+
+class Callers:
+    """Which tenant a request is from: its token's, else the one its header names, else "", the default tenant."""
+
+    def __init__(self, tokens: Tokens | None = None, header: str = "") -> None:
+        """Without `tokens` everybody may call. `header` is one that a proxy sets; whatever it says is believed."""
+        self._tokens = tokens
+        self._header = header.lower()
+
+    def tenant(self, header: Header) -> str:
+        """The tenant of a request with these headers. Raises `Unauthenticated`, `InvalidArgument`."""
+        if self._tokens is not None:
+            return self._tokens.tenant(header("authorization"))
+        return self._named(header(self._header)) if self._header else ""
+
+    def _named(self, tenant: str | None) -> str:
+        name = (tenant or "").strip()
+        if len(name) > MAX_TENANT_LENGTH or not name.isprintable():
+            raise InvalidArgument(
+                f"the header '{self._header}' must name a tenant in at most {MAX_TENANT_LENGTH} printable characters, "
+                f"got {len(name)}"
+            )
+        return name
 
 
 def _entry(entry: str, where: str) -> tuple[str, str]:

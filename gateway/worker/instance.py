@@ -18,7 +18,7 @@ from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import Batch, InferRequest, InferResponse, Tensor, Timings
+from gateway.types import NO_PARAMETERS, Batch, InferResponse, Timings
 from gateway.worker.slots import Seat
 
 
@@ -64,7 +64,7 @@ class Instance:
     async def _attempt(self, jobs: list[Job], reason: str, cores: int) -> None:
         begun = time.monotonic_ns()
         requests = [job.request for job in jobs]
-        rows = sum(request.rows for request in requests)
+        rows = sum([request.rows for request in requests])
         batch = Batch(
             rows=rows,
             stack=lambda: batching.stack(requests, self._config),
@@ -86,16 +86,17 @@ class Instance:
                         "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
                         rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
                     )  # fmt: skip
-                    for job, outputs in zip(jobs, answers, strict=True):
-                        queued = max(begun - int(job.enqueued * 1e9), 0)
-                        job.reply(self._response(job.request, outputs, Timings(queued, *spent, rows)))
+                    for job, request, outputs in zip(jobs, requests, answers, strict=True):
+                        timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, rows)
+                        job.reply(
+                            InferResponse(
+                                request.model_name, self._version, outputs, request.id, NO_PARAMETERS, timings
+                            )
+                        )
         finally:
             self._statistics.executing -= len(jobs)
         if not all(job.done for job in jobs):
             raise errors.Internal(f"model '{self._config.name}' ran and gave no answer")
-
-    def _response(self, request: InferRequest, outputs: dict[str, Tensor], timings: Timings) -> InferResponse:
-        return InferResponse(request.model_name, self._version, outputs, id=request.id, timings=timings)
 
     def _explain(self, problem: Exception) -> errors.GatewayError:
         if isinstance(problem, errors.GatewayError):

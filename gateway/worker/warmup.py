@@ -106,6 +106,6 @@ def _from_file(sample: Warmup, name: str, spec: WarmupInput, folder: Path) -> Ar
     if spec.datatype is not DataType.BYTES and len(wire) != expected:
         raise errors.InvalidArgument(f"{where} holds {len(wire)} bytes, its dims {list(spec.dims)} need {expected}")
     try:
-        return Tensor(spec.datatype, spec.dims, wire=wire).array
+        return Tensor(spec.datatype, spec.dims, wire).array
     except ValueError as problem:
         raise errors.InvalidArgument(f"{where}: {problem}") from None

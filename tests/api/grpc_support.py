@@ -21,6 +21,7 @@ from gateway.queues.memory import MemoryQueue
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
+from gateway.transport.auth import Header
 from gateway.transport.grpc import GrpcOptions, GrpcServer
 from gateway.types import Infer, InferRequest, InferResponse
 from tests.support import answer, background
@@ -94,7 +95,7 @@ async def serving(
     implementation: str,
     *,
     infer: Callable[[Service], Infer] = lambda service: service.infer,
-    authenticate: Callable[[str | None], str] = lambda _: "",
+    authenticate: Callable[[Header], str] = lambda _: "",
     **options: Any,
 ) -> AsyncIterator[Running]:
     """Serve model "m", version 1, on a free port."""

@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from gateway import errors
-from gateway.transport.auth import Tokens
+from gateway.transport.auth import Callers, Tokens
 from gateway.types import DataType, InferResponse, Tensor
 from tests.api.grpc_support import IMPLEMENTATIONS, Running, failure, inputs, message, serving
 
@@ -161,7 +161,7 @@ async def test_a_fault_of_ours_is_logged_and_not_shown(implementation, caplog):
 async def test_a_model_with_many_answers_is_for_streams_only(implementation):
     async def infer(request):
         for final in (False, True):
-            yield InferResponse("m", "1", {"OUT": Tensor(DataType.INT8, (1,), wire=b"x")}, id=request.id, final=final)
+            yield InferResponse("m", "1", {"OUT": Tensor(DataType.INT8, (1,), b"x")}, id=request.id, final=final)
 
     async with serving(implementation, infer=lambda _: infer) as running, running.stub() as stub:
         assert await failure(stub.ModelInfer(message())) == (
@@ -243,7 +243,7 @@ async def test_a_cancelled_call_leaves_the_queue(running: Running):
 
 @pytest.fixture
 async def guarded(implementation):
-    async with serving(implementation, authenticate=Tokens({TOKEN: "acme"}).tenant) as running:
+    async with serving(implementation, authenticate=Callers(Tokens({TOKEN: "acme"})).tenant) as running:
         yield running
 
 

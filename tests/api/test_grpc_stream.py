@@ -57,7 +57,7 @@ async def test_requests_of_one_stream_run_side_by_side(running: Running):
 async def test_the_answers_of_one_request_keep_their_order(implementation):
     async def infer(request):
         for i in range(50):
-            output = Tensor(DataType.UINT8, (1,), wire=bytes([i]))
+            output = Tensor(DataType.UINT8, (1,), bytes([i]))
             yield InferResponse("m", "1", {"OUT": output}, id=request.id, final=i == 49)
             await asyncio.sleep(0)
 
@@ -114,7 +114,7 @@ async def test_an_error_that_ends_the_stream_waits_for_the_answer_being_written(
     async def infer(request):
         if request.id == "bad":
             raise errors.NotFound("gone")
-        output = Tensor(DataType.UINT8, (size,), wire=bytes(size))
+        output = Tensor(DataType.UINT8, (size,), bytes(size))
         yield InferResponse("m", "1", {"OUT": output}, id=request.id)
 
     options = [("grpc.max_receive_message_length", -1)]

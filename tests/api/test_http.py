@@ -14,6 +14,7 @@ import pytest
 import requests
 import tritonclient.http as triton
 from google.protobuf import text_format
+from msgspec import structs
 from tritonclient.grpc.model_config_pb2 import ModelConfig as Proto
 
 from gateway import errors
@@ -22,7 +23,7 @@ from gateway.queues.memory import MemoryQueue
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
-from gateway.transport.auth import Tokens
+from gateway.transport.auth import Callers, Tokens
 from gateway.transport.http import HttpApp, HttpLimits, HttpServer
 from gateway.types import InferRequest, InferResponse
 from tests.support import answer, background, model_config, settle, tensor
@@ -75,7 +76,7 @@ async def serving(*, limits: HttpLimits | None = None, tokens: Tokens | None = N
         finally:
             running.left.put_nowait(request)
 
-    app = HttpApp(service, infer, limits, tokens)
+    app = HttpApp(service, infer, limits, Callers(tokens))
     async with background(work(running)), app, HttpServer(app, "127.0.0.1", 0) as server:
         running.url = f"http://127.0.0.1:{server.port}"
         yield running
@@ -94,7 +95,7 @@ def _reply(job: Job, request: InferRequest) -> None:
     value = request.inputs["IN"].array
     if value.flat[0] == -1:
         raise AssertionError("the test's model was asked to break")
-    job.reply(replace(answer(request, OUT=tensor(value * 2)), model_version="2"))
+    job.reply(structs.replace(answer(request, OUT=tensor(value * 2)), model_version="2"))
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ async def test_the_fastapi_routes_answer_like_the_fast_path(gateway: Running) ->
 
     limits = HttpLimits(max_request_bytes=1000)
     endpoint = InferEndpoint(gateway.service, gateway.service.infer, limits)
-    transport = httpx.ASGITransport(build(gateway.service, endpoint, limits, None))
+    transport = httpx.ASGITransport(build(gateway.service, endpoint, limits, Callers(header="x-tenant")))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for method, path, body in (
             ("POST", "/v2/models/m/infer", json.dumps(BODY)),

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gateway.transport.http import HttpServer, TlsFiles
+from gateway.transport.http import Counted, HttpServer, TlsFiles
 from tests.support import background
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -27,7 +27,7 @@ class App:
         self.free.set()
         self.entered = asyncio.Semaphore(0)
 
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+    async def answer(self, scope: Any, protocol: Any) -> None:
         self.entered.release()
         await self.free.wait()
         protocol.response_bytes(200, [], b"ok")
@@ -47,32 +47,32 @@ async def get(port: int, **more: Any) -> bytes:
 
 
 async def test_a_free_port_is_taken_and_told() -> None:
-    async with HttpServer(App(), "127.0.0.1", 0) as first, HttpServer(App(), "localhost", 0) as second:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as first, HttpServer(Counted(App().answer), "localhost", 0) as second:
         assert first.port != second.port
         assert (await get(first.port)).startswith(b"HTTP/1.1 200")
 
 
 async def test_a_port_in_use_is_refused_and_not_shared() -> None:
-    async with HttpServer(App(), "127.0.0.1", 0) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{server.port}: Address already in use"):
-            async with HttpServer(App(), "127.0.0.1", server.port):
+            async with HttpServer(Counted(App().answer), "127.0.0.1", server.port):
                 pass
 
 
 async def test_the_port_can_be_taken_again_and_nothing_is_left_open() -> None:
     process = psutil.Process()
-    async with HttpServer(App(), "127.0.0.1", 0) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         port = server.port
     counts = []
     for _ in range(5):
-        async with HttpServer(App(), "127.0.0.1", port):
+        async with HttpServer(Counted(App().answer), "127.0.0.1", port):
             await get(port)
         counts.append(process.num_fds())
     assert counts[-1] <= counts[0]
 
 
 async def test_accepted_sockets_do_not_delay_small_writes() -> None:
-    async with HttpServer(App(), "127.0.0.1", 0) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         reader, writer = await connect(server.port)
         writer.write(GET)
         await reader.readuntil(b"ok")
@@ -86,7 +86,7 @@ async def test_accepted_sockets_do_not_delay_small_writes() -> None:
 async def test_a_stop_closes_the_port_and_lets_requests_finish() -> None:
     app = App()
     app.free.clear()
-    server = HttpServer(app, "127.0.0.1", 0)
+    server = HttpServer(Counted(app.answer), "127.0.0.1", 0)
     await server.__aenter__()
     idle_reader, idle_writer = await connect(server.port)
     reader, writer = await connect(server.port)
@@ -105,7 +105,7 @@ async def test_a_stop_closes_the_port_and_lets_requests_finish() -> None:
 
 
 async def test_a_half_sent_request_does_not_hold_a_stop() -> None:
-    async with HttpServer(App(), "127.0.0.1", 0) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         await get(server.port)
         _, writer = await connect(server.port)
         writer.write(GET[:10])
@@ -115,13 +115,13 @@ async def test_a_half_sent_request_does_not_hold_a_stop() -> None:
 
 async def test_an_error_of_the_block_comes_out_as_it_is() -> None:
     with pytest.raises(KeyError):
-        async with HttpServer(App(), "127.0.0.1", 0):
+        async with HttpServer(Counted(App().answer), "127.0.0.1", 0):
             raise KeyError
 
 
 async def test_a_listener_that_ends_by_itself_is_an_error() -> None:
     async def serve() -> None:
-        async with HttpServer(App(), "127.0.0.1", 0) as server:
+        async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
             server._server.stop()
             await asyncio.Event().wait()
 
@@ -133,14 +133,14 @@ async def test_a_listener_that_ends_by_itself_is_an_error() -> None:
 async def test_signals_and_standard_output_are_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    async with HttpServer(App(), "127.0.0.1", 0) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         await get(server.port)
         assert [signal.getsignal(number) for number in numbers] == before
     assert capfd.readouterr() == ("", "")
 
 
 async def test_connections_over_the_limit_wait_their_turn() -> None:
-    async with HttpServer(App(), "127.0.0.1", 0, max_connections=2) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0, max_connections=2) as server:
         held = [await connect(server.port) for _ in range(2)]
         for reader, writer in held:
             writer.write(GET)
@@ -169,14 +169,14 @@ def certificate(tmp_path: Path) -> TlsFiles:
 
 async def test_tls(certificate: TlsFiles) -> None:
     trusting = ssl.create_default_context(cafile=str(certificate.cert))
-    async with HttpServer(App(), "127.0.0.1", 0, tls=certificate) as server:
+    async with HttpServer(Counted(App().answer), "127.0.0.1", 0, tls=certificate) as server:
         answer = await get(server.port, ssl=trusting, server_hostname="localhost")
         assert answer.startswith(b"HTTP/1.1 200")
 
 
 async def test_bad_tls_files_are_refused_and_the_port_is_free_again(certificate: TlsFiles) -> None:
-    server = HttpServer(App(), "127.0.0.1", 0, tls=TlsFiles(certificate.key, certificate.key))
+    server = HttpServer(Counted(App().answer), "127.0.0.1", 0, tls=TlsFiles(certificate.key, certificate.key))
     with pytest.raises(ssl.SSLError):
         await server.__aenter__()
-    async with HttpServer(App(), "127.0.0.1", server.port):
+    async with HttpServer(Counted(App().answer), "127.0.0.1", server.port):
         pass

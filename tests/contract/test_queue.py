@@ -70,7 +70,8 @@ async def test_a_job_is_answered_at_most_once(queue):
 
 async def test_several_responses_stream_in_order_and_end_with_the_final_one(queue):
     async def collect():
-        return [response async for response in queue.submit(LANE, request())]
+        async with aclosing(queue.submit(LANE, request())) as answers:
+            return [response async for response in answers]
 
     async with background(collect()) as (caller,):
         (job,) = await take(queue, 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import Unauthenticated
-from gateway.transport.auth import Tokens
+from gateway.errors import InvalidArgument, Unauthenticated
+from gateway.transport.auth import Callers, Tokens
 
 ALICE, BOB, SPARE = "a" * 16, "b" * 32, "c" * 20
 
@@ -63,3 +63,31 @@ def test_a_file_that_others_can_read_is_reported(
         Tokens.load(write(tmp_path, f"alice:{ALICE}\n", mode))
     assert ("token_file_exposed" in caplog.text) is warned
     assert ALICE not in caplog.text
+
+
+# --- tenants
+
+
+def test_without_tokens_and_header_everybody_is_the_default_tenant() -> None:
+    assert Callers().tenant({"authorization": f"Bearer {ALICE}", "": "x", "x-tenant": "x"}.get) == ""
+
+
+@pytest.mark.parametrize(
+    ("headers", "tenant"),
+    [({}, ""), ({"x-tenant": ""}, ""), ({"x-tenant": " acme "}, "acme"), ({"x-tenant": "a" * 128}, "a" * 128)],
+)
+def test_the_trusted_header_names_the_tenant(headers: dict[str, str], tenant: str) -> None:
+    assert Callers(header="X-Tenant").tenant(headers.get) == tenant
+
+
+def test_a_token_says_more_than_the_header() -> None:
+    callers = Callers(Tokens({ALICE: "alice"}), "x-tenant")
+    assert callers.tenant({"authorization": f"Bearer {ALICE}", "x-tenant": "bob"}.get) == "alice"
+    with pytest.raises(Unauthenticated):
+        callers.tenant({"x-tenant": "alice"}.get)
+
+
+@pytest.mark.parametrize("name", ["a" * 129, "a\nb", "a\x00"])
+def test_a_tenant_that_is_no_name(name: str) -> None:
+    with pytest.raises(InvalidArgument, match="the header 'x-tenant' must name a tenant in at most 128 printable"):
+        Callers(header="x-tenant").tenant({"x-tenant": name}.get)

@@ -65,7 +65,7 @@ def samples(draw: st.DrawFn) -> Sample:
         arrays = {name: values(types[name], (rows, *shape), start) for name, shape in shapes.items()}
         start += 37
         tensors = {
-            name: Tensor(types[name], array.shape, wire=bytes(Tensor.from_array(types[name], array).wire))
+            name: Tensor(types[name], array.shape, bytes(Tensor.from_array(types[name], array).wire))
             if draw(st.booleans())
             else Tensor.from_array(types[name], array)
             for name, array in arrays.items()
@@ -89,7 +89,7 @@ def test_each_request_gets_its_own_rows_back_from_an_identity_model(sample):
         for name in names:
             assert got[name].shape == arrays[name].shape
             assert np.array_equal(got[name].array, arrays[name])
-            again = Tensor(got[name].datatype, got[name].shape, wire=got[name].wire)
+            again = Tensor(got[name].datatype, got[name].shape, got[name].wire)
             assert np.array_equal(again.array, arrays[name]), "the wire bytes are the same rows"
 
 

@@ -29,7 +29,7 @@ OPEN = model_config(inputs=(tensor_config("IN", FP32, (-1,)), tensor_config("MAS
 def wire(shape: tuple[int, ...], datatype: DataType = FP32, *, size: int | None = None) -> Tensor:
     """A tensor of zeros, or of `size` bytes whatever its shape."""
     full = max(int(np.prod(shape)), 0) * max(datatype.itemsize, 4)
-    return Tensor(datatype, shape, wire=bytes(full if size is None else size))
+    return Tensor(datatype, shape, bytes(full if size is None else size))
 
 
 def asked(inputs: dict[str, Tensor], *outputs: str, request_id: str = "") -> InferRequest:
@@ -140,7 +140,7 @@ REFUSED = {
     ),
     "string elements that do not fit": (
         TEXT,
-        asked({"IN": Tensor(BYTES, (1, 1), wire=b"\7\0\0\0abc")}),
+        asked({"IN": Tensor(BYTES, (1, 1), b"\7\0\0\0abc")}),
         "string element 0 claims 7 bytes, 3 are left for inference input 'IN' for model 'm'",
     ),
 }
@@ -164,7 +164,7 @@ def test_a_request_the_model_cannot_take_is_refused_in_tritons_words(config, req
         (OPTIONAL, asked({"A": wire((2, 2))}), 2),
         (OPTIONAL, asked({"A": wire((2, 2)), "B": wire((2, 2))}), 2),
         (UNBATCHED, asked({"IN": wire((2, 0))}), 1),
-        (TEXT, asked({"IN": Tensor(BYTES, (2, 1), wire=b"\0\0\0\0\1\0\0\0a")}), 2),
+        (TEXT, asked({"IN": Tensor(BYTES, (2, 1), b"\0\0\0\0\1\0\0\0a")}), 2),
         (OPEN, asked({"IN": wire((2, 0))}), 2),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 from gateway.config.build import build
 from gateway.config.complete import complete, fill_backend, normalise
 from gateway.config.fit import check_fit
-from gateway.config.model import Batching, InstanceGroup, ModelConfig, TensorConfig, WarmupInput
+from gateway.config.model import Batching, InstanceGroup, ModelConfig, QueuePolicy, TensorConfig, WarmupInput
 from gateway.config.parse import Source, empty, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import InvalidArgument
@@ -206,10 +206,50 @@ def test_the_whole_of_a_model_config() -> None:
     }
 
 
-def test_requests_are_joined_only_when_asked_and_possible() -> None:
+def test_queue_policies_are_read() -> None:
+    config = made(
+        IO_TEXT
+        + """max_batch_size: 8
+        dynamic_batching {
+          priority_levels: 3 default_priority_level: 2
+          default_queue_policy { max_queue_size: 10 default_timeout_microseconds: 500 allow_timeout_override: true }
+          priority_queue_policy { key: 3 value { timeout_action: DELAY } }
+          priority_queue_policy { key: 1 value { timeout_action: REJECT max_queue_size: 1 } }
+        }
+        """
+    )
+    assert config.batching == Batching(
+        preferred_batch_sizes=(8,),
+        queue_policy=QueuePolicy(10, 500, delays=False, allow_timeout_override=True),
+        priority_levels=3,
+        default_priority_level=2,
+        priority_queue_policies={1: QueuePolicy(1), 3: QueuePolicy(delays=True)},
+    )
+
+
+def test_ordering_may_be_preserved_with_one_priority() -> None:
+    text = "dynamic_batching { preserve_ordering: true priority_levels: 1 default_priority_level: 1 }"
+    batching = made(IO_TEXT + text).batching
+    assert batching is not None
+    assert batching.preserve_ordering
+
+
+@pytest.mark.parametrize(
+    ("text", "milliseconds"),
+    [
+        ("", None),
+        ('parameters { key: "default_deadline_ms" value { string_value: "0" } }', 0.0),
+        ('parameters { key: "default_deadline_ms" value { string_value: "12.5" } }', 12.5),
+    ],
+)
+def test_a_model_may_have_a_default_deadline(text: str, milliseconds: float | None) -> None:
+    assert made(IO_TEXT + text).default_deadline_ms == milliseconds
+
+
+def test_requests_are_joined_only_when_asked() -> None:
     assert made(IO_TEXT + "max_batch_size: 8").batching is None
-    assert made(IO_TEXT + "max_batch_size: 1 dynamic_batching {}").batching is None
-    assert made(IO_TEXT + "dynamic_batching {}").batching is None
+    assert made(IO_TEXT + "max_batch_size: 1 dynamic_batching {}").batching == Batching(0, (1,))
+    assert made(IO_TEXT + "dynamic_batching {}").batching == Batching()
     assert made(IO_TEXT + "max_batch_size: 8 dynamic_batching {}").batching == Batching(0, (8,))
 
 
@@ -243,6 +283,44 @@ def test_requests_are_joined_only_when_asked_and_possible() -> None:
             "line 4: dynamic batching preferred size must be <=",
         ),
         (IO_TEXT + "max_batch_size: 2 dynamic_batching { preferred_batch_size: 0 }", "must be positive"),
+        (
+            IO_TEXT + "dynamic_batching {\n priority_levels: 3 }",
+            "line 5: default priority level must be in range [1, 3] for m. Set default_priority_level",
+        ),
+        (
+            IO_TEXT + "dynamic_batching { priority_levels: 3\n default_priority_level: 4 }",
+            "line 5: default priority level must be in range [1, 3] for m.",
+        ),
+        (
+            IO_TEXT + "dynamic_batching { priority_levels: 1 default_priority_level: 1\n"
+            "priority_queue_policy { key: 1 value { } }\n priority_queue_policy {\n key: 2 value { } } }",
+            "line 7: priority queue policy must have priority level in range [1, 1] for m, got 2.",
+        ),
+        (
+            IO_TEXT + "dynamic_batching { priority_levels: 1 default_priority_level: 1\n"
+            "priority_queue_policy { key: 0 value { } } }",
+            "must have priority level in range [1, 1] for m, got 0.",
+        ),
+        (
+            IO_TEXT + "dynamic_batching {\n preserve_ordering: true priority_levels: 2 default_priority_level: 1 }",
+            "line 5: Only one priority level is allowed when 'preserve_ordering' is true for m.",
+        ),
+        (
+            IO_TEXT + "dynamic_batching { preserve_ordering: true default_queue_policy { timeout_action: DELAY "
+            "default_timeout_microseconds: 5 } }",
+            "line 4: Queue policy can not have DELAY as timeout action when 'preserve_ordering' is true for m.",
+        ),
+        (
+            IO_TEXT + "dynamic_batching { preserve_ordering: true priority_levels: 1 default_priority_level: 1 "
+            "priority_queue_policy { key: 1 value { timeout_action: DELAY default_timeout_microseconds: 5 } } }",
+            "Queue policy can not have DELAY as timeout action",
+        ),
+        (
+            IO_TEXT + 'parameters {\n key: "default_deadline_ms" value { string_value: "soon" } }',
+            "line 5: parameter default_deadline_ms must be a number of milliseconds, 0 for no deadline, got 'soon'",
+        ),
+        (IO_TEXT + 'parameters { key: "default_deadline_ms" value { string_value: "-1" } }', "got '-1'"),
+        (IO_TEXT + 'parameters { key: "default_deadline_ms" value { string_value: "nan" } }', "got 'nan'"),
         (
             IO_TEXT + 'platform: "tensorrt_plan" backend: "onnxruntime"',
             "line 4: unexpected 'platform' and 'backend' pair",
@@ -325,9 +403,8 @@ def test_what_would_change_answers_is_refused(text: str, field: str) -> None:
     ("text", "field"),
     [
         ("response_cache { enable: true }", "response_cache"),
-        ("dynamic_batching { priority_levels: 2 default_priority_level: 1 }", "priority_levels"),
-        ("dynamic_batching { default_queue_policy { max_queue_size: 1 } }", "default_queue_policy"),
-        ("dynamic_batching { preserve_ordering: true }", "preserve_ordering"),
+        ("dynamic_batching { default_priority_level: 1 }", "priority_levels"),
+        ("dynamic_batching { priority_queue_policy { key: 1 value { max_queue_size: 1 } } }", "priority_levels"),
         ("instance_group { rate_limiter { priority: 1 } }", "rate_limiter"),
         ('instance_group { host_policy: "a" }', "instance_group"),
         ("instance_group { kind: KIND_MODEL }", "KIND_MODEL"),

@@ -147,6 +147,12 @@ def test_client_certificates_stand_in_for_tokens_on_grpc_only(
         ([*BASE, "--grpc-use-ssl"], "--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key"),
         ([*BASE, "--grpc-use-ssl-mutual"], "--grpc-use-ssl-mutual needs --grpc-use-ssl and --grpc-root-cert"),
         ([*BASE, "--model-config-name", "../x"], "--model-config-name"),
+        ([*BASE, "--default-deadline-ms=-1"], "--default-deadline-ms (or GATEWAY_DEFAULT_DEADLINE_MS)"),
+        ([*BASE, "--default-deadline-ms=nan"], "--default-deadline-ms (or GATEWAY_DEFAULT_DEADLINE_MS)"),
+        ([*BASE, "--tenant-header", "x tenant"], "--tenant-header (or GATEWAY_TENANT_HEADER)"),
+        ([*BASE, "--record-inputs"], "--record-inputs needs --record DIR"),
+        ([*BASE, "--record=/r", "--record-sample=1.5"], "--record-sample (or GATEWAY_RECORD_SAMPLE)"),
+        ([*BASE, "--record=/r", "--record-max-bytes=0"], "--record-max-bytes (or GATEWAY_RECORD_MAX_BYTES)"),
     ],
 )
 def test_refusals_say_what_to_do(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:

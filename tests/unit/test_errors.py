@@ -1,31 +1,40 @@
 """The error table: one row a class, complete, and equal to Triton's but where we say so (PROTOCOL.md section 1)."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
 from gateway import errors
 
-ROWS = {  # class: (gRPC status, HTTP status, retryable)
-    "InvalidArgument": (3, 400, False),
-    "NotFound": (5, 404, False),
-    "AlreadyExists": (6, 400, False),
-    "Unsupported": (12, 501, False),
-    "Unavailable": (14, 503, True),
-    "ResourceExhausted": (8, 429, True),
-    "DeadlineExceeded": (4, 504, False),
-    "Cancelled": (1, 400, False),
-    "Internal": (13, 500, False),
-    "Unauthenticated": (16, 401, False),
-    "PermissionDenied": (7, 403, False),
-    "MethodNotAllowed": (12, 405, False),
+ROOT = Path(__file__).parents[2]
+ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
+    "InvalidArgument": (3, 400, False, ""),
+    "NotFound": (5, 404, False, ""),
+    "AlreadyExists": (6, 400, False, ""),
+    "Unsupported": (12, 501, False, ""),
+    "Unavailable": (14, 503, True, "unavailable"),
+    "QueueFull": (14, 503, True, "queue_full"),
+    "QueueTimeout": (14, 503, True, "queue_timeout"),
+    "ResourceExhausted": (8, 429, True, "bytes"),
+    "Overloaded": (8, 429, True, "overload"),
+    "Shed": (8, 429, True, "shed"),
+    "DeadlineExceeded": (4, 504, False, "expired"),
+    "DeadlineTooShort": (4, 504, False, "deadline"),
+    "Cancelled": (1, 400, False, ""),
+    "Internal": (13, 500, False, ""),
+    "Unauthenticated": (16, 401, False, ""),
+    "PermissionDenied": (7, 403, False, ""),
+    "MethodNotAllowed": (12, 405, False, ""),
 }
+STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE"}
 ARGUMENTS = {
     "str": "x",
     "int": 1,
     "bool": True,
     "Sequence[str]": ["x"],
     "Sequence[int]": [1],
+    "float | None": 1.5,
 }
 
 
@@ -39,9 +48,37 @@ def builders():
 
 
 def test_every_class_is_a_row_and_every_row_a_class():
-    found = {each.__name__: (each.grpc, each.http, each.retryable) for each in classes()}
+    found = {each.__name__: (each.grpc, each.http, each.retryable, each.reason) for each in classes()}
     del found["GatewayError"]
     assert found == ROWS
+
+
+def table(text):
+    """The rows of the table of refusals in a text: reason to (HTTP, gRPC, retry)."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    return {row[0].strip("`"): (int(row[2]), row[3], row[4]) for row in rows if len(row) == 5}
+
+
+@pytest.mark.parametrize("text", [errors.__doc__, (ROOT / "README.md").read_text()], ids=["docstring", "README"])
+def test_every_refusal_is_documented_as_it_is(text):
+    wanted = {
+        each.reason: (each.http, STATUS[each.grpc], "yes" if each.retryable else "no")
+        for each in classes()
+        if each.reason
+    }
+    assert table(text) == wanted
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_when_to_try_again_is_known_or_not(kind):
+    assert kind("text").retry_after is None
+    assert kind("text", 0.25).retry_after == 0.25
+
+
+def test_those_refused_for_their_bytes_are_spread_out():
+    waits = {errors.too_many_bytes("full").retry_after for _ in range(20)}
+    assert len(waits) > 10
+    assert all(0.5 <= wait <= 1 for wait in waits)
 
 
 @pytest.mark.parametrize("kind", classes())
@@ -78,6 +115,9 @@ TEXTS = [
         "parameter keys starting with 'triton_' are reserved for Triton usage and should not be specified.",
     ),
     (errors.deadline_passed(), "Request timeout expired"),
+    (errors.queue_full("", None), "[request id: <id_unknown>] Exceeds maximum queue size"),
+    (errors.queue_full("r", 1.0), "[request id: r] Exceeds maximum queue size"),
+    (errors.queue_timeout(None), "Request timeout expired"),
     (errors.stopping(), "Server not ready"),
 ]
 

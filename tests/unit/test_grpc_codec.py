@@ -340,7 +340,7 @@ def test_bytes_survive_the_way_out_and_in(array):
 
 
 def test_every_field_of_a_response_is_written():
-    tensors = {"B": Tensor(DataType.INT8, (2,), wire=b"\x01\x02"), "A": Tensor(DataType.BYTES, (0,), wire=b"")}
+    tensors = {"B": Tensor(DataType.INT8, (2,), b"\x01\x02"), "A": Tensor(DataType.BYTES, (0,), b"")}
     parameters = {"s": "x", "b": True, "i": -1, "u": 2**64 - 1, "f": 0.5}
     response = sent(InferResponse("m", "3", tensors, id="ü", parameters=parameters))
     assert (response.model_name, response.model_version, response.id) == ("m", "3", "ü")

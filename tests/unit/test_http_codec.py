@@ -25,7 +25,7 @@ MANY = list(range(2000))  # enough JSON text to take simdjson's path
 
 def decode(body: bytes | dict[str, Any], header_length: str | None = None, config=RAW):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return Codec(LIMITS).decode(body, header_length, "m", "", lambda: config)
+    return Codec(LIMITS).decode(body, header_length, "m", "", config)
 
 
 def binary(document: dict[str, Any], *blobs: bytes) -> tuple[bytes, str]:
@@ -128,7 +128,7 @@ def test_a_repeated_header_is_read_again_from_each_body() -> None:
         body, length = binary(
             {"inputs": [{**IN, "parameters": {"binary_data_size": 8}}]}, np.full(2, value, "<f4").tobytes()
         )
-        request, _ = codec.decode(body, length, "m", "", lambda: RAW)
+        request, _ = codec.decode(body, length, "m", "", RAW)
         assert request.inputs["IN"].array.tolist() == [[value, value]]
 
 
@@ -140,7 +140,7 @@ def test_headers_with_ids_do_not_answer_for_each_other() -> None:
     codec = Codec(LIMITS)
     for request_id in ("a", "b", "a"):
         body, length = binary({"id": request_id, "inputs": [{**IN, "parameters": {"binary_data_size": 0}}]})
-        assert codec.decode(body, length, "m", "", lambda: RAW)[0].id == request_id
+        assert codec.decode(body, length, "m", "", RAW)[0].id == request_id
 
 
 # --- JSON numbers
@@ -470,7 +470,7 @@ def test_a_kept_traceback_does_not_spoil_the_parser() -> None:
     codec = Codec(LIMITS)
     bad = json.dumps(json_input([*MANY, "x"])).encode()
     with pytest.raises(GatewayError) as kept:
-        codec.decode(bad, None, "m", "", lambda: RAW)
+        codec.decode(bad, None, "m", "", RAW)
     good = json.dumps(json_input(MANY)).encode()
-    assert codec.decode(good, None, "m", "", lambda: RAW)[0].inputs["IN"].array[-1] == MANY[-1]
+    assert codec.decode(good, None, "m", "", RAW)[0].inputs["IN"].array[-1] == MANY[-1]
     assert kept.value.http == 500

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -264,6 +265,34 @@ async def test_statistics_of_what_is_not_there(rig, name, version, text):
     assert caught.value.message == text
 
 
+# --- default deadlines
+
+
+@pytest.mark.parametrize(
+    ("gateways", "models", "seconds"), [(0, None, None), (60_000, None, 60), (60_000, 30_000, 30), (60_000, 0, None)]
+)
+async def test_a_request_without_a_deadline_gets_the_models_or_the_gateways(gateways, models, seconds):
+    rig = Rig(default_deadline_ms=gateways)
+    rig.publish(VersionState("1", "READY", config=replace(model_config(), default_deadline_ms=models)))
+    before = time.monotonic()
+    async with background(rig.infer(request())):
+        deadline = (await rig.job()).request.deadline
+        if seconds is None:
+            assert deadline is None
+        else:
+            assert before + seconds <= deadline <= time.monotonic() + seconds
+
+
+@pytest.mark.parametrize("more", [{"deadline": 90.0}, {"parameters": {"timeout": 90_000_000}}])
+async def test_a_requests_own_deadline_goes_before_the_default_even_if_it_is_later(more):
+    rig = Rig(default_deadline_ms=60_000)
+    now = time.monotonic()
+    if "deadline" in more:
+        more = {"deadline": now + more["deadline"]}
+    async with background(rig.infer(request(**more))):
+        assert (await rig.job()).request.deadline >= now + 90
+
+
 # --- limits
 
 
@@ -276,6 +305,7 @@ async def test_more_bytes_than_the_limit_are_refused_until_others_are_answered()
         assert error.message == (
             "the gateway holds 16 bytes of requests and its limit is 20; retry later, or raise --max-inflight-bytes"
         )
+        assert error.retry_after > 0
         job.reply(answer(job.request))
         await first
         async with background(rig.infer(request())):

@@ -35,7 +35,7 @@ def test_an_array_survives_the_wire(typed):
     sent = Tensor.from_array(datatype, array)
     wire = bytes(sent.wire)
     assert len(wire) == sent.nbytes == element_count(array.shape) * datatype.itemsize
-    got = Tensor(datatype, array.shape, wire=wire)
+    got = Tensor(datatype, array.shape, wire)
     assert got.nbytes == len(wire)
     assert got.array.shape == array.shape
     assert got.array.dtype == array.dtype
@@ -45,7 +45,7 @@ def test_an_array_survives_the_wire(typed):
 @given(st_numpy.arrays(object, st_numpy.array_shapes(min_dims=0, min_side=0), elements=st.binary(max_size=9)))
 def test_bytes_elements_survive_the_wire(array):
     sent = Tensor.from_array(DataType.BYTES, array)
-    got = Tensor(DataType.BYTES, array.shape, wire=sent.wire)
+    got = Tensor(DataType.BYTES, array.shape, sent.wire)
     assert got.nbytes == sent.nbytes == sum(4 + len(element) for element in array.reshape(-1))
     assert got.array.tolist() == array.tolist()
 
@@ -62,7 +62,7 @@ def test_neither_direction_copies_what_is_large_and_contiguous():
     sent = Tensor.from_array(DataType.FP32, array)
     assert np.shares_memory(np.frombuffer(sent.wire, np.float32), array)
     wire = bytearray(24)
-    got = Tensor(DataType.FP32, (2, 3), wire=wire)
+    got = Tensor(DataType.FP32, (2, 3), wire)
     wire[0:4] = struct.pack("<f", 5.0)
     assert got.array[0, 0] == 5.0
     assert got.array is got.array
@@ -71,7 +71,7 @@ def test_neither_direction_copies_what_is_large_and_contiguous():
 @pytest.mark.parametrize(("shape", "size"), [((2,), 7), ((2,), 9), ((2,), 12), ((2,), 0), ((), 8), ((0,), 4)])
 def test_wire_bytes_that_do_not_fit_the_shape_raise(shape, size):
     with pytest.raises(ValueError, match=r".+"):
-        _ = Tensor(DataType.FP32, shape, wire=bytes(size)).array
+        _ = Tensor(DataType.FP32, shape, bytes(size)).array
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_element_count():
 
 
 def test_a_tensor_does_not_print_its_data():
-    assert repr(Tensor(DataType.FP32, (1, 2), wire=bytes(8))) == "Tensor(FP32, [1, 2])"
+    assert repr(Tensor(DataType.FP32, (1, 2), bytes(8))) == "Tensor(FP32, [1, 2])"

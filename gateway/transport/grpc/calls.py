@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from gateway import errors
 from gateway.telemetry import Refusals
+from gateway.transport.auth import Header
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.types import Infer, InferRequest, InferResponse
 
 _T = TypeVar("_T")
-Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
-Authenticate: TypeAlias = Callable[[str | None], str]
-"""Tenant of an `authorization` value; raises `Unauthenticated` or `PermissionDenied`."""
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+Authenticate: TypeAlias = Callable[[Header], str]
+"""The tenant of a call with this metadata; raises `GatewayError`."""
 
 _FOREVER = 1e9  # seconds; the libraries report "no deadline" as some huge number
 _log = logging.getLogger("gateway.grpc")
@@ -104,15 +105,11 @@ class Calls:
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
-        authorization: str | None = None
-        timeout: float | None = None
-        for key, value in metadata:
-            if key == "authorization":
-                authorization = str(value)
-            elif key == "x-request-timeout-ms":
-                timeout = _timeout(value)
+        # Of a key that is there twice the first counts, as on HTTP.
+        values: dict[str, Any] = dict(reversed(metadata))
+        tenant = self._authenticate(values.get)
         deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
-        return Caller(self._authenticate(authorization), deadline, timeout)
+        return Caller(tenant, deadline, _timeout(values.get("x-request-timeout-ms")))
 
     def request(self, payload: bytes, caller: Caller) -> InferRequest:
         """A request from its serialized message. Raises `GatewayError`."""
@@ -151,18 +148,16 @@ class Calls:
             )
 
     async def _only(self, request: InferRequest) -> InferResponse:
-        answer: InferResponse | None = None
         responses = self.infer(request)
         try:
-            async for response in responses:
-                if answer is not None or not response.final:
-                    raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
-                answer = response
+            response = await anext(responses)
+        except StopAsyncIteration:
+            raise errors.Internal(f"model '{request.model_name}' ended without an answer") from None
         finally:
             await responses.aclose()  # aclosing() does the same for 1 us more
-        if answer is None:
-            raise errors.Internal(f"model '{request.model_name}' ended without an answer")
-        return answer
+        if not response.final:
+            raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+        return response
 
 
 def sendable(message: bytes) -> bytes:
@@ -187,11 +182,14 @@ def stopping() -> errors.Unavailable:
     return errors.Unavailable("GRPC server is shutting down and has stopped accepting new requests.")
 
 
-def _timeout(value: str | bytes) -> float:
+def _timeout(value: str | None) -> float | None:
+    """Seconds of a value in milliseconds."""
+    if value is None:
+        return None
     with suppress(ValueError):
         milliseconds = float(value)
-        if 0 < milliseconds < _FOREVER:
+        if 0 < milliseconds < 1e12:
             return milliseconds / 1000
     raise errors.InvalidArgument(
-        f"metadata 'x-request-timeout-ms' must be a positive number of milliseconds, got '{value!s}'"
+        f"metadata 'x-request-timeout-ms' must be a positive number of milliseconds, got '{value[:40]}'"
     )

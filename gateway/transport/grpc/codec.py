@@ -19,7 +19,16 @@ from gateway import errors
 from gateway.errors import InvalidArgument
 from gateway.transport.grpc.contents import read_contents
 from gateway.transport.grpc.wire import Parts, length, malformed, split
-from gateway.types import Buffer, DataType, InferRequest, InferResponse, Parameter, RequestedOutput, Tensor
+from gateway.types import (
+    NO_PARAMETERS,
+    Buffer,
+    DataType,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    RequestedOutput,
+    Tensor,
+)
 
 _MAX_RANK = 64  # numpy's own limit
 _REMEMBERED_BYTES = 4096  # a larger head carries typed contents, which do not repeat
@@ -76,8 +85,8 @@ def decode(payload: bytes) -> InferRequest:
         head.model_version,
         parts.id,
         head.outputs,
-        dict(head.parameters) if head.parameters else {},
-        form=head if repeats and head.raw_only else None,
+        dict(head.parameters) if head.parameters else NO_PARAMETERS,
+        form=(head, *map(len, parts.raw)) if repeats and head.raw_only else None,
     )
 
 
@@ -107,13 +116,15 @@ def encode_streamed(response: InferResponse) -> bytes:
     return b"".join((_STREAM_RESPONSE, length(len(body)), body))
 
 
-def encode_streamed_error(message: str, request_id: str) -> bytes:
-    """Write a serialized `ModelStreamInferResponse` that reports a request's failure."""
-    return bytes(
-        service_pb2.ModelStreamInferResponse(
-            error_message=message, infer_response=service_pb2.ModelInferResponse(id=request_id)
-        ).SerializeToString()
-    )
+def encode_streamed_error(message: str, request_id: str, retry_after_ms: int | None = None) -> bytes:
+    """Write a serialized `ModelStreamInferResponse` that reports a request's failure and when to try again."""
+    answer = service_pb2.ModelStreamInferResponse(error_message=message)
+    answer.infer_response.id = request_id
+    if retry_after_ms is not None:
+        # Both, because Triton's client hands on the text only.
+        answer.error_message += f" (retry after {retry_after_ms} ms)"
+        answer.infer_response.parameters["retry_after_ms"].int64_param = retry_after_ms
+    return bytes(answer.SerializeToString())
 
 
 def request_id(payload: bytes) -> str:
@@ -136,12 +147,12 @@ def check_version(version: str) -> str:
 def _tensors(head: _Head, parts: Parts) -> dict[str, Tensor]:
     if head.raw_only and len(parts.raw) == len(head.inputs):
         return {
-            each.name: Tensor(each.datatype, each.shape, wire=wire)
+            each.name: Tensor(each.datatype, each.shape, wire)
             for each, wire in zip(head.inputs, parts.raw, strict=True)
         }
     if parts.raw:
         raise _misplaced(head, len(parts.raw))
-    return {each.name: Tensor(each.datatype, each.shape, wire=_present(each, head)) for each in head.inputs}
+    return {each.name: Tensor(each.datatype, each.shape, _present(each, head)) for each in head.inputs}
 
 
 def _misplaced(head: _Head, raw: int) -> InvalidArgument:

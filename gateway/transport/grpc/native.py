@@ -2,7 +2,8 @@
 
 The front owns the public port and passes every other call to a grpcio server on a private socket. One thread
 hands its events to the loop in batches; each call is a task of this front's group. The front undoes gzip,
-refuses other compression, and does not limit the size of messages, which `Calls` therefore checks.
+refuses other compression, and does not limit the size of messages, which `Calls` therefore checks. It sends no
+`grpc-retry-pushback-ms`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from gateway import errors
 from gateway.transport.grpc.calls import Calls, stopping
 from gateway.transport.grpc.options import Keepalive
+from gateway.transport.grpc.trailers import trailers
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _BATCH = 64
@@ -131,7 +133,7 @@ class Front:
             self._tasks.pop(call_id, None)
 
     def _fail(self, call_id: int, error: errors.GatewayError) -> None:
-        self._native.fail(call_id, error.grpc, error.message)
+        self._native.fail(call_id, error.grpc, error.message, trailers(error, pushback=False))
 
     def _flush(self, seconds: float) -> None:
         # The front tells nobody when an answer is on its way, it only counts calls that have ended, and closing

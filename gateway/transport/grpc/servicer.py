@@ -24,6 +24,7 @@ from gateway.service import Service
 from gateway.transport.grpc.calls import Calls, explain
 from gateway.transport.grpc.control import OPEN, Control
 from gateway.transport.grpc.stream import Stream
+from gateway.transport.grpc.trailers import trailers
 
 SERVICE = "inference.GRPCInferenceService"
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
@@ -90,7 +91,7 @@ def _control(
 
 
 async def _abort(context: Any, error: errors.GatewayError) -> NoReturn:
-    await context.abort(_STATUS[error.grpc], error.message)
+    await context.abort(_STATUS[error.grpc], error.message, trailers(error))
     raise error  # abort() never returns, which its type does not say
 
 

@@ -16,6 +16,7 @@ from grpc.aio import EOF
 from gateway import errors
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.calls import Caller, Calls, explain, sendable, stopping
+from gateway.transport.grpc.trailers import retry_after_ms
 
 
 class Stream:
@@ -64,7 +65,9 @@ class Stream:
                 # Kept for good: the status cannot be sent while another answer is half written.
                 await self._writing.acquire()
                 raise error from None
-            await self._write(codec.encode_streamed_error(error.message, codec.request_id(payload)))
+            await self._write(
+                codec.encode_streamed_error(error.message, codec.request_id(payload), retry_after_ms(error))
+            )
 
     async def _write(self, message: bytes) -> None:
         async with self._writing:

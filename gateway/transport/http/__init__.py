@@ -2,6 +2,6 @@
 
 from gateway.transport.http.app import HttpApp
 from gateway.transport.http.limits import HttpLimits
-from gateway.transport.http.server import HttpServer, TlsFiles
+from gateway.transport.http.server import Counted, HttpServer, TlsFiles
 
-__all__ = ["HttpApp", "HttpLimits", "HttpServer", "TlsFiles"]
+__all__ = ["Counted", "HttpApp", "HttpLimits", "HttpServer", "TlsFiles"]

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any, Self
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
-from gateway.errors import GatewayError, ResourceExhausted
+from gateway.errors import GatewayError, too_many_bytes
 from gateway.service import Service
 from gateway.telemetry import Refusals
-from gateway.transport.auth import Tokens
+from gateway.transport.auth import Callers
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
@@ -37,16 +37,17 @@ _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 class HttpApp:
     """Serves a `Service` over HTTP; an async context manager, to be open while requests come.
 
-    `infer` answers inference: `service.infer` or a wrapper of it. Without `tokens` everybody may call.
+    `infer` answers inference: `service.infer` or a wrapper of it. Without `callers` everybody may call.
     """
 
     def __init__(
-        self, service: Service, infer: Infer, limits: HttpLimits | None = None, tokens: Tokens | None = None
+        self, service: Service, infer: Infer, limits: HttpLimits | None = None, callers: Callers | None = None
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service
-        self._tokens = tokens
+        self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
+        self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
@@ -61,6 +62,10 @@ class HttpApp:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._disconnects.__aexit__(kind, error, trace)
+
+    async def finished(self) -> None:
+        """Wait until every request that came in is answered."""
+        await self._disconnects.finished()
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         """Answer one request. A client that leaves cancels its request and gets no answer."""
@@ -81,8 +86,11 @@ class HttpApp:
         try:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
-                tenant = self._tokens.tenant(headers.get("authorization")) if self._tokens is not None else ""
-                body = await self._body(headers, protocol)
+                tenant = self._callers.tenant(headers.get)
+                size = headers.get("content-length")
+                # Most bodies are small, and a coroutine of its own costs each of them 1 %.
+                small = size is not None and int(size) <= self._small
+                body = await protocol() if small else await self._body(headers, protocol)
                 return 200, *await self._endpoint.answer(*target, headers.get, body, tenant)
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
                 return health(self._service, word)
@@ -117,9 +125,9 @@ class HttpApp:
                 self._arriving += len(chunk)
                 # A lone body is let in, however large: its own limit bounds it.
                 if self._arriving > max(size, self._limits.max_inflight_bytes):
-                    raise ResourceExhausted(
+                    raise too_many_bytes(
                         f"{self._arriving} bytes of request bodies are arriving and the limit is "
-                        f"{self._limits.max_inflight_bytes}; retry later, or raise --max-inflight-bytes"
+                        f"{self._limits.max_inflight_bytes}"
                     )
                 yield chunk
         finally:
@@ -134,9 +142,10 @@ class HttpApp:
     def _import(self) -> AsgiApp:
         from gateway.transport.http.routes import build
 
-        return build(self._service, self._endpoint, self._limits, self._tokens)
+        return build(self._service, self._endpoint, self._limits, self._callers)
 
 
+@lru_cache(1024)
 def infer_target(path: str) -> tuple[str, str] | None:
     """Model and version of an infer path, or None for another path."""
     if not (path.startswith(_MODELS) and path.endswith(_INFER)):

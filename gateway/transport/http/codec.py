@@ -8,7 +8,6 @@ the model by the service.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -22,7 +21,7 @@ from gateway.errors import InvalidArgument
 from gateway.transport.http.document import DocumentReader, too_large
 from gateway.transport.http.header import InputHeader, RequestHeader, ResponsePlan, read_header
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Array, DataType, InferRequest, InferResponse, Tensor, element_count
+from gateway.types import Array, Buffer, DataType, InferRequest, InferResponse, Tensor, element_count
 
 Headers = list[tuple[str, str]]
 
@@ -34,7 +33,7 @@ _NOT_JSON = (DataType.FP16, DataType.BF16)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Form:
-    """A header that was met before: what it says, where its tensors lie behind it, and how long they are."""
+    """A header that was met before: what it says, where in a body its tensors lie, and how long the body must be."""
 
     header: RequestHeader
     cuts: tuple[tuple[str, DataType, tuple[int, ...], int, int], ...]
@@ -50,27 +49,28 @@ class Codec:
         self._forms: dict[bytes, _Form] = {}
 
     def decode(
-        self, body: bytes, header_length: str | None, model: str, version: str, config: Callable[[], ModelConfig]
+        self, body: bytes, header_length: str | None, model: str, version: str, config: ModelConfig
     ) -> tuple[InferRequest, ResponsePlan]:
         """Read an infer body. `header_length` is the Inference-Header-Content-Length header.
 
-        `config` is asked for only by a raw binary request (header length 0), whose shape is the model's.
+        A raw binary request (header length 0) has the shape that `config` gives.
         """
         if header_length is None:
             return self._decode_parts(body, b"", model, version)
         length = _header_length(header_length, len(body))
         # Clients repeat a header byte for byte; not reading it again saves more time than all else here takes.
         form = self._forms.get(body[:length]) if length <= _REMEMBERED_BYTES else None
-        if form is not None and length + form.size == len(body):
-            view = memoryview(body)[length:]
+        if form is not None and form.size == len(body):
+            # Copying a few bytes is quicker than making a view of them.
+            source = body if len(body) <= _REMEMBERED_BYTES else memoryview(body)
             tensors = {
-                name: Tensor(datatype, shape, wire=view[start:end]) for name, datatype, shape, start, end in form.cuts
+                name: Tensor(datatype, shape, source[start:end]) for name, datatype, shape, start, end in form.cuts
             }
             header = form.header
             request = InferRequest(model, tensors, version, "", header.outputs, header.parameters, form=form)
             return request, header.plan
         if not length:
-            return self._decode_raw(body, model, version, config())
+            return self._decode_raw(body, model, version, config)
         return self._decode_parts(body[:length], memoryview(body)[length:], model, version)
 
     def _decode_parts(
@@ -86,7 +86,7 @@ class Codec:
     def _remember(self, text: bytes, header: RequestHeader) -> None:
         if len(self._forms) >= _REMEMBERED:
             self._forms.clear()
-        ends = list(accumulate([each.size for each in header.inputs], initial=0))
+        ends = list(accumulate([each.size for each in header.inputs], initial=len(text)))
         cuts = tuple(
             (each.name, each.datatype, each.shape, start, end)
             for each, start, end in zip(header.inputs, ends[:-1], ends[1:], strict=True)
@@ -113,20 +113,14 @@ class Codec:
             wire = len(body).to_bytes(4, "little") + body
         dims = _deduced(spec.name, spec.dims, spec.datatype.itemsize, len(body))
         shape = (1, *dims) if config.max_batch_size else dims
-        return InferRequest(model, {spec.name: Tensor(spec.datatype, shape, wire=wire)}, version), ResponsePlan(
-            True, {}
-        )
+        return InferRequest(model, {spec.name: Tensor(spec.datatype, shape, wire)}, version), ResponsePlan(True, {})
 
 
 def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]:
-    """Write the response's headers and body. Raises InvalidArgument for an output that JSON cannot carry."""
+    """Write the response's headers, which are not to be changed, and body. Raises InvalidArgument for an output that JSON cannot carry."""
     binary = all(map(plan.listed.get, response.outputs)) if plan.listed else plan.binary
-    if binary and not response.id and not response.parameters:
-        tensors = response.outputs.values()
-        kinds = tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()])
-        headers, text = _binary_head(response.model_name, response.model_version, kinds)
-        if text:
-            return list(headers), b"".join((text, *[tensor.wire for tensor in tensors]))
+    if binary and not response.id and not response.parameters and (known := _encode_known(response)) is not None:
+        return known
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes | bytearray | memoryview] = []
     for name, tensor in response.outputs.items():
@@ -149,6 +143,17 @@ def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]
     if not blobs:
         return [("content-type", "application/json")], text
     return _binary_headers(text), b"".join((text, *blobs))
+
+
+def _encode_known(response: InferResponse) -> tuple[Headers, bytes] | None:
+    """A response without id and parameters, all of it binary; None if its shapes do not tell its sizes."""
+    kinds: list[tuple[str, DataType, tuple[int, ...]]] = []
+    parts: list[Buffer] = [b""]
+    for name, tensor in response.outputs.items():
+        kinds.append((name, tensor.datatype, tensor.shape))
+        parts.append(tensor.wire)
+    headers, parts[0] = _binary_head(response.model_name, response.model_version, tuple(kinds))
+    return (headers, b"".join(parts)) if parts[0] else None
 
 
 @lru_cache(_REMEMBERED)
@@ -175,11 +180,16 @@ def _binary_headers(text: bytes) -> Headers:
 
 
 def _header_length(value: str, size: int) -> int:
-    # isdecimal also takes digits of other scripts, which int() would read.
-    length = int(value) if value.isascii() and value.isdecimal() and len(value) < 12 else -1
+    length = _natural(value)
     if not 0 <= length <= size:
         raise InvalidArgument(f"inference header size should be in range (0, {size}), got: {value[:40]}")
     return length
+
+
+@lru_cache(_REMEMBERED)
+def _natural(value: str) -> int:
+    # isdecimal also takes digits of other scripts, which int() would read.
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 12 else -1
 
 
 def _tensors(inputs: tuple[InputHeader, ...], blobs: bytes | memoryview, model: str) -> dict[str, Tensor]:
@@ -187,7 +197,7 @@ def _tensors(inputs: tuple[InputHeader, ...], blobs: bytes | memoryview, model: 
     offset = 0
     for each in inputs:
         if each.array is not None:
-            tensors[each.name] = Tensor(each.datatype, each.shape, array=each.array)
+            tensors[each.name] = Tensor.from_array(each.datatype, each.array)
             continue
         end = offset + each.size
         if end > len(blobs):
@@ -195,7 +205,7 @@ def _tensors(inputs: tuple[InputHeader, ...], blobs: bytes | memoryview, model: 
                 f"unexpected size for input '{each.name}', expecting {end - len(blobs)} additional bytes "
                 f"for model '{model}'"
             )
-        tensors[each.name] = Tensor(each.datatype, each.shape, wire=blobs[offset:end])
+        tensors[each.name] = Tensor(each.datatype, each.shape, blobs[offset:end])
         offset = end
     if offset != len(blobs):
         raise InvalidArgument(f"unexpected additional input data for model '{model}'")

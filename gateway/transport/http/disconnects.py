@@ -28,6 +28,7 @@ class Disconnects:
         self._seen: dict[asyncio.Task[Any], Protocol] = {}
         self._watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
         self._gone: set[asyncio.Task[Any]] = set()
+        self._emptied: asyncio.Event | None = None  # while somebody waits for it
 
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
@@ -63,6 +64,15 @@ class Disconnects:
             watcher = self._watchers.pop(task, None)
             if watcher is not None:
                 watcher.cancel()
+        if self._emptied is not None and not self._new and not self._seen and not self._watchers:
+            self._emptied.set()
+
+    async def finished(self) -> None:
+        """Wait until every request that began has ended."""
+        while self._new or self._seen or self._watchers:
+            self._emptied = asyncio.Event()
+            await self._emptied.wait()
+        self._emptied = None
 
     def _sweep(self) -> None:
         for task, protocol in self._seen.items():

@@ -7,19 +7,15 @@ else for the caller to log and hide.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
-from functools import partial
-from typing import TypeAlias
+from collections.abc import AsyncIterator
 
 from gateway.errors import Internal, InvalidArgument, Unsupported
 from gateway.service import Service
+from gateway.transport.auth import Header
 from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.limits import HttpLimits
 from gateway.types import Infer
-
-Header: TypeAlias = Callable[[str], str | None]
-"""A request's headers: the value of one by its lower-case name, or None."""
 
 
 class InferEndpoint:
@@ -34,18 +30,14 @@ class InferEndpoint:
     async def answer(self, model: str, version: str, header: Header, body: bytes, tenant: str) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
         # An unknown model is reported before a bad body, as in Triton.
-        if self._service.model_config(model, version).decoupled:
+        config = self._service.model_config(model, version)
+        if config.decoupled:
             raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
         encoding = header("content-encoding")
         if encoding is not None:
             body = await decompress(body, encoding, self._limits.max_input_size)
-        request, plan = self._codec.decode(
-            body,
-            header("inference-header-content-length"),
-            model,
-            version,
-            partial(self._service.model_config, model, version),
-        )
+        length = header("inference-header-content-length")
+        request, plan = self._codec.decode(body, length, model, version, config)
         request.tenant = tenant
         timeout = header("x-request-timeout-ms")
         if timeout is not None:
@@ -60,7 +52,7 @@ class InferEndpoint:
         headers, answer = encode(response, plan)
         accept = header("accept-encoding")
         if accept is not None and (packing := accepted(accept)) != "identity":
-            headers.append(("content-encoding", packing))
+            headers = [*headers, ("content-encoding", packing)]
             answer = await compress(answer, packing)
         return headers, answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 
 import orjson
@@ -24,6 +25,10 @@ def error_reply(error: GatewayError) -> Reply:
         headers.append(("www-authenticate", "Bearer"))
     elif isinstance(error, UnsupportedEncoding):
         headers.append(("accept-encoding", "gzip, deflate"))
+    elif error.retry_after is not None:
+        # RFC 9110 knows whole seconds only, which is long for who was refused by milliseconds.
+        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
+        headers.append(("retry-after-ms", str(max(1, math.ceil(error.retry_after * 1000)))))
     # A message may quote what the client sent, and half a surrogate pair has no UTF-8.
     message = error.message.encode(errors="replace").decode()
     return error.http, headers, orjson.dumps({"error": message})

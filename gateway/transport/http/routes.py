@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from gateway import __version__, errors
 from gateway.config.parse import config_json
 from gateway.service import Service
-from gateway.transport.auth import Tokens
+from gateway.transport.auth import Callers
 from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
@@ -43,11 +43,11 @@ bytes, the header `Inference-Header-Content-Length` says where the JSON ends, an
 parameter `binary_data_size` in place of `data`."""
 
 
-def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, tokens: Tokens | None) -> AsgiApp:
+def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, callers: Callers) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
 
     async def authorize(request: Request) -> None:
-        request.state.tenant = tokens.tenant(request.headers.get("authorization")) if tokens is not None else ""
+        request.state.tenant = callers.tenant(request.headers.get)
 
     app = FastAPI(
         title="Lockgate",

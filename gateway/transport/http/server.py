@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ class RsgiApp(Protocol):
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
         """Answer one request through `protocol`."""
+
+    async def finished(self) -> None:
+        """Wait until no request is inside. `Counted` gives this to an application that does not keep count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class HttpServer:
         self._host = host
         self._tls = tls
         self._max_connections = max_connections
-        self._running = _Running(app)
+        self._app = app
         self._stopping = False
         self._group = asyncio.TaskGroup()
 
@@ -62,7 +66,7 @@ class HttpServer:
         listener = await _listen(self._host, self.port, self._max_connections)
         self.port = listener.getsockname()[1]
         try:
-            self._server = _Embedded(listener, self._running, self._tls, self._max_connections)
+            self._server = _Embedded(listener, self._app, self._tls, self._max_connections)
         except BaseException:
             listener.close()
             raise
@@ -84,7 +88,7 @@ class HttpServer:
             # What is left may be a client that stalls in the middle of its body, for ever.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_FINISH):
-                    await self._running.finished()
+                    await self._app.finished()
             # granian waits for half-sent requests as well, and those may never be completed.
             await asyncio.wait({self._serving}, timeout=_LINGER)
         finally:
@@ -95,24 +99,26 @@ class HttpServer:
             await self._group.__aexit__(kind, error, trace)
 
 
-class _Running:
-    """The application, and how many requests are inside it."""
+class Counted:
+    """An application, and how many requests are inside it. Costs every request a coroutine of its own."""
 
-    def __init__(self, app: RsgiApp) -> None:
-        self._app = app
+    def __init__(self, answer: Callable[[Any, Any], Awaitable[None]]) -> None:
+        self._answer = answer
         self._count = 0
         self._idle: asyncio.Event | None = None
 
     async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+        """See `RsgiApp`."""
         self._count += 1
         try:
-            await self._app.__rsgi__(scope, protocol)
+            await self._answer(scope, protocol)
         finally:
             self._count -= 1
             if self._idle is not None and not self._count:
                 self._idle.set()
 
     async def finished(self) -> None:
+        """See `RsgiApp`."""
         if self._count:
             self._idle = asyncio.Event()
             await self._idle.wait()

@@ -1,0 +1,219 @@
+"""Admission, pure: whether a request can be answered by its deadline, given what waits and runs.
+
+The predicted end is a *fair* ETA (`SCHEDULING.md` section 2): a request waits for its own lane's work, and for at
+most as much of each other lane and of each other tenant, so that one hot model or client is refused by its own
+queue and nobody else's. It is approximate and may be; what it accepts by mistake, the early drop at dispatch
+gives up.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal
+
+from gateway.scheduling.base import Limits, QueuePolicy, Refusal, RefusalReason, Request, W
+from gateway.scheduling.lanes import CRITICAL, DEFAULT, SHEDDABLE, SPILL, Device, Entry, Lane, Seat
+
+_BUSY = 0.8  # utilisation above which nothing sheddable is admitted
+_STANDING = 0.1  # seconds for which a queue must not have been empty to be a standing one (CoDel's interval)
+_STALE = 1.0  # seconds without a run after which the latency may be another one
+
+_rank = attrgetter("rank")
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What admission knows beside the lane: the time and what does not belong to one lane."""
+
+    now: float
+    overhead: float = 0.0  # seconds between the end of a run and its answers
+    jitter: float = 0.0  # 0 to 1, random: spreads the return of refused clients
+    bytes_left: int = 1 << 62
+
+
+def level_of(limits: Limits, request: Request) -> int:
+    """The priority class of a request, or Triton's level where the model sets `priority_levels`."""
+    priority = request.priority
+    if limits.priority_levels:
+        if 1 <= priority <= limits.priority_levels:
+            return priority
+        return limits.default_priority or (limits.priority_levels + 1) // 2
+    if priority == 1:
+        return CRITICAL
+    return SHEDDABLE if priority >= 3 else DEFAULT
+
+
+def policy_of(limits: Limits, level: int) -> QueuePolicy:
+    """Triton's queue policy for a level."""
+    if limits.priority_levels:
+        return limits.priority_queues.get(level, limits.queue)
+    return limits.queue
+
+
+def expiry(policy: QueuePolicy, request: Request, enqueued: float) -> float:
+    """When its queue policy times a request out; infinity for never."""
+    seconds = policy.timeout
+    if policy.allow_override:
+        override = _microseconds(request) / 1e6
+        if override > 0 and (seconds <= 0 or override < seconds):
+            seconds = override
+    return enqueued + seconds if seconds > 0 else math.inf
+
+
+def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | Literal["accept", "spill"]:
+    """Admit a request to its lane, to the lane's slower pool, or refuse it. Changes nothing."""
+    refusal = _hard_limits(lane, entry, number, at)
+    if refusal is not None:
+        return refusal
+    deadline = entry.request.deadline
+    if number == SHEDDABLE and not lane.limits.priority_levels and not _is_quiet(lane, at.now):
+        return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter)
+    if deadline is None or not lane.fast or not lane.fast[0].current.trusted:
+        return "accept"
+    service = min(seat.latency(entry.request).mean(entry.rows) for seat in lane.seats.values())
+    idle = _is_idle(lane)
+    if at.now + service > deadline:
+        if idle and at.now < deadline and at.now - lane.last_run > _STALE:
+            return "accept"  # nothing is lost by trying, and nothing else would ever show that the device recovered
+        return _refuse("deadline", service, deadline - at.now, None)
+    end = eta(lane, lane.fast, entry, number, at)
+    if end <= deadline or idle:
+        return "accept"
+    if lane.slow and eta(lane, lane.slow, entry, number + SPILL, at) <= deadline:
+        return "spill"
+    return _refuse("overload", end - at.now, deadline - at.now, (end - deadline) * (1 + at.jitter / 2))
+
+
+def eta(lane: Lane[W], pool: Sequence[Seat[W]], entry: Entry[W], number: int, at: Situation) -> float:
+    """When a request of this level would be answered by a pool, with the fair part of what is before it."""
+    now = at.now
+    seat = pool[0]
+    residual = seat.device.residual(seat, now)
+    parallel = seat.parallel
+    for other in pool[1:]:
+        parallel += other.parallel
+        left = other.device.residual(other, now)
+        if left < residual:
+            seat, residual = other, left
+    model = seat.latency(entry.request)
+    rows = rows_before(lane, entry, number) + entry.rows
+    share = -(-rows // parallel)
+    batch = max(min(model.cap, model.room(entry.rank - now - at.overhead)), entry.rows, 1)
+    full, rest = divmod(share - 1, batch)
+    wait = residual + full * model.mean(batch)
+    # Those who arrive until its batch starts ride along, and make it longer.
+    last = model.mean(min(batch, rest + 1 + int(lane.rate(now) / parallel * wait)))
+    own = full * model.mean(batch) + last
+    ahead = _ahead(lane, seat.device, own, number, entry.rank)
+    return now + at.overhead + (residual + own + ahead) * model.tail
+
+
+def rows_before(lane: Lane[W], entry: Entry[W], number: int) -> int:
+    """Rows of the lane that run before the request does."""
+    rows = 0
+    for level in lane.levels.values():
+        if level.number > number:
+            break
+        rows += level.rows
+        line = level.lines.get(entry.request.signature)
+        if level.number == number and line and entry.rank < line[-1].rank:
+            behind = len(line) - bisect_right(line, entry.rank, key=_rank)
+            rows -= behind * level.waiting // max(level.requests, 1)
+    if len(lane.tenants) > 1:
+        own = lane.tenants.get(entry.tenant, 0) + entry.rows
+        others = sum(min(count, own) for tenant, count in lane.tenants.items() if tenant != entry.tenant)
+        rows = min(rows, own - entry.rows + others)
+    return max(rows, 0)
+
+
+def work(lane: Lane[W], seat: Seat[W], rows: int) -> float:
+    """Engine seconds in so many rows of a lane."""
+    model = seat.current
+    full, rest = divmod(rows, model.cap)
+    return full * model.mean(model.cap) + (model.mean(rest) if rest else 0.0)
+
+
+def utilisation(device: Device[W], now: float) -> float:
+    """The part of the device's time that today's arrivals need in batches as large as they may be."""
+    busy = 0.0
+    for lane in device.lanes:
+        seat = lane.seats[device.name]
+        model = seat.current
+        busy += lane.rate(now) * model.mean(model.efficient) / model.efficient * seat.threads / device.cores
+    return busy
+
+
+def target(device: Device[W], now: float) -> int:
+    """Rows of the smallest batch that sustains today's arrivals: each costs its rows and a part of its batch."""
+    constant = slope = 0.0
+    for lane in device.lanes:
+        seat = lane.seats[device.name]
+        a, b = seat.current.fit
+        rate = lane.rate(now) * seat.threads / device.cores
+        constant += rate * a
+        slope += rate * b
+    return math.ceil(constant / max(0.02, 0.95 - slope))
+
+
+def _hard_limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | None:
+    limits = lane.limits
+    most = policy_of(limits, number).max_size
+    if most:
+        level = lane.levels.get(number)
+        waiting = lane.requests if not limits.priority_levels else level.requests if level else 0
+        if waiting >= most:
+            return Refusal("queue_full", "Exceeds maximum queue size")
+    if entry.request.size > at.bytes_left:
+        return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter)
+    return None
+
+
+def _ahead(lane: Lane[W], device: Device[W], own: float, number: int, rank: float) -> float:
+    """Seconds for which the device is kept by other lanes before a request of `own` seconds."""
+    ahead = 0.0
+    for other in device.lanes:
+        if other is lane:
+            continue
+        rows = other.rows
+        if not rows:
+            continue
+        seat = other.seats[device.name]
+        model = seat.current
+        fair = own + model.mean(min(model.cap, rows + 1))
+        ahead += min(work(other, seat, rows), fair) * seat.threads / device.cores
+    return ahead
+
+
+def _is_idle(lane: Lane[W]) -> bool:
+    """Whether a request of this lane would start at once."""
+    return not lane.rows and any(
+        seat.free and not any(other.waiting for other in seat.device.lanes) for seat in lane.fast
+    )
+
+
+def _is_quiet(lane: Lane[W], now: float) -> bool:
+    """Whether there is room for work that gives way to any other."""
+    for seat in lane.fast:
+        standing = any(now - other.standing_since > _STANDING for other in seat.device.lanes)
+        if not standing and utilisation(seat.device, now) < _BUSY:
+            return True
+    return not lane.fast
+
+
+def _refuse(reason: RefusalReason, needed: float, left: float, retry_after: float | None) -> Refusal:
+    milliseconds = f"needs about {1e3 * needed:.3g} ms to be answered, its deadline is in {1e3 * left:.3g} ms"
+    if reason == "deadline":
+        return Refusal(reason, f"deadline below service time: the request {milliseconds}", retry_after)
+    return Refusal(reason, f"overloaded: the request {milliseconds}", retry_after)
+
+
+def _microseconds(request: Request) -> float:
+    value = request.parameters.get("timeout", 0)
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0

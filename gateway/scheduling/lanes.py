@@ -1,0 +1,324 @@
+"""The state that scheduling decides on: jobs waiting in lanes, and the devices that lanes run on.
+
+Nothing here decides. A lane keeps its jobs by level (the priority class, or Triton's strict priority level), and
+within a level by signature, because only jobs of one signature share a batch. Counts of rows are kept up to date
+at every change, so that an admission reads them at no cost.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
+from typing import Generic
+
+from gateway.scheduling.base import LaneKey, Limits, Place, Refusal, Request, Run, W
+from gateway.scheduling.fairness import Turns
+from gateway.scheduling.latency import LatencyModel
+from gateway.scheduling.report import LaneReport
+
+CRITICAL, DEFAULT, SHEDDABLE = 0, 1, 2  # priority classes, most urgent first
+SPILL = 1000  # added to the level of what only a slower pool can answer in time
+_UNEQUAL = 2.0  # a place that takes this many times as long per row as the best is of a slower pool
+_SWEEP = 1024  # entries in a line, below which dead ones among them are not worth looking for
+_RATE_SECONDS = 1.0  # arrivals are averaged over this long
+
+_rank = attrgetter("rank")
+_enqueued = attrgetter("enqueued")
+
+
+class Entry(Generic[W]):
+    """One request from its admission until it runs, is refused or given up. `level` is what it is counted in."""
+
+    __slots__ = ("counted", "enqueued", "expires", "job", "lane", "level", "rank", "request", "rows", "tenant")
+
+    def __init__(self, lane: Lane[W], request: Request, rank: float, enqueued: float) -> None:
+        self.lane = lane
+        self.request = request
+        self.rows = request.rows
+        self.tenant = request.tenant
+        self.rank = rank  # the deadline, or what stands for it
+        self.enqueued = enqueued
+        self.expires = math.inf  # when its queue policy times it out
+        self.job: W | None = None
+        self.level: Level[W] | None = None
+        self.counted = False
+
+    @property
+    def done(self) -> bool:
+        """True when it no longer waits, or nobody waits for it."""
+        return not self.counted or (self.job is not None and self.job.done)
+
+
+class Level(Generic[W]):
+    """The entries of one priority of a lane: counts of all that were admitted, and a line for each signature."""
+
+    __slots__ = ("lines", "number", "requests", "rows", "waiting")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rows = 0
+        self.requests = 0
+        self.waiting = 0  # rows of those that have reached the worker
+        self.lines: dict[Hashable, deque[Entry[W]]] = {}
+
+    def push(self, entry: Entry[W]) -> None:
+        """Put an entry in line, by rank, behind its equals."""
+        line = self.lines.get(entry.request.signature)
+        if line is None:
+            line = self.lines[entry.request.signature] = deque()
+        if not line or entry.rank >= line[-1].rank:
+            line.append(entry)
+        else:
+            insort(line, entry, key=_rank)
+
+    def head(self) -> Entry[W] | None:
+        """The first of all lines, after forgetting at their fronts those that nobody waits for."""
+        first: Entry[W] | None = None
+        for signature, line in list(self.lines.items()):
+            while line and line[0].done:
+                discount(line.popleft())
+            if not line:
+                del self.lines[signature]
+            elif first is None or line[0].rank < first.rank:
+                first = line[0]
+        return first
+
+    def remove(self, entry: Entry[W]) -> None:
+        """Take an entry out of its line; its rank must not have changed since it was pushed."""
+        line = self.lines[entry.request.signature]
+        line.remove(entry)
+        if not line:
+            del self.lines[entry.request.signature]
+
+    def newest(self) -> Entry[W] | None:
+        """Of the last in each line the one that came last."""
+        lasts = [line[-1] for line in self.lines.values() if not line[-1].done]
+        return max(lasts, key=_enqueued, default=None)
+
+    def sweep(self) -> None:
+        """Forget every entry that nobody waits for, wherever it stands."""
+        for signature, line in list(self.lines.items()):
+            for entry in line:
+                if entry.done:
+                    discount(entry)
+            self.lines[signature] = deque(entry for entry in line if not entry.done)
+            if not self.lines[signature]:
+                del self.lines[signature]
+
+
+def discount(entry: Entry[W]) -> None:
+    """Take an entry out of the counts; its place in the line is passed over from now on."""
+    if entry.counted:
+        entry.counted = False
+        level = entry.level
+        assert level is not None
+        level.rows -= entry.rows
+        level.requests -= 1
+        if entry.job is not None:
+            level.waiting -= entry.rows
+
+
+class Seat(Generic[W]):
+    """A lane's instances on one device, and what is known of how long they run."""
+
+    def __init__(self, device: Device[W], place: Place, max_rows: int) -> None:
+        self.device = device
+        self.count = place.count
+        self.threads = min(place.threads, device.cores)
+        self.widest = max(self.threads, min(place.widest, device.cores))
+        self.parallel = max(1, min(self.count, device.cores // self.threads))
+        self.running = 0
+        self.max_rows = max_rows
+        self.models: dict[tuple[int, int], LatencyModel] = {}
+        self.current = LatencyModel(max_rows)  # that of the last run, on `threads` cores
+
+    @property
+    def free(self) -> bool:
+        """Whether an instance is idle and may have its cores."""
+        return self.running < self.count and self.device.free >= self.threads
+
+    def latency(self, request: Request, cores: int = 0) -> LatencyModel:
+        """The model for requests of this size per row on so many cores; a new size starts from what is known."""
+        key = ((request.size // request.rows).bit_length(), cores or self.threads)
+        model = self.models.get(key)
+        if model is None or not model.known:
+            near = self.models.get((key[0], self.threads), self.current)
+            if near.known:
+                model = self.models[key] = LatencyModel.from_prior(self.max_rows, near.to_prior())
+            elif model is None:
+                model = self.models[key] = LatencyModel(self.max_rows)
+        return model
+
+    def warmed(self, rows: int, seconds: float, cores: int | None) -> None:
+        """Learn from a run of unknown size per row, whose model others start from."""
+        if cores in (None, self.threads):
+            self.current.observe(rows, seconds)
+
+    def succeed(self, other: Seat[W]) -> None:
+        """Take over what another seat on the same device learned and what it runs."""
+        self.models, self.current, self.running = other.models, other.current, other.running
+
+
+@dataclass(slots=True, eq=False)
+class Active(Generic[W]):
+    """A run under way: when it should end, and the first deadline among its jobs."""
+
+    run: Run[W]
+    seat: Seat[W]
+    model: LatencyModel
+    level: int
+    ends: float
+    due: float
+
+
+class Device(Generic[W]):
+    """What lanes compete for: `cores` slots."""
+
+    def __init__(self, name: str, cores: int) -> None:
+        self.name = name
+        self.cores = cores
+        self.free = cores
+        self.lanes: list[Lane[W]] = []
+        self.active: list[Active[W]] = []
+        self.credit = 0.0  # engine seconds that default work is owed by critical work
+
+    def residual(self, seat: Seat[W], now: float) -> float:
+        """Seconds until the seat can start a run."""
+        if seat.free:
+            return 0.0
+        soonest = math.inf
+        for active in self.active:
+            if seat.running < seat.count or active.seat is seat:
+                # A run that is overdue is likely to take as long again as it is overdue.
+                soonest = min(soonest, abs(active.ends - now))
+        return soonest if soonest < math.inf else 0.0
+
+
+@dataclass(eq=False)
+class Lane(Generic[W]):
+    """One queue of one model version: its jobs, its places and its history."""
+
+    key: LaneKey
+    limits: Limits
+    report: LaneReport = field(default_factory=LaneReport)
+    levels: dict[int, Level[W]] = field(default_factory=dict)
+    seats: dict[str, Seat[W]] = field(default_factory=dict)
+    fast: list[Seat[W]] = field(default_factory=list)  # the best pool: those about as quick as the quickest
+    slow: list[Seat[W]] = field(default_factory=list)
+    past: dict[str, Seat[W]] = field(default_factory=dict)  # the last seat on every device that the lane had one on
+    turns: Turns = field(default_factory=Turns)
+    tenants: dict[str, int] = field(default_factory=dict)  # rows admitted and not settled
+    refused: list[tuple[W, Refusal]] = field(default_factory=list)  # to be handed out by the next dispatch
+    running: int = 0  # rows
+    next_expiry: float = math.inf
+    standing_since: float = math.inf  # since when its queue has not been empty
+    last_run: float = -math.inf
+    sweep_at: int = _SWEEP
+    _arrived: float = 0.0
+    _arrived_at: float = 0.0
+    _since: float = 0.0  # the first arrival, a little before it
+
+    @property
+    def rows(self) -> int:
+        """Rows admitted that do not run yet."""
+        return sum(level.rows for level in self.levels.values())
+
+    @property
+    def waiting(self) -> int:
+        """Rows that have reached the worker and do not run yet."""
+        return sum(level.waiting for level in self.levels.values())
+
+    @property
+    def requests(self) -> int:
+        """Requests admitted that do not run yet."""
+        return sum(level.requests for level in self.levels.values())
+
+    def level(self, number: int) -> Level[W]:
+        """The level of this number."""
+        level = self.levels.get(number)
+        if level is None:
+            level = self.levels[number] = Level(number)
+            self.levels = dict(sorted(self.levels.items()))
+        return level
+
+    def count(self, entry: Entry[W], number: int) -> None:
+        """An entry is admitted at this level, or moves to it."""
+        discount(entry)
+        level = entry.level = self.level(number)
+        level.rows += entry.rows
+        level.requests += 1
+        if entry.job is not None:
+            level.waiting += entry.rows
+        entry.counted = True
+
+    def move(self, entry: Entry[W], number: int) -> None:
+        """Put an entry that waits, and is in no line any more, in line at another level."""
+        self.count(entry, number)
+        self.level(number).push(entry)
+
+    def unspill(self) -> None:
+        """Nothing waits for the best pool: it may have what was left to the slower ones."""
+        for level in [level for level in self.levels.values() if level.number >= SPILL]:
+            for line in list(level.lines.values()):
+                for entry in line:
+                    if not entry.done:
+                        self.move(entry, level.number - SPILL)
+            level.lines.clear()
+
+    def rank_places(self) -> None:
+        """Tell the best pool from the slower ones by what was learned; what was not measured counts as good."""
+        seats = list(self.seats.values())
+        costs = [seat.current.mean(seat.current.efficient) / seat.current.efficient for seat in seats]
+        best = min((cost for cost in costs if cost > 0), default=0.0)
+        self.fast = [seat for seat, cost in zip(seats, costs, strict=True) if cost <= _UNEQUAL * best]
+        self.slow = [seat for seat, cost in zip(seats, costs, strict=True) if cost > _UNEQUAL * best]
+
+    def arrived(self, rows: int, now: float) -> None:
+        """Count an arrival, admitted or not."""
+        if not self._arrived:
+            self._since = now - _RATE_SECONDS / 10
+        self._arrived = self._arrived * math.exp((self._arrived_at - now) / _RATE_SECONDS) + rows
+        self._arrived_at = now
+
+    def rate(self, now: float) -> float:
+        """Rows that arrive per second, averaged over the last second or what there is of it."""
+        if not self._arrived:
+            return 0.0
+        seen = 1 - math.exp((self._since - now) / _RATE_SECONDS)
+        return self._arrived * math.exp((self._arrived_at - now) / _RATE_SECONDS) / (_RATE_SECONDS * seen)
+
+    def head(self, first: int = 0) -> tuple[Level[W], Entry[W]] | None:
+        """The most urgent entry that waits, and its level, which is at least `first`."""
+        for level in self.levels.values():
+            if level.lines and level.number >= first:
+                entry = level.head()
+                if entry is not None:
+                    return level, entry
+        return None
+
+    def in_line(self, first: Level[W], signature: Hashable, least: int = 0) -> Iterable[Entry[W]]:
+        """What may share a batch with the head of a level: the rest of its line, then those of levels from `least`."""
+        line = first.lines[signature]
+        if len(self.levels) == 1:
+            return line
+        others = (level for level in self.levels.values() if level is not first and level.number >= least)
+        return chain(line, *(level.lines.get(signature, ()) for level in others))
+
+    def entries(self) -> Iterable[Entry[W]]:
+        """Everything in line."""
+        for level in self.levels.values():
+            for line in level.lines.values():
+                yield from line
+
+    def sweep(self) -> None:
+        """Forget what nobody waits for when there may be much of it, as while a run hangs."""
+        if self.requests < self.sweep_at:
+            return
+        for level in self.levels.values():
+            level.sweep()
+        self.sweep_at = max(_SWEEP, 2 * self.requests)

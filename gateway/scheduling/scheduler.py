@@ -1,0 +1,342 @@
+"""The deadline-aware scheduler: keeps the state, asks the pure decisions, and learns from every run.
+
+It promises to keep the deadline of what it admits, to refuse the rest early, and never to let an engine idle while
+something waits for it. See `SCHEDULING.md` for the algorithm and where it comes from.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic
+
+from gateway.scheduling.admission import Situation, eta, expiry, level_of, on_arrival, policy_of
+from gateway.scheduling.base import Dispatch, LaneKey, Limits, Place, Refusal, RefusalReason, Request, Run, W
+from gateway.scheduling.lanes import CRITICAL, DEFAULT, SPILL, Active, Device, Entry, Lane, Seat, discount
+from gateway.scheduling.latency import LatencyModel
+from gateway.scheduling.policy import Decision
+from gateway.scheduling.report import LaneReport
+from gateway.scheduling.selection import Head, choose, is_alone, level_class, most_urgent, owed
+
+_PATIENCE = 10.0  # seconds; ranks a request without a deadline, so that those with one never starve it
+_BEHIND = 1e6  # seconds; added to the rank of what a DELAY policy puts behind the others
+_AGED = 0.05  # part of the engine time of critical work that default work is owed while it waits
+_NEWS = 0.1
+_BYTES = 1 << 30
+
+
+class DeadlineScheduler(Generic[W]):
+    """Implements `gateway.scheduling.base.Scheduler`. `cores` gives the slots of each device, 1 if it has none there.
+
+    Requests admitted and not settled hold at most `max_bytes`. `jitter` gives random numbers from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        cores: Mapping[str, int] | None = None,
+        max_bytes: int = _BYTES,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._cores = cores or {}
+        self._bytes_left = max_bytes
+        self._jitter = jitter
+        self._devices: dict[str, Device[W]] = {}
+        self._lanes: dict[LaneKey, Lane[W]] = {}
+        self._admitted: dict[int, Entry[W]] = {}  # by the identity of the request, which lives until it is settled
+        self._overhead = 0.0
+
+    # --- lanes
+
+    def open(self, lane: LaneKey, limits: Limits, places: Sequence[Place]) -> None:
+        """A model version is ready to run. Opening a lane again replaces its limits and places and keeps its jobs."""
+        state = self._lanes.get(lane)
+        if state is None:
+            state = self._lanes[lane] = Lane(lane, limits)
+        state.limits = limits
+        state.seats = {}
+        for place in places:
+            device = self._device(place.device)
+            seat = Seat(device, place, limits.max_rows)
+            if place.device in state.past:
+                seat.succeed(state.past[place.device])
+            state.seats[place.device] = state.past[place.device] = seat
+        self._attach(state)
+
+    def close(self, lane: LaneKey) -> list[W]:
+        """The version is gone: forget it and hand back the jobs that still wait."""
+        state = self._lanes.pop(lane, None)
+        if state is None:
+            return []
+        state.seats = {}
+        self._attach(state)
+        jobs = [entry.job for entry in state.entries() if entry.job is not None and not entry.done]
+        for entry in list(state.entries()):
+            discount(entry)
+        return jobs + [job for job, _ in state.refused]
+
+    def lost(self, device: str) -> None:
+        """A device failed: its lanes are served by their other places until they are opened again."""
+        for state in list(self._lanes.values()):
+            if state.seats.pop(device, None) is not None:
+                self._attach(state)
+
+    def report(self, lane: LaneKey) -> LaneReport:
+        """The counters of a lane. Raises KeyError for one that is not open."""
+        return self._lanes[lane].report
+
+    def latency(self, lane: LaneKey, device: str) -> LatencyModel:
+        """What is known of the lane's runs on a device, lately. Raises KeyError for what is not open."""
+        return self._lanes[lane].seats[device].current
+
+    # --- requests
+
+    def admit(self, lane: LaneKey, request: Request, now: float) -> Refusal | None:
+        """Ask at the gateway whether to accept a request. None accepts it and counts its rows until `settle`."""
+        state = self._lanes.get(lane)
+        if state is None:
+            return None
+        state.arrived(request.rows, now)
+        number = level_of(state.limits, request)
+        entry = self._entry(state, request, now, number)
+        verdict = on_arrival(state, entry, number, Situation(now, self._overhead, self._jitter(), self._bytes_left))
+        if isinstance(verdict, Refusal):
+            state.report.refused[verdict.reason] += 1
+            return verdict
+        if verdict == "spill":
+            number += SPILL
+            state.report.spilled += 1
+        state.count(entry, number)
+        state.report.admitted += 1
+        state.tenants[entry.tenant] = state.tenants.get(entry.tenant, 0) + entry.rows
+        self._bytes_left -= request.size
+        self._admitted[id(request)] = entry
+        if number == CRITICAL and len(state.levels) > 1 and not state.limits.priority_levels:
+            self._displace(state, now)
+        return None
+
+    def settle(self, lane: LaneKey, request: Request) -> None:  # noqa: ARG002 - the entry knows its lane, closed or not
+        """An admitted request is answered or given up."""
+        entry = self._admitted.pop(id(request), None)
+        if entry is None:
+            return
+        discount(entry)
+        self._bytes_left += request.size
+        tenants = entry.lane.tenants
+        left = tenants[entry.tenant] - entry.rows
+        if left:
+            tenants[entry.tenant] = left
+        else:
+            del tenants[entry.tenant]
+
+    def add(self, lane: LaneKey, job: W, now: float) -> None:
+        """A job has reached the worker and waits."""
+        state = self._lanes[lane]
+        request = job.request
+        entry = self._admitted.get(id(request))
+        if entry is None or entry.lane is not state or not entry.counted:
+            # Not asked for, or handed back by a run that failed; the old entry may still be somewhere in line.
+            number = level_of(state.limits, request)
+            again = self._entry(state, request, job.enqueued, number)
+            state.count(again, number)
+            if entry is None:
+                state.arrived(request.rows, now)
+            else:
+                again.lane = entry.lane
+                self._admitted[id(request)] = again
+            entry = again
+        level = entry.level
+        assert level is not None
+        entry.job = job
+        level.waiting += entry.rows
+        level.push(entry)
+        if entry.expires < state.next_expiry:
+            state.next_expiry = entry.expires
+        state.sweep()
+
+    # --- runs
+
+    def dispatch(self, device: str, now: float) -> Dispatch[W]:
+        """What to do on a device now. Ask on arrivals, on ends of runs and at `ask_at`; again until no run comes."""
+        answer: Dispatch[W] = Dispatch()
+        state = self._devices.get(device)
+        if state is None:
+            return answer
+        asks = math.inf
+        for lane in state.lanes:
+            if lane.next_expiry <= now:
+                self._expire(lane, now)
+            if lane.refused:
+                answer.refused += lane.refused
+                lane.refused = []
+            asks = min(asks, lane.next_expiry)
+        if state.free > 0:
+            asks = min(asks, self._assign(state, now, answer))
+        answer.ask_at = asks if asks < math.inf else None
+        return answer
+
+    def finished(self, run: Run[W], seconds: float, now: float, *, failed: bool = False) -> None:
+        """A run is over: its cores are free, and its duration is learned from unless it failed."""
+        device = self._devices[run.device]
+        active = next((each for each in device.active if each.run is run), None)
+        if active is None:
+            return
+        device.active.remove(active)
+        device.free += run.cores
+        active.seat.running -= 1
+        lane = self._lanes.get(run.lane)
+        if active.level == DEFAULT:
+            device.credit = max(device.credit - seconds, 0.0)
+        elif active.level == CRITICAL and any(owed(each) for each in device.lanes):
+            device.credit += _AGED * seconds
+        if lane is None:
+            return
+        lane.running -= run.rows
+        lane.last_run = now
+        report = lane.report
+        if failed:
+            report.failed += 1
+            return
+        active.model.observe(run.rows, seconds)
+        self._overhead += (min(max(now - run.started - seconds, 0.0), seconds) - self._overhead) * _NEWS
+        report.record(run, seconds, active.model)
+        if now > active.due:
+            report.late += sum(1 for job in run.jobs if (due := job.request.deadline) is not None and due < now)
+        if len(lane.seats) > 1:
+            lane.rank_places()
+
+    def warmed(self, lane: LaneKey, device: str, rows: int, seconds: float, cores: int | None = None) -> None:
+        """Learn from a run outside of service. Raises KeyError for a lane or device that is not open."""
+        state = self._lanes[lane]
+        state.seats[device].warmed(rows, seconds, cores)
+        state.rank_places()
+
+    # --- within
+
+    def _device(self, name: str) -> Device[W]:
+        device = self._devices.get(name)
+        if device is None:
+            device = self._devices[name] = Device(name, max(1, self._cores.get(name, 1)))
+        return device
+
+    def _attach(self, lane: Lane[W]) -> None:
+        """Make the devices know which lanes they serve."""
+        for device in self._devices.values():
+            here = device.name in lane.seats
+            if lane in device.lanes and not here:
+                device.lanes.remove(lane)
+            elif here and lane not in device.lanes:
+                device.lanes.append(lane)
+            for active in device.active:
+                if here and active.run.lane == lane.key:
+                    active.seat = lane.seats[device.name]
+        lane.rank_places()
+
+    def _entry(self, lane: Lane[W], request: Request, enqueued: float, number: int) -> Entry[W]:
+        rank = request.deadline
+        if rank is None:
+            rank = enqueued + _PATIENCE
+        if lane.fast and not lane.fast[0].current.trusted:
+            rank = enqueued  # first in, first out
+        entry = Entry(lane, request, rank, enqueued)
+        policy = policy_of(lane.limits, number)
+        if policy.timeout or policy.allow_override:
+            entry.expires = expiry(policy, request, enqueued)
+        return entry
+
+    def _assign(self, device: Device[W], now: float, answer: Dispatch[W]) -> float:
+        """Start one batch, of the most urgent lane that has one. Returns when to ask again at the latest."""
+        passed: set[Lane[W]] = set()
+        asks = math.inf
+        while (head := most_urgent(device, passed)) is not None:
+            lane, seat = head.lane, head.seat
+            if seat.threads > device.free:
+                break  # what is free is kept for the most urgent, or a wide run would wait for ever
+            decision = choose(head, now, self._overhead)
+            for dropped, reason in decision.dropped:
+                self._drop(lane, dropped, reason, now)
+            answer.refused += lane.refused
+            lane.refused = []
+            if decision.jobs:
+                answer.run = self._start(head, decision, now)
+                break
+            if decision.ask_at is not None or not decision.dropped:
+                passed.add(lane)
+                asks = min(asks, decision.ask_at or math.inf)
+        return asks
+
+    def _start(self, head: Head[W], decision: Decision[Entry[W]], now: float) -> Run[W]:
+        lane, seat, device = head.lane, head.seat, head.seat.device
+        due = math.inf
+        jobs: list[W] = []
+        for entry in decision.jobs:
+            discount(entry)
+            if entry.request.deadline is not None and entry.request.deadline < due:
+                due = entry.request.deadline
+            assert entry.job is not None
+            jobs.append(entry.job)
+        if len(lane.tenants) > 1:
+            lane.turns.charge(decision.jobs, lane.tenants)
+        cores = seat.widest if is_alone(device) else seat.threads
+        model = seat.latency(head.entry.request, cores)
+        seat.current = seat.latency(head.entry.request)
+        predicted = model.mean(decision.rows) if model.known else None
+        run = Run(lane.key, device.name, jobs, decision.rows, cores, decision.reason, now, predicted)
+        device.active.append(Active(run, seat, model, level_class(lane, head.level), now + (predicted or 0.0), due))
+        device.free -= cores
+        seat.running += 1
+        lane.running += decision.rows
+        lane.report.closed[decision.reason] += 1
+        if not lane.waiting:
+            lane.standing_since = math.inf
+        elif lane.standing_since == math.inf:
+            lane.standing_since = now
+        return run
+
+    def _drop(self, lane: Lane[W], entry: Entry[W], reason: RefusalReason, now: float) -> None:
+        """A job waits in vain on this device: a slower pool answers it in time, or nobody does."""
+        level = entry.level
+        assert level is not None
+        if level.number < SPILL and lane.slow:
+            number = level.number + SPILL
+            if eta(lane, lane.slow, entry, number, Situation(now, self._overhead)) <= entry.rank:
+                level.remove(entry)
+                lane.move(entry, number)
+                lane.report.spilled += 1
+                return
+        if reason == "expired":
+            self._refuse(lane, entry, Refusal("expired", "the request can no longer be answered by its deadline"))
+        else:
+            model = lane.fast[0].current
+            text = "overloaded: the request was dropped so that others keep their deadline"
+            self._refuse(lane, entry, Refusal("shed", text, model.mean(model.cap) * (1 + self._jitter() / 2)))
+
+    def _displace(self, lane: Lane[W], now: float) -> None:
+        """Shed the newest of the least urgent jobs if critical work has made the end of the queue late."""
+        least = next(reversed(lane.levels.values()))
+        last = least.newest() if least.number % SPILL != CRITICAL else None
+        if last is None or last.request.deadline is None or not lane.fast:
+            return
+        if eta(lane, lane.fast, last, least.number, Situation(now, self._overhead)) > last.rank:
+            least.remove(last)
+            self._refuse(lane, last, Refusal("shed", "more urgent requests took its place", 1 + self._jitter()))
+
+    def _refuse(self, lane: Lane[W], entry: Entry[W], refusal: Refusal) -> None:
+        discount(entry)
+        if entry.job is not None and not entry.job.done:
+            lane.refused.append((entry.job, refusal))
+            lane.report.refused[refusal.reason] += 1
+
+    def _expire(self, lane: Lane[W], now: float) -> None:
+        """Apply the queue policy to those who have waited too long: refuse them, or put them behind the others."""
+        for entry in [entry for entry in lane.entries() if entry.expires <= now]:
+            level = entry.level
+            assert level is not None
+            level.remove(entry)
+            entry.expires = math.inf
+            if not policy_of(lane.limits, level.number % SPILL).delays:
+                self._refuse(lane, entry, Refusal("queue_timeout", "Request timeout expired"))
+            elif not entry.done:
+                entry.rank += _BEHIND
+                level.push(entry)
+        lane.next_expiry = min((entry.expires for entry in lane.entries()), default=math.inf)

@@ -1,0 +1,121 @@
+"""Whose turn it is on a device, and with which batch: the lanes' state brought to the pure decision of `policy.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic
+
+from gateway.scheduling.admission import target, utilisation
+from gateway.scheduling.base import W
+from gateway.scheduling.lanes import DEFAULT, SPILL, Device, Entry, Lane, Level, Seat
+from gateway.scheduling.latency import LatencyModel
+from gateway.scheduling.policy import Decision, Outlook, on_free
+
+_PRESSED = 0.85  # utilisation above which batches grow beyond the size where throughput gains little
+_STALE = 1.0  # seconds without a run after which a late job is worth a try
+
+
+@dataclass(slots=True)
+class Head(Generic[W]):
+    """The entry whose turn it is, with where it waits and where it would run."""
+
+    lane: Lane[W]
+    seat: Seat[W]
+    level: Level[W]
+    entry: Entry[W]
+
+
+def level_class(lane: Lane[W], level: Level[W]) -> int:
+    """The priority class of a level. Triton's strict levels are within a model; between models they are default."""
+    return DEFAULT if lane.limits.priority_levels else level.number % SPILL
+
+
+def owed(lane: Lane[W]) -> bool:
+    """Whether default work waits in a lane, and so is owed a part of what critical work gets."""
+    level = lane.levels.get(DEFAULT)
+    return not lane.limits.priority_levels and level is not None and level.waiting > 0
+
+
+def most_urgent(device: Device[W], passed: AbstractSet[Lane[W]]) -> Head[W] | None:
+    """The head that should run here next: of the highest class, then of the earliest deadline."""
+    if device.credit > 0:
+        aged = _first(device, passed, DEFAULT)
+        if aged is not None and level_class(aged.lane, aged.level) == DEFAULT:
+            model = aged.seat.current
+            if device.credit >= model.mean(min(aged.level.waiting, model.cap)):
+                return aged
+    return _first(device, passed, 0)
+
+
+def _first(device: Device[W], passed: AbstractSet[Lane[W]], least: int) -> Head[W] | None:
+    best: Head[W] | None = None
+    best_key = (math.inf, math.inf)
+    for lane in device.lanes:
+        seat = lane.seats[device.name]
+        if seat.running >= seat.count or lane in passed:
+            continue
+        head = _head(lane, seat, 0 if lane.limits.priority_levels else least)
+        if head is not None:
+            key = (level_class(lane, head[0]), head[1].rank)
+            if key < best_key:
+                best, best_key = Head(lane, seat, *head), key
+    return best
+
+
+def _head(lane: Lane[W], seat: Seat[W], least: int) -> tuple[Level[W], Entry[W]] | None:
+    """A lane's head for one of its places: the slower pool runs only what was spilled to it."""
+    if not lane.slow:
+        return lane.head(least)
+    if seat in lane.slow:
+        return lane.head(least + SPILL)
+    head = lane.head(least)
+    if head is not None and head[0].number >= SPILL:
+        lane.unspill()
+        head = lane.head(least)
+    return head
+
+
+def choose(head: Head[W], now: float, overhead: float) -> Decision[Entry[W]]:
+    """The batch that begins with a head, or why there is none."""
+    lane, seat, level = head.lane, head.seat, head.level
+    request = head.entry.request
+    contended = _is_contended(seat.device, lane)
+    model = seat.latency(request)
+    if seat.widest > seat.threads and seat.device.free == seat.device.cores and not contended:
+        model = seat.latency(request, seat.widest)
+    outlook = Outlook(
+        model,
+        overhead,
+        level.waiting,
+        partial(target, seat.device, now),
+        idle=not contended,
+        probe=now - lane.last_run > _STALE,
+    )
+    waiting = lane.in_line(level, request.signature, SPILL if seat in lane.slow else 0)
+    fill = lane.turns.order if len(lane.tenants) > 1 else None
+    return on_free(waiting, lane.limits, _share(lane, seat, model, now), now, outlook, fill)
+
+
+def is_alone(device: Device[W]) -> bool:
+    """Whether nothing runs on a device and nothing that waits could: then a run may have every core."""
+    return device.free == device.cores and not any(
+        lane.waiting and lane.seats[device.name].running < lane.seats[device.name].count for lane in device.lanes
+    )
+
+
+def _is_contended(device: Device[W], lane: Lane[W]) -> bool:
+    return any(other is not lane and other.waiting for other in device.lanes)
+
+
+def _share(lane: Lane[W], seat: Seat[W], model: LatencyModel, now: float) -> int:
+    """Rows of what waits and runs that are this instance's part, or as many as gain from running together."""
+    pool = lane.slow if seat in lane.slow else lane.fast
+    parallel = sum(each.parallel for each in pool)
+    share = -(-(lane.waiting + lane.running) // parallel)
+    batches = share // model.efficient
+    if batches > 1 and utilisation(seat.device, now) < _PRESSED:
+        share = -(-share // batches)
+    return share

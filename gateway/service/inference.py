@@ -1,0 +1,79 @@
+"""One accepted request on the gateway's side: it is submitted, its answers are counted, and its end is noted once."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol, Self
+
+from gateway import errors
+from gateway.statistics import VersionStatistics
+from gateway.types import InferRequest, InferResponse, Responses
+
+
+class Submit(Protocol):
+    """What an inference needs of the service."""
+
+    def submit(self, request: InferRequest) -> tuple[Responses, VersionStatistics]:
+        """Check and queue a request."""
+
+    def end(self, request: InferRequest, statistics: VersionStatistics) -> None:
+        """The submitted request is over."""
+
+
+class Inference:
+    """The `Responses` of a request. Each ends in exactly one entry of the statistics: success, failure or cancelled."""
+
+    __slots__ = ("_answered", "_ended", "_request", "_responses", "_service", "_started", "_statistics")
+
+    def __init__(self, service: Submit, request: InferRequest) -> None:
+        self._service = service
+        self._request = request
+        self._responses: Responses | None = None  # None until begun
+        self._answered = False
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> InferResponse:
+        """The next answer, or the error."""
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._responses is None:
+                self._started = time.monotonic_ns()
+                self._responses, self._statistics = self._service.submit(self._request)
+            response = await self._responses.__anext__()
+        except errors.GatewayError as error:
+            self._fail(error)
+            raise
+        if response.final:
+            self._answered = True
+            self._statistics.record_success(time.monotonic_ns() - self._started, response.timings, self._request.rows)
+        return response
+
+    async def aclose(self) -> None:
+        """Cancel the request if it is not answered."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._responses is None:
+            return
+        if not self._answered:
+            self._statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
+        self._service.end(self._request, self._statistics)
+        await self._responses.aclose()
+
+    def _fail(self, error: errors.GatewayError) -> None:
+        if self._responses is None:
+            self._ended = True  # refused, and counted, before it began
+            return
+        self._answered = True
+        self._statistics.record_failure(failure_reason(error), time.monotonic_ns() - self._started)
+
+
+def failure_reason(error: errors.GatewayError) -> str:
+    """Triton's `reason` label of `nv_inference_request_failure`."""
+    if isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
+        return "REJECTED"
+    return "BACKEND" if isinstance(error, errors.Internal) else "OTHER"
