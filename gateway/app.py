@@ -67,7 +67,9 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
     )
     names = list(await asyncio.to_thread(repository.scan))
-    worker = Worker(queue, repository.read, placement.devices(), statistics, settings.model_load_thread_count)
+    worker = Worker(
+        queue, repository.read, placement.devices(), statistics, settings.model_load_thread_count, measures=True
+    )
     service = Service(queue, statistics, lambda: _names(repository), _options(settings))
     gateway = Gateway(service, queue)
     async with asyncio.TaskGroup() as tasks:

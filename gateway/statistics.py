@@ -93,7 +93,7 @@ class VersionStatistics:
         "_now_ms", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count", "cache_miss_ns", "closed",
         "compute_count", "compute_infer_ns", "compute_input_ns", "compute_output_ns", "compute_times", "executing",
         "execution_count", "failure_ns", "failures", "inference_count", "last_inference_ms", "model", "pending",
-        "queue_ns", "queue_times", "request_times", "row_sizes", "success_count", "success_ns", "version",
+        "queue_ns", "queue_times", "refused", "request_times", "row_sizes", "success_count", "success_ns", "version",
     )  # fmt: skip
 
     def __init__(self, model: str, version: str, now_ms: Callable[[], int]) -> None:
@@ -112,6 +112,7 @@ class VersionStatistics:
         self.pending = self.executing = 0
         self.batches: dict[int, BatchStatistics] = {}
         self.closed: dict[str, int] = {}
+        self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
         self.request_times = Histogram(TIME_BOUNDS_NS)
         self.queue_times = Histogram(TIME_BOUNDS_NS)
         self.compute_times = Histogram(TIME_BOUNDS_NS)

@@ -13,7 +13,7 @@ What every implementation promises (tests/contract/test_queue.py):
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -67,6 +67,19 @@ class InstanceState:
     provider: str
 
 
+class Admission(Protocol):
+    """Where a gateway asks whether a version can answer a request in time."""
+
+    def admit(self, request: InferRequest) -> None:
+        """Accept a checked request, to be settled once it is over. Raises the `GatewayError` to refuse it with."""
+
+    def settle(self, request: InferRequest) -> None:
+        """An accepted request is answered or given up."""
+
+    def explain(self) -> Mapping[str, object]:
+        """What was decided and why, as plain values."""
+
+
 @dataclass(frozen=True, slots=True)
 class VersionState:
     """One version of a model in a pool: READY, LOADING, UNLOADING or UNAVAILABLE, and why."""
@@ -76,6 +89,7 @@ class VersionState:
     reason: str = ""
     config: ModelConfig | None = None  # known once READY
     instances: tuple[InstanceState, ...] = ()
+    admission: Admission | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

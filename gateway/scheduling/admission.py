@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
@@ -20,18 +20,19 @@ from gateway.scheduling.lanes import CRITICAL, DEFAULT, SHEDDABLE, SPILL, Device
 
 _BUSY = 0.8  # utilisation above which nothing sheddable is admitted
 _STANDING = 0.1  # seconds for which a queue must not have been empty to be a standing one (CoDel's interval)
+_SETTLED = 0.004  # seconds for which a lane's excess is taken as unchanged
 _STALE = 1.0  # seconds without a run after which the latency may be another one
 
 _rank = attrgetter("rank")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Situation:
     """What admission knows beside the lane: the time and what does not belong to one lane."""
 
     now: float
     overhead: float = 0.0  # seconds between the end of a run and its answers
-    jitter: float = 0.0  # 0 to 1, random: spreads the return of refused clients
+    jitter: Callable[[], float] = float  # 0 to 1, random: spreads the return of refused clients
     bytes_left: int = 1 << 62
 
 
@@ -66,13 +67,15 @@ def expiry(policy: QueuePolicy, request: Request, enqueued: float) -> float:
 
 def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | Literal["accept", "spill"]:
     """Admit a request to its lane, to the lane's slower pool, or refuse it. Changes nothing."""
-    refusal = _hard_limits(lane, entry, number, at)
+    refusal = None if lane.plain else _queue_full(lane, number)
     if refusal is not None:
         return refusal
+    if entry.request.size > at.bytes_left:
+        return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter())
     deadline = entry.request.deadline
     if number == SHEDDABLE and not lane.limits.priority_levels and not _is_quiet(lane, at.now):
-        return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter)
-    if deadline is None or not lane.fast or not lane.fast[0].current.trusted:
+        return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter())
+    if deadline is None or _surely(lane, entry, deadline, at):
         return "accept"
     service = min(seat.latency(entry.request).mean(entry.rows) for seat in lane.seats.values())
     idle = _is_idle(lane)
@@ -85,7 +88,31 @@ def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Re
         return "accept"
     if lane.slow and eta(lane, lane.slow, entry, number + SPILL, at) <= deadline:
         return "spill"
-    return _refuse("overload", end - at.now, deadline - at.now, (end - deadline) * (1 + at.jitter / 2))
+    model = lane.fast[0].current
+    again = max(end - deadline, model.mean(model.cap))  # not before the next batch has gone
+    return _refuse("overload", end - at.now, deadline - at.now, again * (1 + at.jitter() / 2))
+
+
+def _surely(lane: Lane[W], entry: Entry[W], deadline: float, at: Situation) -> bool:
+    """Whether even a bound that costs nothing to find is within the deadline, or no bound can be trusted."""
+    if len(lane.fast) != 1:
+        return not lane.fast
+    seat = lane.fast[0]
+    model = seat.current
+    if not model.trusted:
+        return True
+    device = seat.device
+    rows = lane.rows
+    if len(device.lanes) > 1 or seat.parallel > 1:
+        for other in device.lanes:
+            if other is not lane and other.rows:
+                return False
+        if lane.excess > 0:
+            return False
+    model = seat.latency(entry.request)
+    longest = model.mean(model.cap)
+    wait = device.residual(seat, at.now) + ((rows + entry.rows - 1) // model.cap + 1) * longest
+    return at.now + at.overhead + wait * model.tail <= deadline
 
 
 def eta(lane: Lane[W], pool: Sequence[Seat[W]], entry: Entry[W], number: int, at: Situation) -> float:
@@ -108,7 +135,7 @@ def eta(lane: Lane[W], pool: Sequence[Seat[W]], entry: Entry[W], number: int, at
     # Those who arrive until its batch starts ride along, and make it longer.
     last = model.mean(min(batch, rest + 1 + int(lane.rate(now) / parallel * wait)))
     own = full * model.mean(batch) + last
-    ahead = _ahead(lane, seat.device, own, number, entry.rank)
+    ahead = _ahead(lane, seat.device, own, entry.rank - own, now) if len(seat.device.lanes) > 1 else 0.0
     return now + at.overhead + (residual + own + ahead) * model.tail
 
 
@@ -118,6 +145,8 @@ def rows_before(lane: Lane[W], entry: Entry[W], number: int) -> int:
     for level in lane.levels.values():
         if level.number > number:
             break
+        if level.number < number - number % SPILL:
+            continue  # not of this pool
         rows += level.rows
         line = level.lines.get(entry.request.signature)
         if level.number == number and line and entry.rank < line[-1].rank:
@@ -147,45 +176,68 @@ def utilisation(device: Device[W], now: float) -> float:
     return busy
 
 
-def target(device: Device[W], now: float) -> int:
-    """Rows of the smallest batch that sustains today's arrivals: each costs its rows and a part of its batch."""
+def target(lane: Lane[W], device: Device[W], now: float) -> int:
+    """Rows of the lane's smallest batch that sustains today's arrivals on the device.
+
+    Each lane costs the constant part of a batch whenever it is visited and the rest by its rows. What is left
+    beside the rows gives the shortest period in which all can be visited.
+    """
     constant = slope = 0.0
-    for lane in device.lanes:
-        seat = lane.seats[device.name]
+    for each in device.lanes:
+        seat = each.seats[device.name]
         a, b = seat.current.fit
-        rate = lane.rate(now) * seat.threads / device.cores
-        constant += rate * a
-        slope += rate * b
-    return math.ceil(constant / max(0.02, 0.95 - slope))
+        rate = each.rate(now) * seat.threads / device.cores
+        constant += a * min(1.0, rate)
+        slope += b * rate
+    return math.ceil(lane.rate(now) * constant / max(0.02, 0.95 - slope))
 
 
-def _hard_limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | None:
+def _queue_full(lane: Lane[W], number: int) -> Refusal | None:
     limits = lane.limits
     most = policy_of(limits, number).max_size
-    if most:
-        level = lane.levels.get(number)
-        waiting = lane.requests if not limits.priority_levels else level.requests if level else 0
-        if waiting >= most:
-            return Refusal("queue_full", "Exceeds maximum queue size")
-    if entry.request.size > at.bytes_left:
-        return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter)
-    return None
+    level = lane.levels.get(number)
+    waiting = lane.requests if not limits.priority_levels else level.requests if level else 0
+    return Refusal("queue_full", "Exceeds maximum queue size") if most and waiting >= most else None
 
 
-def _ahead(lane: Lane[W], device: Device[W], own: float, number: int, rank: float) -> float:
-    """Seconds for which the device is kept by other lanes before a request of `own` seconds."""
+def _ahead(lane: Lane[W], device: Device[W], own: float, latest: float, now: float) -> float:
+    """Seconds for which the device is kept by other lanes before a request of `own` seconds, which must start by `latest`.
+
+    Of each other lane at most as much counts as of this one, and its next batch. A lane that wants more than its
+    fair share of the device also leaves room for what will have come to the others by then.
+    """
     ahead = 0.0
+    excess = _excess(lane, device, latest + own - now, now)
     for other in device.lanes:
         if other is lane:
             continue
         rows = other.rows
-        if not rows:
-            continue
         seat = other.seats[device.name]
         model = seat.current
-        fair = own + model.mean(min(model.cap, rows + 1))
-        ahead += min(work(other, seat, rows), fair) * seat.threads / device.cores
+        if excess > 0:
+            rows = max(rows, min(model.cap, rows + int(excess * other.rate(now) * (latest - now))))
+        if rows > 0:
+            seconds = min(work(other, seat, rows), own + model.mean(min(model.cap, rows + 1)))
+            ahead += seconds * seat.threads / device.cores
     return ahead
+
+
+def _excess(lane: Lane[W], device: Device[W], period: float, now: float) -> float:
+    """How far a lane is above its max-min fair share of a device whose lanes are visited once in a period; 0 to 1."""
+    if now >= lane.excess_until:
+        wanted = [_demand(other, device, period, now) for other in device.lanes]
+        own = _demand(lane, device, period, now)
+        lane.excess = min(max(sum(min(each, own) for each in wanted) - 1, 0.0), 1.0)
+        lane.excess_until = now + _SETTLED
+    return lane.excess
+
+
+def _demand(lane: Lane[W], device: Device[W], period: float, now: float) -> float:
+    """The part of a device's time that a lane's arrivals need when it is visited once in a period."""
+    seat = lane.seats[device.name]
+    a, b = seat.current.fit
+    rate = lane.rate(now)
+    return (rate * b + min(rate, 1 / period) * a) * seat.threads / device.cores
 
 
 def _is_idle(lane: Lane[W]) -> bool:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 from typing import Generic
 
@@ -25,7 +24,8 @@ CRITICAL, DEFAULT, SHEDDABLE = 0, 1, 2  # priority classes, most urgent first
 SPILL = 1000  # added to the level of what only a slower pool can answer in time
 _UNEQUAL = 2.0  # a place that takes this many times as long per row as the best is of a slower pool
 _SWEEP = 1024  # entries in a line, below which dead ones among them are not worth looking for
-_RATE_SECONDS = 1.0  # arrivals are averaged over this long
+_RATE_SECONDS = 0.2  # arrivals are averaged over this long
+_BIN_SECONDS = 0.005  # and counted in bins of this length
 
 _rank = attrgetter("rank")
 _enqueued = attrgetter("enqueued")
@@ -51,7 +51,7 @@ class Entry(Generic[W]):
     @property
     def done(self) -> bool:
         """True when it no longer waits, or nobody waits for it."""
-        return not self.counted or (self.job is not None and self.job.done)
+        return not self.counted or self.job.done  # type: ignore[union-attr] # what is in line has a job
 
 
 class Level(Generic[W]):
@@ -79,13 +79,19 @@ class Level(Generic[W]):
     def head(self) -> Entry[W] | None:
         """The first of all lines, after forgetting at their fronts those that nobody waits for."""
         first: Entry[W] | None = None
-        for signature, line in list(self.lines.items()):
-            while line and line[0].done:
+        empty: list[Hashable] = []
+        for signature, line in self.lines.items():
+            while line:
+                entry = line[0]
+                if not entry.done:
+                    if first is None or entry.rank < first.rank:
+                        first = entry
+                    break
                 discount(line.popleft())
-            if not line:
-                del self.lines[signature]
-            elif first is None or line[0].rank < first.rank:
-                first = line[0]
+            else:
+                empty.append(signature)
+        for signature in empty:
+            del self.lines[signature]
         return first
 
     def remove(self, entry: Entry[W]) -> None:
@@ -113,14 +119,18 @@ class Level(Generic[W]):
 
 def discount(entry: Entry[W]) -> None:
     """Take an entry out of the counts; its place in the line is passed over from now on."""
-    if entry.counted:
-        entry.counted = False
-        level = entry.level
-        assert level is not None
-        level.rows -= entry.rows
-        level.requests -= 1
-        if entry.job is not None:
-            level.waiting -= entry.rows
+    if not entry.counted:
+        return
+    entry.counted = False
+    lane, level, rows = entry.lane, entry.level, entry.rows
+    assert level is not None
+    lane.rows -= rows
+    lane.requests -= 1
+    level.rows -= rows
+    level.requests -= 1
+    if entry.job is not None:
+        lane.waiting -= rows
+        level.waiting -= rows
 
 
 class Seat(Generic[W]):
@@ -166,14 +176,13 @@ class Seat(Generic[W]):
 
 @dataclass(slots=True, eq=False)
 class Active(Generic[W]):
-    """A run under way: when it should end, and the first deadline among its jobs."""
+    """A run under way: when it should end, and what it teaches."""
 
     run: Run[W]
     seat: Seat[W]
     model: LatencyModel
     level: int
     ends: float
-    due: float
 
 
 class Device(Generic[W]):
@@ -214,29 +223,23 @@ class Lane(Generic[W]):
     turns: Turns = field(default_factory=Turns)
     tenants: dict[str, int] = field(default_factory=dict)  # rows admitted and not settled
     refused: list[tuple[W, Refusal]] = field(default_factory=list)  # to be handed out by the next dispatch
+    plain: bool = True  # no queue policy is set
+    rows: int = 0  # admitted and not running yet
+    waiting: int = 0  # rows that have reached the worker and do not run yet
+    requests: int = 0  # admitted and not running yet
     running: int = 0  # rows
     next_expiry: float = math.inf
     standing_since: float = math.inf  # since when its queue has not been empty
     last_run: float = -math.inf
     sweep_at: int = _SWEEP
-    _arrived: float = 0.0
-    _arrived_at: float = 0.0
-    _since: float = 0.0  # the first arrival, a little before it
-
-    @property
-    def rows(self) -> int:
-        """Rows admitted that do not run yet."""
-        return sum(level.rows for level in self.levels.values())
-
-    @property
-    def waiting(self) -> int:
-        """Rows that have reached the worker and do not run yet."""
-        return sum(level.waiting for level in self.levels.values())
-
-    @property
-    def requests(self) -> int:
-        """Requests admitted that do not run yet."""
-        return sum(level.requests for level in self.levels.values())
+    excess: float = 0.0  # how far it is above its fair share of a device, as of a moment ago
+    excess_until: float = -math.inf
+    _count: int = 0  # rows that arrived in this bin
+    _counted_at: float = -math.inf
+    _counting_until: float = -math.inf
+    _average: float = 0.0
+    _weight: float = 0.2  # as if nothing had come for a moment before the first: a single burst is no rate
+    _rate: float = 0.0
 
     def level(self, number: int) -> Level[W]:
         """The level of this number."""
@@ -248,13 +251,32 @@ class Lane(Generic[W]):
 
     def count(self, entry: Entry[W], number: int) -> None:
         """An entry is admitted at this level, or moves to it."""
-        discount(entry)
-        level = entry.level = self.level(number)
+        if entry.counted:
+            discount(entry)
+        entry.counted = True
+        level = self.levels.get(number) or self.level(number)
+        entry.level = level
+        self.rows += entry.rows
+        self.requests += 1
         level.rows += entry.rows
         level.requests += 1
         if entry.job is not None:
+            self.waiting += entry.rows
             level.waiting += entry.rows
-        entry.counted = True
+
+    def depart(self, entries: Sequence[Entry[W]], rows: int) -> None:
+        """These, which wait, run now."""
+        self.rows -= rows
+        self.waiting -= rows
+        self.requests -= len(entries)
+        self.running += rows
+        for entry in entries:
+            level = entry.level
+            assert level is not None
+            entry.counted = False
+            level.rows -= entry.rows
+            level.waiting -= entry.rows
+            level.requests -= 1
 
     def move(self, entry: Entry[W], number: int) -> None:
         """Put an entry that waits, and is in no line any more, in line at another level."""
@@ -280,17 +302,28 @@ class Lane(Generic[W]):
 
     def arrived(self, rows: int, now: float) -> None:
         """Count an arrival, admitted or not."""
-        if not self._arrived:
-            self._since = now - _RATE_SECONDS / 10
-        self._arrived = self._arrived * math.exp((self._arrived_at - now) / _RATE_SECONDS) + rows
-        self._arrived_at = now
+        if now >= self._counting_until:
+            self._recount(now)
+        self._count += rows
 
     def rate(self, now: float) -> float:
-        """Rows that arrive per second, averaged over the last second or what there is of it."""
-        if not self._arrived:
-            return 0.0
-        seen = 1 - math.exp((self._since - now) / _RATE_SECONDS)
-        return self._arrived * math.exp((self._arrived_at - now) / _RATE_SECONDS) / (_RATE_SECONDS * seen)
+        """Rows that arrive per second, averaged over the last fifth of a second or what there is of it."""
+        if now >= self._counting_until:
+            self._recount(now)
+        return self._rate
+
+    def _recount(self, now: float) -> None:
+        if self._counted_at == -math.inf:
+            self._counted_at = now - _BIN_SECONDS
+        seen = now - self._counted_at
+        kept = math.exp(-seen / _RATE_SECONDS)
+        # The weights of what was counted sum up to this much so far; dividing by it takes the slow start out.
+        self._weight = self._weight * kept + 1 - kept
+        self._average = self._average * kept + (1 - kept) * self._count / seen
+        self._rate = self._average / self._weight
+        self._count = 0
+        self._counted_at = now
+        self._counting_until = now + _BIN_SECONDS
 
     def head(self, first: int = 0) -> tuple[Level[W], Entry[W]] | None:
         """The most urgent entry that waits, and its level, which is at least `first`."""
@@ -301,13 +334,11 @@ class Lane(Generic[W]):
                     return level, entry
         return None
 
-    def in_line(self, first: Level[W], signature: Hashable, least: int = 0) -> Iterable[Entry[W]]:
-        """What may share a batch with the head of a level: the rest of its line, then those of levels from `least`."""
-        line = first.lines[signature]
-        if len(self.levels) == 1:
-            return line
-        others = (level for level in self.levels.values() if level is not first and level.number >= least)
-        return chain(line, *(level.lines.get(signature, ()) for level in others))
+    def behind(self, first: Level[W], signature: Hashable, least: int = 0) -> Iterator[tuple[Iterable[Entry[W]], int]]:
+        """The lines of other levels, from `least`, that may share a batch with the head of one, and their rows."""
+        for level in self.levels.values():
+            if level is not first and level.number >= least and signature in level.lines:
+                yield level.lines[signature], level.waiting
 
     def entries(self) -> Iterable[Entry[W]]:
         """Everything in line."""
@@ -316,9 +347,7 @@ class Lane(Generic[W]):
                 yield from line
 
     def sweep(self) -> None:
-        """Forget what nobody waits for when there may be much of it, as while a run hangs."""
-        if self.requests < self.sweep_at:
-            return
+        """Forget what nobody waits for, of which there may be much while a run hangs."""
         for level in self.levels.values():
             level.sweep()
         self.sweep_at = max(_SWEEP, 2 * self.requests)

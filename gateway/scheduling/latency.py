@@ -26,7 +26,7 @@ _WRONG, _RIGHT = 0.5, 0.25  # mean relative error above which predictions are wr
 _PATIENCE = 20  # batches
 _ENOUGH = 0.97  # of the best rows per second
 _YOUNG = 16  # batches before which a size must be known by itself to judge by
-_PRIOR = 0.1  # weight of a persisted fit against one measured size
+_PRIOR = 0.01  # weight of a persisted fit against one measured size
 
 
 class LatencyModel:
@@ -41,13 +41,14 @@ class LatencyModel:
         self._wrong_for = 0
         self._means: dict[int, float] = {}
         self._counts: dict[int, int] = {}
-        self._sums = [0.0] * 5  # of the weighted fit: w, wn, wnn, wy, wny
+        # Sums of the fit with weights 1 / seconds squared, over sizes: w, w n, w n n, w seconds, w n seconds.
+        self._w = self._wn = self._wnn = self._wy = self._wny = 0.0
         self._a = self._b = 0.0
         self._g = 1.0
         self._tail = 1.0
         self._ratios: deque[float] = deque(maxlen=_WINDOW)
         self._sorted: list[float] = []
-        self._surprises: list[float] = []
+        self._surprises: list[tuple[int, float, float]] = []  # rows, ratio, seconds of the last runs, all odd one way
         self._table: list[float] = [0.0]  # mean of n rows at level 1, monotone, for every n that may be run
         self._efficient = max_rows
 
@@ -101,16 +102,17 @@ class LatencyModel:
             return
         self.batches += 1
         predicted = self.mean(rows)
-        if predicted > 0:
-            self._judge(rows, seconds / predicted)
-        if not self._shifted():
+        if predicted > 0 and self._judge(rows, seconds / predicted):
+            self._be_surprised(rows, seconds / predicted, seconds)
+        else:
+            self._learn_late()
             self._learn(rows, seconds / self._g)
         if rows > self.largest:
             self.largest = rows
             self._tabulate()
 
-    def _judge(self, rows: int, ratio: float) -> None:
-        """Take the error of one prediction into the level, the tail and the trust."""
+    def _judge(self, rows: int, ratio: float) -> bool:
+        """Take the error of one prediction into the level, the tail and the trust. Returns whether it was odd."""
         self.error += (min(abs(ratio - 1), _WORST_TAIL) - self.error) * _DRIFT
         self._wrong_for = self._wrong_for + 1 if self.error > _WRONG else 0
         if self._wrong_for >= _PATIENCE:
@@ -118,15 +120,35 @@ class LatencyModel:
         elif self.error < _RIGHT:
             self.trusted = True
         if self._counts.get(rows, 0) < _SURE and (self.batches < _YOUNG or rows > self.largest):
-            return  # the fit may be wrong about a size it never saw; that says nothing of the device
+            return False  # the fit may be wrong about a size it never saw; that says nothing of the device
         self._remember(ratio)
-        if max(ratio, 1 / ratio) <= _SHIFT:
-            self._surprises.clear()
+        if 1 / _SHIFT <= ratio <= _SHIFT:
             self._g *= ratio**_DRIFT
+            return False
+        return True
+
+    def _be_surprised(self, rows: int, ratio: float, seconds: float) -> None:
+        """Find out whether the device changed its speed. Then every size did, and the level follows at once."""
+        if self._surprises and (self._surprises[-1][1] > 1) != (ratio > 1):
+            self._learn_late()
+        self._surprises.append((rows, ratio, seconds))
+        if len(self._surprises) < 3:
             return
-        if self._surprises and (self._surprises[-1] > 1) != (ratio > 1):
-            self._surprises.clear()
-        self._surprises.append(ratio)
+        if self._counts.get(rows, 0) < _SURE and len({rows for rows, _, _ in self._surprises}) == 1:
+            self._learn_late()  # it is this size that is not as the fit has it
+            return
+        self._g *= median(ratio for _, ratio, _ in self._surprises)
+        # What led here was no tail of the device as it is now.
+        for _ in self._surprises:
+            del self._sorted[bisect_left(self._sorted, self._ratios.pop())]
+        self._surprises.clear()
+
+    def _learn_late(self) -> None:
+        """The odd runs meant no change of speed. They teach what is hardly known; elsewhere they were outliers."""
+        for rows, _, seconds in self._surprises:
+            if self._counts.get(rows, 0) < _SURE:
+                self._learn(rows, seconds / self._g)
+        self._surprises.clear()
 
     def _remember(self, ratio: float) -> None:
         if len(self._ratios) == _WINDOW:
@@ -136,26 +158,13 @@ class LatencyModel:
         rank = math.ceil(0.95 * len(self._sorted)) - 1
         self._tail = min(max(self._sorted[rank], 1.0), _WORST_TAIL)
 
-    def _shifted(self) -> bool:
-        """Whether the device changed its speed. Then every size did, and the level alone follows, at once."""
-        if len(self._surprises) < 3:
-            return bool(self._surprises)  # one odd run teaches no mean; if others like it follow, it was not odd
-        self._g *= median(self._surprises)
-        self._surprises.clear()
-        # What led here was no tail of the device as it is now.
-        for _ in range(3):
-            del self._sorted[bisect_left(self._sorted, self._ratios.pop())]
-        return True
-
     def _learn(self, rows: int, seconds: float) -> None:
         count = self._counts.get(rows, 0)
         old = self._means.get(rows, seconds)
         if count >= _SURE:
             seconds = min(seconds, _CLIP * old)
         new = old + (seconds - old) * max(_NEWS, 1 / (count + 1))
-        if count:
-            self._weigh(rows, old, -1.0)
-        self._weigh(rows, new, 1.0)
+        self._weigh(rows, old if count else math.inf, new)
         self._means[rows] = new
         self._counts[rows] = count + 1
         self._solve()
@@ -163,14 +172,18 @@ class LatencyModel:
         if count < _SURE or self.batches < _WINDOW or self.batches % 8 == 0:
             self._tabulate()
 
-    def _weigh(self, rows: int, seconds: float, sign: float) -> None:
-        """Put one size into the fit or take it out; relative errors count, so the weight is 1 / seconds squared."""
-        weight = sign / (seconds * seconds)
-        for index, value in enumerate((1.0, rows, rows * rows, seconds, rows * seconds)):
-            self._sums[index] += weight * value
+    def _weigh(self, rows: int, old: float, new: float, share: float = 1.0) -> None:
+        """Let a size count in the fit with new seconds instead of old; errors relative to them are what is kept small."""
+        weight = share * (1 / (new * new) - 1 / (old * old))
+        weighted = share * (1 / new - 1 / old)
+        self._w += weight
+        self._wn += weight * rows
+        self._wnn += weight * rows * rows
+        self._wy += weighted
+        self._wny += weighted * rows
 
     def _solve(self) -> None:
-        w, wn, wnn, wy, wny = self._sums
+        w, wn, wnn, wy, wny = self._w, self._wn, self._wnn, self._wy, self._wny
         spread = w * wnn - wn * wn
         if spread > 1e-9 * w * wnn:
             slope = (w * wny - wn * wy) / spread
@@ -192,6 +205,8 @@ class LatencyModel:
             if count >= _SURE and rows < len(values):
                 values[rows] = means[rows]
         self._table = list(accumulate(values, max))
+        if len(counts) < 2 and self._a <= 0:
+            return  # one size says nothing of what larger ones gain
         best = max((rows / self._table[rows] for rows in range(1, len(values))), default=0.0)
         self._efficient = next(
             (rows for rows in range(1, len(values)) if rows >= _ENOUGH * best * self._table[rows]), self.max_rows
@@ -215,7 +230,7 @@ class LatencyModel:
         if not (0 <= a < math.inf and 0 < b < math.inf and largest > 0):
             raise ValueError(f"no latency model: {dict(prior)}")
         for rows in {1, min(largest, max_rows)}:
-            model._weigh(rows, a + b * rows, _PRIOR)
+            model._weigh(rows, math.inf, a + b * rows, _PRIOR)
         model._tail = min(max(float(prior["tail"]), 1.0), _WORST_TAIL)
         # Half, so that the size it knew is the first that doubling may try.
         model.largest = max(1, min(largest, max_rows) // 2)

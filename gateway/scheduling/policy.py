@@ -12,10 +12,10 @@ can drive the same code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Generic, Literal, TypeAlias
+from typing import Generic, TypeAlias
 
 from gateway.scheduling.base import Limits, RefusalReason, W, Waiting
 from gateway.scheduling.latency import LatencyModel
@@ -23,11 +23,11 @@ from gateway.scheduling.latency import LatencyModel
 __all__ = ["Decision", "Limits", "Outlook", "Waiting", "on_free", "on_timer"]
 
 Fill: TypeAlias = Callable[[Iterable[W]], Iterable[W]]
-Drop: TypeAlias = Literal["none", "late", "shed"]
+_ANY = 1 << 62  # rows
 
 
 @dataclass(slots=True)
-class Outlook:
+class Outlook(Generic[W]):
     """What is known of the time to come: how long batches take, and what else wants the engine."""
 
     latency: LatencyModel
@@ -36,6 +36,7 @@ class Outlook:
     target: Callable[[], int] = lambda: 1  # rows of the smallest batch that sustains the load
     idle: bool = False  # nothing else wants the engine
     probe: bool = False  # nothing ran for so long that the latency may be another one now
+    behind: Iterable[tuple[Iterable[W], int]] = ()  # lines of other levels to fill the batch from, and their rows
 
     def room(self, deadline: float | None, now: float) -> int:
         """Rows of the largest batch that ends by then."""
@@ -65,7 +66,7 @@ def on_free(
     limits: Limits,
     share: int,
     now: float,
-    outlook: Outlook | None = None,
+    outlook: Outlook[W] | None = None,
     fill: Fill[W] | None = None,
 ) -> Decision[W]:
     """Choose a batch for an instance that is free. `waiting` is most urgent first.
@@ -78,7 +79,8 @@ def on_free(
     most = max(limits.preferred, default=limits.max_rows) if patient else min(limits.max_rows, max(share, 1))
     dropped: list[tuple[W, RefusalReason]] = []
     if outlook is not None:
-        waiting = _drop(iter(waiting), min(most, outlook.latency.cap), now, outlook, dropped)
+        lines = chain([(waiting, outlook.backlog)], outlook.behind)
+        waiting = _worth_a_batch(lines, min(most, outlook.latency.cap), now, outlook, dropped)
     if fill is not None:
         waiting = fill(waiting)
     decision = _gather(waiting, limits, most, "preferred" if patient else "share", _Room(now, outlook))
@@ -88,7 +90,7 @@ def on_free(
     return decision
 
 
-def on_timer(gathered: Decision[W], limits: Limits, now: float, outlook: Outlook | None = None) -> Decision[W]:
+def on_timer(gathered: Decision[W], limits: Limits, now: float, outlook: Outlook[W] | None = None) -> Decision[W]:
     """Apply `preferred_batch_size` and `max_queue_delay_microseconds` to what could be run now."""
     if not gathered.jobs or gathered.reason == "single":
         return gathered
@@ -110,25 +112,35 @@ def on_timer(gathered: Decision[W], limits: Limits, now: float, outlook: Outlook
     return Decision([], 0, "wait", ask_at=until)
 
 
-def _drop(
-    line: Iterator[W], most: int, now: float, outlook: Outlook, dropped: list[tuple[W, RefusalReason]]
-) -> Iterable[W]:
-    """The line from the first job on that is worth a batch. Those before it go to `dropped`."""
-    backlog = outlook.backlog
-    for job in line:
-        if job.done:
-            continue
-        verdict = _verdict(job, min(backlog, most), now, outlook)
-        if verdict is None or (
-            verdict == "expired" and backlog <= job.request.rows and _worth_a_try(job, now, outlook)
-        ):
-            return chain((job,), line)
-        dropped.append((job, verdict))
-        backlog -= job.request.rows
-    return ()
+def _worth_a_batch(
+    lines: Iterable[tuple[Iterable[W], int]],
+    most: int,
+    now: float,
+    outlook: Outlook[W],
+    dropped: list[tuple[W, RefusalReason]],
+) -> Iterator[W]:
+    """What waits, line after line, each from the first job on that is worth a batch; those before it go to `dropped`."""
+    before = 0
+    for line, rows in lines:
+        backlog = before + rows
+        before = backlog
+        dropping = True
+        for job in line:
+            if job.done:
+                continue
+            if dropping:
+                verdict = _verdict(job, min(backlog, most), now, outlook)
+                if verdict == "expired" and backlog <= job.request.rows and _worth_a_try(job, now, outlook):
+                    verdict = None
+                if verdict is not None:
+                    dropped.append((job, verdict))
+                    backlog -= job.request.rows
+                    continue
+                dropping = False
+            yield job
 
 
-def _verdict(job: W, backlog: int, now: float, outlook: Outlook) -> RefusalReason | None:
+def _verdict(job: W, backlog: int, now: float, outlook: Outlook[W]) -> RefusalReason | None:
     """Why a head of the line should not be served, None if it should."""
     deadline = job.request.deadline
     if deadline is None:
@@ -145,33 +157,12 @@ def _verdict(job: W, backlog: int, now: float, outlook: Outlook) -> RefusalReaso
     return None
 
 
-def _worth_a_try(job: W, now: float, outlook: Outlook) -> bool:
+def _worth_a_try(job: W, now: float, outlook: Outlook[W]) -> bool:
     """Whether to run a lone job that is likely to be late: nothing else wants the engine."""
     deadline = job.request.deadline
     if not outlook.idle or deadline is None or now >= deadline:
         return False
     return outlook.probe or now + outlook.latency.mean(job.request.rows) <= deadline
-
-
-class _Room:
-    """How many rows a batch may have so that every deadline in it is kept."""
-
-    __slots__ = ("_deadline", "_now", "_outlook", "explored", "rows")
-
-    def __init__(self, now: float, outlook: Outlook | None) -> None:
-        known = outlook is not None and outlook.latency.trusted
-        self._now = now
-        self._outlook = outlook if known else None
-        self._deadline = math.inf
-        self.explored = outlook.latency.cap if outlook is not None else 1 << 62
-        self.rows = self.explored
-
-    def narrow(self, deadline: float | None) -> int:
-        """Take a further deadline into account; returns the rows left by it."""
-        if self._outlook is not None and deadline is not None and deadline < self._deadline:
-            self._deadline = deadline
-            self.rows = min(self.rows, self._outlook.room(deadline, self._now))
-        return self.rows
 
 
 def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str, room: _Room) -> Decision[W]:
@@ -182,29 +173,53 @@ def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str, room: _
     jobs: list[W] = []
     rows = 0
     reason = "drained"
-    signature = None
+    signature: Hashable = None
     for job in waiting:
         if job.done:
             continue
         request = job.request
-        if not jobs:
-            signature = request.signature
-            room.narrow(request.deadline)
-        elif request.signature != signature:
+        if jobs and request.signature != signature:
             # Passed over, not waited for: it heads the next batch, and order among its own shape is kept.
             reason = "shape"
             continue
-        elif rows + request.rows > most:
-            return Decision(jobs, rows, "full" if rows + request.rows > limits.max_rows else short)
-        elif rows + request.rows > room.narrow(request.deadline):
-            return Decision(jobs, rows, "explore" if room.rows >= room.explored else "deadline")
+        signature = request.signature
+        if request.deadline is not None and request.deadline < room.deadline:
+            room.narrow(request.deadline)
+        if jobs and (rows + request.rows > most or rows + request.rows > room.rows):
+            return Decision(jobs, rows, _why(rows + request.rows, limits, most, short, room))
         jobs.append(job)
         rows += request.rows
-        if not limits.joins:
-            return Decision(jobs, rows, "single")
-        if rows >= limits.max_rows:
-            return Decision(jobs, rows, "full")
+        if rows >= limits.max_rows or not limits.joins:
+            return Decision(jobs, rows, "full" if limits.joins else "single")
     return Decision(jobs, rows, reason)
+
+
+def _why(rows: int, limits: Limits, most: int, short: str, room: _Room) -> str:
+    """Why a batch of so many rows is not formed."""
+    if rows > limits.max_rows:
+        return "full"
+    if rows > most:
+        return short
+    return "explore" if rows > room.explored else "deadline"
+
+
+class _Room:
+    """How many rows a batch may have so that every deadline in it is kept."""
+
+    __slots__ = ("_now", "_outlook", "deadline", "explored", "rows")
+
+    def __init__(self, now: float, outlook: Outlook[W] | None) -> None:
+        self._now = now
+        self._outlook = outlook
+        known = outlook is not None and outlook.latency.trusted
+        self.deadline = math.inf if known else -math.inf  # the earliest that counts
+        self.explored = self.rows = outlook.latency.cap if outlook is not None else _ANY
+
+    def narrow(self, deadline: float) -> None:
+        """An earlier deadline is to be kept too."""
+        assert self._outlook is not None
+        self.deadline = deadline
+        self.rows = min(self.rows, self._outlook.room(deadline, self._now))
 
 
 def _largest_preferred(jobs: list[W], sizes: tuple[int, ...]) -> int:

@@ -12,7 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Generic
 
 from gateway.scheduling.admission import Situation, eta, expiry, level_of, on_arrival, policy_of
-from gateway.scheduling.base import Dispatch, LaneKey, Limits, Place, Refusal, RefusalReason, Request, Run, W
+from gateway.scheduling.base import (
+    Dispatch,
+    LaneKey,
+    Limits,
+    Place,
+    QueuePolicy,
+    Refusal,
+    RefusalReason,
+    Request,
+    Run,
+    W,
+)
 from gateway.scheduling.lanes import CRITICAL, DEFAULT, SPILL, Active, Device, Entry, Lane, Seat, discount
 from gateway.scheduling.latency import LatencyModel
 from gateway.scheduling.policy import Decision
@@ -39,12 +50,11 @@ class DeadlineScheduler(Generic[W]):
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._cores = cores or {}
-        self._bytes_left = max_bytes
         self._jitter = jitter
+        self._at = Situation(0.0, 0.0, jitter, max_bytes)
         self._devices: dict[str, Device[W]] = {}
         self._lanes: dict[LaneKey, Lane[W]] = {}
         self._admitted: dict[int, Entry[W]] = {}  # by the identity of the request, which lives until it is settled
-        self._overhead = 0.0
 
     # --- lanes
 
@@ -54,6 +64,7 @@ class DeadlineScheduler(Generic[W]):
         if state is None:
             state = self._lanes[lane] = Lane(lane, limits)
         state.limits = limits
+        state.plain = limits.queue == QueuePolicy() and not limits.priority_queues
         state.seats = {}
         for place in places:
             device = self._device(place.device)
@@ -81,6 +92,11 @@ class DeadlineScheduler(Generic[W]):
             if state.seats.pop(device, None) is not None:
                 self._attach(state)
 
+    def is_quiet(self, lane: LaneKey) -> bool:
+        """Whether no job of an open lane waits or runs."""
+        state = self._lanes[lane]
+        return not (state.running or state.refused or any(not entry.done for entry in state.entries()))
+
     def report(self, lane: LaneKey) -> LaneReport:
         """The counters of a lane. Raises KeyError for one that is not open."""
         return self._lanes[lane].report
@@ -99,7 +115,9 @@ class DeadlineScheduler(Generic[W]):
         state.arrived(request.rows, now)
         number = level_of(state.limits, request)
         entry = self._entry(state, request, now, number)
-        verdict = on_arrival(state, entry, number, Situation(now, self._overhead, self._jitter(), self._bytes_left))
+        at = self._at
+        at.now = now
+        verdict = on_arrival(state, entry, number, at)
         if isinstance(verdict, Refusal):
             state.report.refused[verdict.reason] += 1
             return verdict
@@ -109,7 +127,7 @@ class DeadlineScheduler(Generic[W]):
         state.count(entry, number)
         state.report.admitted += 1
         state.tenants[entry.tenant] = state.tenants.get(entry.tenant, 0) + entry.rows
-        self._bytes_left -= request.size
+        self._at.bytes_left -= request.size
         self._admitted[id(request)] = entry
         if number == CRITICAL and len(state.levels) > 1 and not state.limits.priority_levels:
             self._displace(state, now)
@@ -121,10 +139,10 @@ class DeadlineScheduler(Generic[W]):
         if entry is None:
             return
         discount(entry)
-        self._bytes_left += request.size
+        self._at.bytes_left += request.size
         tenants = entry.lane.tenants
         left = tenants[entry.tenant] - entry.rows
-        if left:
+        if left > 0:
             tenants[entry.tenant] = left
         else:
             del tenants[entry.tenant]
@@ -142,17 +160,20 @@ class DeadlineScheduler(Generic[W]):
             if entry is None:
                 state.arrived(request.rows, now)
             else:
-                again.lane = entry.lane
                 self._admitted[id(request)] = again
+                if entry.lane is not state:
+                    state.tenants[request.tenant] = state.tenants.get(request.tenant, 0) + request.rows
             entry = again
         level = entry.level
         assert level is not None
         entry.job = job
         level.waiting += entry.rows
+        state.waiting += entry.rows
         level.push(entry)
         if entry.expires < state.next_expiry:
             state.next_expiry = entry.expires
-        state.sweep()
+        if state.requests >= state.sweep_at:
+            state.sweep()
 
     # --- runs
 
@@ -198,10 +219,10 @@ class DeadlineScheduler(Generic[W]):
             report.failed += 1
             return
         active.model.observe(run.rows, seconds)
-        self._overhead += (min(max(now - run.started - seconds, 0.0), seconds) - self._overhead) * _NEWS
+        late = min(max(now - run.started - seconds, 0.0), seconds)
+        self._at.overhead += (late - self._at.overhead) * _NEWS
         report.record(run, seconds, active.model)
-        if now > active.due:
-            report.late += sum(1 for job in run.jobs if (due := job.request.deadline) is not None and due < now)
+        report.late += sum(1 for job in run.jobs if (deadline := job.request.deadline) is not None and deadline < now)
         if len(lane.seats) > 1:
             lane.rank_places()
 
@@ -239,9 +260,8 @@ class DeadlineScheduler(Generic[W]):
         if lane.fast and not lane.fast[0].current.trusted:
             rank = enqueued  # first in, first out
         entry = Entry(lane, request, rank, enqueued)
-        policy = policy_of(lane.limits, number)
-        if policy.timeout or policy.allow_override:
-            entry.expires = expiry(policy, request, enqueued)
+        if not lane.plain:
+            entry.expires = expiry(policy_of(lane.limits, number), request, enqueued)
         return entry
 
     def _assign(self, device: Device[W], now: float, answer: Dispatch[W]) -> float:
@@ -252,7 +272,7 @@ class DeadlineScheduler(Generic[W]):
             lane, seat = head.lane, head.seat
             if seat.threads > device.free:
                 break  # what is free is kept for the most urgent, or a wide run would wait for ever
-            decision = choose(head, now, self._overhead)
+            decision = choose(head, now, self._at.overhead)
             for dropped, reason in decision.dropped:
                 self._drop(lane, dropped, reason, now)
             answer.refused += lane.refused
@@ -267,14 +287,8 @@ class DeadlineScheduler(Generic[W]):
 
     def _start(self, head: Head[W], decision: Decision[Entry[W]], now: float) -> Run[W]:
         lane, seat, device = head.lane, head.seat, head.seat.device
-        due = math.inf
-        jobs: list[W] = []
-        for entry in decision.jobs:
-            discount(entry)
-            if entry.request.deadline is not None and entry.request.deadline < due:
-                due = entry.request.deadline
-            assert entry.job is not None
-            jobs.append(entry.job)
+        jobs = [entry.job for entry in decision.jobs if entry.job is not None]
+        lane.depart(decision.jobs, decision.rows)
         if len(lane.tenants) > 1:
             lane.turns.charge(decision.jobs, lane.tenants)
         cores = seat.widest if is_alone(device) else seat.threads
@@ -282,10 +296,9 @@ class DeadlineScheduler(Generic[W]):
         seat.current = seat.latency(head.entry.request)
         predicted = model.mean(decision.rows) if model.known else None
         run = Run(lane.key, device.name, jobs, decision.rows, cores, decision.reason, now, predicted)
-        device.active.append(Active(run, seat, model, level_class(lane, head.level), now + (predicted or 0.0), due))
+        device.active.append(Active(run, seat, model, level_class(lane, head.level), now + (predicted or 0.0)))
         device.free -= cores
         seat.running += 1
-        lane.running += decision.rows
         lane.report.closed[decision.reason] += 1
         if not lane.waiting:
             lane.standing_since = math.inf
@@ -299,7 +312,7 @@ class DeadlineScheduler(Generic[W]):
         assert level is not None
         if level.number < SPILL and lane.slow:
             number = level.number + SPILL
-            if eta(lane, lane.slow, entry, number, Situation(now, self._overhead)) <= entry.rank:
+            if eta(lane, lane.slow, entry, number, Situation(now, self._at.overhead)) <= entry.rank:
                 level.remove(entry)
                 lane.move(entry, number)
                 lane.report.spilled += 1
@@ -317,7 +330,7 @@ class DeadlineScheduler(Generic[W]):
         last = least.newest() if least.number % SPILL != CRITICAL else None
         if last is None or last.request.deadline is None or not lane.fast:
             return
-        if eta(lane, lane.fast, last, least.number, Situation(now, self._overhead)) > last.rank:
+        if eta(lane, lane.fast, last, least.number, Situation(now, self._at.overhead)) > last.rank:
             least.remove(last)
             self._refuse(lane, last, Refusal("shed", "more urgent requests took its place", 1 + self._jitter()))
 

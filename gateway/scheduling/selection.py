@@ -90,11 +90,13 @@ def choose(head: Head[W], now: float, overhead: float) -> Decision[Entry[W]]:
         model,
         overhead,
         level.waiting,
-        partial(target, seat.device, now),
+        partial(target, lane, seat.device, now),
         idle=not contended,
         probe=now - lane.last_run > _STALE,
     )
-    waiting = lane.in_line(level, request.signature, SPILL if seat in lane.slow else 0)
+    if len(lane.levels) > 1:
+        outlook.behind = lane.behind(level, request.signature, SPILL if seat in lane.slow else 0)
+    waiting = level.lines[request.signature]
     fill = lane.turns.order if len(lane.tenants) > 1 else None
     return on_free(waiting, lane.limits, _share(lane, seat, model, now), now, outlook, fill)
 

@@ -6,6 +6,7 @@ import time
 from typing import Protocol, Self
 
 from gateway import errors
+from gateway.service.route import Route
 from gateway.statistics import VersionStatistics
 from gateway.types import InferRequest, InferResponse, Responses
 
@@ -13,17 +14,17 @@ from gateway.types import InferRequest, InferResponse, Responses
 class Submit(Protocol):
     """What an inference needs of the service."""
 
-    def submit(self, request: InferRequest) -> tuple[Responses, VersionStatistics]:
+    def submit(self, request: InferRequest) -> tuple[Responses, Route]:
         """Check and queue a request."""
 
-    def end(self, request: InferRequest, statistics: VersionStatistics) -> None:
+    def end(self, request: InferRequest, route: Route) -> None:
         """The submitted request is over."""
 
 
 class Inference:
     """The `Responses` of a request. Each ends in exactly one entry of the statistics: success, failure or cancelled."""
 
-    __slots__ = ("_answered", "_ended", "_request", "_responses", "_service", "_started", "_statistics")
+    __slots__ = ("_answered", "_ended", "_request", "_responses", "_route", "_service", "_started")
 
     def __init__(self, service: Submit, request: InferRequest) -> None:
         self._service = service
@@ -42,14 +43,16 @@ class Inference:
         try:
             if self._responses is None:
                 self._started = time.monotonic_ns()
-                self._responses, self._statistics = self._service.submit(self._request)
+                self._responses, self._route = self._service.submit(self._request)
             response = await self._responses.__anext__()
         except errors.GatewayError as error:
             self._fail(error)
             raise
         if response.final:
             self._answered = True
-            self._statistics.record_success(time.monotonic_ns() - self._started, response.timings, self._request.rows)
+            self._route.statistics.record_success(
+                time.monotonic_ns() - self._started, response.timings, self._request.rows
+            )
         return response
 
     async def aclose(self) -> None:
@@ -60,8 +63,8 @@ class Inference:
         if self._responses is None:
             return
         if not self._answered:
-            self._statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
-        self._service.end(self._request, self._statistics)
+            self._route.statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
+        self._service.end(self._request, self._route)
         await self._responses.aclose()
 
     def _fail(self, error: errors.GatewayError) -> None:
@@ -69,7 +72,14 @@ class Inference:
             self._ended = True  # refused, and counted, before it began
             return
         self._answered = True
-        self._statistics.record_failure(failure_reason(error), time.monotonic_ns() - self._started)
+        record_refusal(self._route.statistics, error, time.monotonic_ns() - self._started)
+
+
+def record_refusal(statistics: VersionStatistics, error: errors.GatewayError, total_ns: int) -> None:
+    """Count a request that was answered with an error."""
+    statistics.record_failure(failure_reason(error), total_ns)
+    if error.reason:
+        statistics.refused[error.reason] = statistics.refused.get(error.reason, 0) + 1
 
 
 def failure_reason(error: errors.GatewayError) -> str:

@@ -7,15 +7,16 @@ process or on other machines. It keeps no request: once submitted, a request is 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.service.inference import Inference, failure_reason
-from gateway.statistics import ModelStatistics, Statistics, VersionStatistics
+from gateway.service.inference import Inference, record_refusal
+from gateway.service.route import Route
+from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Parameter, Responses
 
 EXTENSIONS = (
@@ -50,18 +51,6 @@ class IndexEntry:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Route:
-    """A resolved (model, version): where to submit and what to check."""
-
-    pool: PoolState
-    lane: Lane
-    config: ModelConfig
-    checker: Checker
-    statistics: VersionStatistics
-    default_deadline: float  # seconds that a request has which brings no deadline; 0: any time
-
-
 class Service:
     """The one thing both transports talk to. All methods raise `GatewayError` and run on the event loop."""
 
@@ -76,7 +65,7 @@ class Service:
         self._statistics = statistics
         self._repository_names = repository_names
         self._options = options
-        self._routes: dict[tuple[str, str], _Route] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
         self._inflight_bytes = 0
         self._draining = False
         self._started = False
@@ -87,8 +76,8 @@ class Service:
         """Run a request (an `Infer`). It begins when the first answer is asked for; closing cancels it."""
         return Inference(self, request)
 
-    def submit(self, request: InferRequest) -> tuple[Responses, VersionStatistics]:
-        """Check and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""
+    def submit(self, request: InferRequest) -> tuple[Responses, Route]:
+        """Check, admit and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""
         if self._draining:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
@@ -101,18 +90,26 @@ class Service:
             # A lone request is always let in, however large: the transport's own limit bounded it.
             if self._inflight_bytes and self._inflight_bytes + request.size > self._options.max_inflight_bytes:
                 raise self._full()
-            responses = self._queue.submit(route.lane, request)
+            if route.admission is not None:
+                route.admission.admit(request)
         except errors.GatewayError as error:
-            route.statistics.record_failure(failure_reason(error), 0)
+            record_refusal(route.statistics, error, 0)
             raise
         self._inflight_bytes += request.size
         route.statistics.pending += 1
-        return responses, route.statistics
+        try:
+            return self._queue.submit(route.lane, request), route
+        except errors.GatewayError as error:
+            record_refusal(route.statistics, error, 0)
+            self.end(request, route)
+            raise
 
-    def end(self, request: InferRequest, statistics: VersionStatistics) -> None:
+    def end(self, request: InferRequest, route: Route) -> None:
         """A submitted request is over, however it ended. For `Inference`."""
+        if route.admission is not None:
+            route.admission.settle(request)
         self._inflight_bytes -= request.size
-        statistics.pending -= 1
+        route.statistics.pending -= 1
 
     def _full(self) -> errors.GatewayError:
         limit = self._options.max_inflight_bytes
@@ -120,7 +117,7 @@ class Service:
             f"the gateway holds {self._inflight_bytes} bytes of requests and its limit is {limit}"
         )
 
-    def _resolve(self, name: str, version: str) -> _Route:
+    def _resolve(self, name: str, version: str) -> Route:
         pool = self._queue.pool(name)
         if pool is None:
             raise errors.unknown_model(name)
@@ -130,12 +127,13 @@ class Service:
         state = _pick(pool, version)
         assert state.config is not None
         own = state.config.default_deadline_ms
-        route = _Route(
+        route = Route(
             pool,
             Lane(name, state.version),
             state.config,
             Checker(state.config),
             self._statistics.of(name, state.version),
+            state.admission,
             (self._options.default_deadline_ms if own is None else own) / 1000,
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
@@ -168,6 +166,12 @@ class Service:
     def model_config(self, name: str, version: str = "") -> ModelConfig:
         """The complete configuration of a ready version."""
         return self._resolve(name, version).config
+
+    def explain(self, name: str, version: str = "") -> Mapping[str, object]:
+        """What was decided about the requests of a ready version and why; see `Admission.explain`."""
+        route = self._resolve(name, version)
+        told = route.admission.explain() if route.admission is not None else {}
+        return {"model": name, "version": route.lane.version, **told}
 
     def ready_versions(self, name: str) -> list[str]:
         """The versions of a model that are ready, oldest first."""

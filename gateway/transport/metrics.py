@@ -96,10 +96,12 @@ def model_metrics(statistics: Statistics) -> list[Family]:
         )
     failed = "Number of failed inference requests, all batch sizes"
     closed = "Number of batches by why they were closed"
+    refused = "Number of good requests that were not served, by why; see the table of refusals"
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
         Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
+        Family("gateway_requests_refused_total", "counter", refused, _by_reason(versions, "refused")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",

@@ -1,4 +1,4 @@
-"""One version of one model while it is loaded: its engines, its stage and the tasks that serve it.
+"""One version of one model while it is loaded: its engines, its lane and the tasks that serve it.
 
 The life is `load` (engines created and warm), `serve` (take jobs and run them), then either `drain` (nothing
 more will come: answer all that was accepted) or `retire` (a successor serves the same lane: finish what was
@@ -18,15 +18,19 @@ from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
 from gateway.queues.base import Consumer, InstanceState, Lane, Queue
+from gateway.scheduling.base import Place
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
+from gateway.types import InferRequest
+from gateway.worker.explain import explain
 from gateway.worker.instance import Instance
+from gateway.worker.lane import limits, places
+from gateway.worker.probe import measurable, measure
 from gateway.worker.slots import Slots
-from gateway.worker.stage import Stage
 from gateway.worker.warmup import warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
-_CREDITS = 1 << 30  # in one process the stage is the queue: taking all costs nothing, and the policy sees all
+_CREDITS = 1 << 30  # in one process the scheduler is the queue: taking all costs nothing, and it sees all
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Source:
 class Host:
     """A loaded version and the tasks that serve it."""
 
-    def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Mapping[str, Slots]) -> None:
+    def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool) -> None:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -50,9 +54,11 @@ class Host:
         self._queue = queue
         self._statistics = statistics.of(*self._lane)
         self._slots = slots
+        self._measures = measures and measurable(source.config)
+        self._places: list[Place] = []
         self._engines: list[tuple[Engine, Placement]] = []
-        self._stage: Stage | None = None
         self._consumer: Consumer | None = None
+        self._measuring: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
 
     async def load(self, placements: Sequence[Placement]) -> None:
@@ -69,33 +75,41 @@ class Host:
             raise
         self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
-        self._stage = Stage(
-            self.source.config,
-            len(self._engines),
-            max(placement.device.long_run for placement in placements),
-        )
+        self._places = places(self._engines)
+        # A lane of this host's own: while a successor takes over, the two finish what each has taken.
+        self._slots.open(self, limits(self.source.config), self._places)
         self._consumer = self._queue.consumer([self._lane])
+
+    def admit(self, request: InferRequest) -> None:
+        """See `Admission.admit`."""
+        self._slots.admit(self, request, request.id)
+
+    def settle(self, request: InferRequest) -> None:
+        """See `Admission.settle`."""
+        self._slots.scheduler.settle(self, request)
+
+    def explain(self) -> Mapping[str, object]:
+        """See `Admission.explain`."""
+        return explain(self._slots.scheduler, self, [place.device for place in self._places])
 
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
-        assert self._stage is not None
         assert self._consumer is not None
         try:
             async with asyncio.TaskGroup() as tasks:
-                serving = [tasks.create_task(self._read(self._consumer, self._stage))]
+                serving = [tasks.create_task(self._read(self._consumer))]
                 for engine, placement in self._engines:
                     instance = Instance(engine, self.source.config, self.source.version, self._statistics)
-                    slots = self._slots[placement.device.name]
-                    seats = [
-                        slots.seat(self._stage, placement.threads, engine.widest) for _ in range(engine.concurrency)
-                    ]
+                    seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
+                if self._measures:
+                    self._measuring = tasks.create_task(self._measure())
                 await self._stopped.wait()
                 for task in serving:
                     task.cancel()
         finally:
             self._consumer.close()
-            self._stage.release()
+            self._slots.close(self)
             await self._close_engines()
 
     async def drain(self) -> None:
@@ -105,18 +119,20 @@ class Host:
 
     async def retire(self) -> None:
         """Take no more, finish what was taken, then stop."""
-        assert self._stage is not None
         assert self._consumer is not None
         self._consumer.close()
-        await self._stage.settled()
+        if self._measuring is not None:
+            self._measuring.cancel()
+        await self._slots.settled(self)
         self._stopped.set()
 
-    async def _read(self, consumer: Consumer, stage: Stage) -> None:
-        devices = {placement.device.name for _, placement in self._engines}
+    async def _read(self, consumer: Consumer) -> None:
         while jobs := await consumer.take(_CREDITS):
-            stage.extend(jobs)
-            for device in devices:
-                self._slots[device].wake()
+            self._slots.add(self, jobs)
+
+    async def _measure(self) -> None:
+        largest = await measure(self._slots, self, self.source.config, sum(place.count for place in self._places))
+        log_event("measured", logging.DEBUG, model=self._lane.model, version=self._lane.version, rows=largest)
 
     async def _close_engines(self) -> None:
         while self._engines:

@@ -19,6 +19,7 @@ from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
 from gateway.types import NO_PARAMETERS, Batch, InferResponse, Timings
+from gateway.worker.probe import Probe
 from gateway.worker.slots import Seat
 
 
@@ -34,32 +35,36 @@ class Instance:
     async def serve(self, seat: Seat) -> None:
         """Run batches until cancelled. A batch that has begun is finished first."""
         while True:
-            assignment = await seat.next()
+            run = await seat.next()
+            whole = False
             try:
-                await self._run(assignment.jobs, assignment.reason, assignment.cores)
+                whole = await self._run(run.jobs, run.reason, run.cores)
             except asyncio.CancelledError:
-                for job in assignment.jobs:  # a forced stop: the engine is let go, the callers are told
+                for job in run.jobs:  # a forced stop: the engine is let go, the callers are told
                     job.fail(errors.stopping())
                 raise
             finally:
-                seat.release(assignment)
+                seat.release(run, learn=whole)
 
-    async def _run(self, taken: list[Job], reason: str, cores: int) -> None:
+    async def _run(self, taken: list[Job], reason: str, cores: int) -> bool:
+        """Answer every job. True when all that was taken ran as one batch and well."""
         jobs = [job for job in taken if not job.done]
         if not jobs:
-            return
+            return False
         try:
             await self._attempt(jobs, reason, cores)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             if len(jobs) == 1:
                 jobs[0].fail(self._explain(problem))
-                return
+                return False
             log_event(
                 "batch_failed", logging.WARNING, model=self._config.name, version=self._version, requests=len(jobs),
                 reason=str(problem), action="running them one by one",
             )  # fmt: skip
             for job in jobs:
                 await self._run([job], "retry", cores)
+            return False
+        return len(jobs) == len(taken)
 
     async def _attempt(self, jobs: list[Job], reason: str, cores: int) -> None:
         begun = time.monotonic_ns()
@@ -81,7 +86,8 @@ class Instance:
                         result.finished_ns - result.stacked_ns,
                         time.monotonic_ns() - result.finished_ns,
                     )
-                    self._statistics.record_batch(rows, *spent, reason)
+                    if not isinstance(jobs[0], Probe):
+                        self._statistics.record_batch(rows, *spent, reason)
                     log_event(
                         "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
                         rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,

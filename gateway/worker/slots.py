@@ -1,8 +1,8 @@
-"""The slots of one device: where models meet.
+"""Drives the scheduler: where jobs, slots and instances meet.
 
-A run needs as many slots as the cores it uses. When slots are free and jobs are staged, the stage with the
-earliest deadline gets them, if one of its instances here is free. Arrivals of one turn of the event loop are
-seen together, because the decision is made once at its end.
+An instance waits in a `Seat` for its next run. Arrivals of one turn of the event loop are seen together, because
+each device is asked once at the end of the turn what to do. All decisions are the scheduler's; this module knows
+the clock, and that nothing the scheduler hands out is ever lost.
 """
 
 from __future__ import annotations
@@ -10,144 +10,164 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
 
 from gateway.queues.base import Job
-from gateway.scheduling.policy import Decision
-from gateway.worker.stage import Stage
-
-
-@dataclass(slots=True)
-class Assignment:
-    """A batch and the cores to run it on; give it back with `Slots.release`."""
-
-    jobs: list[Job]
-    rows: int
-    reason: str
-    cores: int
-    started: float  # time.monotonic
+from gateway.scheduling.base import LaneKey, Limits, Place, Request, Run
+from gateway.scheduling.refusals import refused
+from gateway.scheduling.scheduler import DeadlineScheduler
 
 
 class Seat:
     """One open run of an instance: waits here for its next batch. Made by `Slots.seat`."""
 
-    def __init__(self, slots: Slots, stage: Stage, threads: int, widest: int) -> None:
-        self.stage = stage
-        self.threads = threads
-        self.widest = widest
-        self.waiter: asyncio.Future[Assignment] | None = None
+    def __init__(self, slots: Slots, lane: LaneKey, device: str) -> None:
+        self.place = (lane, device)
+        self.waiter: asyncio.Future[Run[Job]] | None = None
         self._slots = slots
 
-    async def next(self) -> Assignment:
-        """Wait for a slot and a batch, together."""
+    async def next(self) -> Run[Job]:
+        """Wait for a batch and the slots to run it."""
+        if (run := self._slots.take(self)) is not None:
+            return run
         self.waiter = asyncio.get_running_loop().create_future()
-        self._slots.sit(self)
         try:
             return await self.waiter
         except asyncio.CancelledError:
             # Cancelled in the same turn as a batch was assigned: the batch is not lost.
             if self.waiter.done() and not self.waiter.cancelled():
-                assignment = self.waiter.result()
-                for job in reversed(assignment.jobs):
-                    job.release()
-                self.release(assignment)
+                self._slots.give_back(self.waiter.result())
             raise
         finally:
             self._slots.leave(self)
 
-    def release(self, assignment: Assignment) -> None:
-        """The run is over; its slots are free."""
-        self.stage.finished(assignment.rows, time.monotonic() - assignment.started)
-        self._slots.release(assignment.cores)
+    def release(self, run: Run[Job], *, learn: bool) -> None:
+        """The run is over; its slots are free. What is no measurement of a whole run is not to be learned from."""
+        self._slots.finished(run, learn=learn)
 
 
 class Slots:
-    """The scheduler of one device with `cores` slots."""
+    """All devices of a worker and the lanes on them."""
 
-    def __init__(self, cores: int) -> None:
-        self._cores = cores
-        self._free = cores
-        self._idle: dict[Stage, deque[Seat]] = {}
-        self._scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
+    def __init__(self, scheduler: DeadlineScheduler[Job]) -> None:
+        self.scheduler = scheduler
+        self._idle: dict[tuple[LaneKey, str], deque[Seat]] = {}
+        self._early: dict[tuple[LaneKey, str], deque[Run[Job]]] = {}  # runs whose instance is about to sit down
+        self._devices: dict[LaneKey, tuple[str, ...]] = {}
+        self._scheduled: set[str] = set()
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._turn = asyncio.Event()
 
-    def seat(self, stage: Stage, threads: int, widest: int | None = None) -> Seat:
-        """A place for an instance of the stage's model that runs on `threads` cores when the device is loaded and
-        on at most `widest`, or every core, when it is alone.
-        """
-        threads = min(threads, self._cores)
-        return Seat(self, stage, threads, max(threads, min(widest or self._cores, self._cores)))
+    # --- lanes
 
-    def wake(self) -> None:
-        """Something changed: decide at the end of this turn of the event loop."""
-        if not self._scheduled:
-            self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._assign)
+    def open(self, lane: LaneKey, limits: Limits, places: Sequence[Place]) -> None:
+        """A version serves: see `Scheduler.open`."""
+        self.scheduler.open(lane, limits, places)
+        self._devices[lane] = tuple(dict.fromkeys(place.device for place in places))
 
-    def sit(self, seat: Seat) -> None:
-        """A seat waits for a batch."""
-        self._idle.setdefault(seat.stage, deque()).append(seat)
-        if len(seat.stage):
-            self.wake()
+    def close(self, lane: LaneKey) -> None:
+        """The version serves no more: every job of it that does not run goes back to the queue, in order."""
+        early = [run for place, runs in self._early.items() if place[0] == lane for run in runs]
+        waiting = self.scheduler.close(lane)
+        for job in reversed([*(job for run in early for job in run.jobs), *waiting]):
+            job.release()
+        for run in early:
+            self.finished(run, learn=False)
+        for places in (self._idle, self._early):
+            for place in [place for place in places if place[0] == lane]:
+                del places[place]
+        self._devices.pop(lane, None)
+
+    def seat(self, lane: LaneKey, device: str) -> Seat:
+        """A place for one open run of an instance of the lane."""
+        return Seat(self, lane, device)
+
+    def add(self, lane: LaneKey, jobs: Iterable[Job]) -> None:
+        """Jobs have come out of the queue, and wait from now on."""
+        now = time.monotonic()
+        for job in jobs:
+            self.scheduler.add(lane, job, now)
+        self._wake_all(lane)
+
+    async def settled(self, lane: LaneKey) -> None:
+        """Wait until no job of the lane waits or runs."""
+        while not self.scheduler.is_quiet(lane):
+            self._turn.clear()
+            await self._turn.wait()
+
+    # --- for gateways
+
+    def admit(self, lane: LaneKey, request: Request, request_id: str) -> None:
+        """Accept a request. Raises the `GatewayError` to refuse it with."""
+        refusal = self.scheduler.admit(lane, request, time.monotonic())
+        if refusal is not None:
+            raise refused(refusal, request_id)
+
+    # --- for seats
+
+    def take(self, seat: Seat) -> Run[Job] | None:
+        """A run that was decided before the seat asked; without one the seat counts as idle."""
+        if early := self._early.get(seat.place):
+            return early.popleft()
+        self._idle.setdefault(seat.place, deque()).append(seat)
+        self._wake(seat.place[1])
+        return None
 
     def leave(self, seat: Seat) -> None:
         """A seat no longer waits."""
-        seats = self._idle.get(seat.stage)
+        seats = self._idle.get(seat.place)
         if seats and seat in seats:
             seats.remove(seat)
-        if not seats:
-            self._idle.pop(seat.stage, None)
 
-    def release(self, cores: int) -> None:
-        """A run gives its slots back."""
-        self._free += cores
-        self.wake()
+    def give_back(self, run: Run[Job]) -> None:
+        """A run nobody will carry out."""
+        for job in reversed(run.jobs):
+            job.release()
+        self.finished(run, learn=False)
 
-    def _assign(self) -> None:
-        self._scheduled = False
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def finished(self, run: Run[Job], *, learn: bool) -> None:
+        """A run is over."""
         now = time.monotonic()
-        patient: dict[Stage, float] = {}
-        while self._free > 0 and self._assign_one(now, patient):
-            pass
-        if patient:
-            delay = max(min(patient.values()) - now, 0.0)
-            self._timer = asyncio.get_running_loop().call_later(delay, self.wake)
+        self.scheduler.finished(run, now - run.started, now, failed=not learn)
+        self._wake(run.device)
+        self._turn.set()
 
-    def _assign_one(self, now: float, patient: dict[Stage, float]) -> bool:
-        """Start one batch. `patient` collects the stages that want to wait, and until when."""
-        for stage in self._by_urgency():
-            if stage in patient:
-                continue
-            seat = self._idle[stage][0]
-            if seat.threads > self._free:
-                return False  # what is free is kept for the most urgent, or a wide run would wait for ever
-            decision = stage.choose(now)
-            if decision.jobs:
-                self._start(seat, decision, now)
-                return True
-            if decision.ask_at is not None:
-                patient[stage] = decision.ask_at
-        return False
+    # --- decisions
 
-    def _by_urgency(self) -> list[Stage]:
-        ranked = [(urgency, stage) for stage in self._idle if (urgency := stage.urgency()) is not None]
-        return [stage for _, stage in sorted(ranked, key=itemgetter(0))]
+    def _wake_all(self, lane: LaneKey) -> None:
+        for device in self._devices.get(lane, ()):
+            self._wake(device)
 
-    def _start(self, seat: Seat, decision: Decision[Job], now: float) -> None:
-        # A lone run may use every core; with anything else to do, each run keeps to its own.
-        alone = self._free == self._cores and not any(len(stage) for stage in self._idle)
-        cores = seat.widest if alone else seat.threads
-        self._free -= cores
-        self.leave(seat)
-        assignment = Assignment(decision.jobs, decision.rows, decision.reason, cores, now)
-        assert seat.waiter is not None
-        if seat.waiter.done():  # cancelled in this very turn
-            for job in reversed(decision.jobs):
-                job.release()
-            seat.release(assignment)
+    def _wake(self, device: str) -> None:
+        """Something changed: decide at the end of this turn of the event loop."""
+        if device not in self._scheduled:
+            self._scheduled.add(device)
+            asyncio.get_running_loop().call_soon(self._assign, device)
+
+    def _assign(self, device: str) -> None:
+        self._scheduled.discard(device)
+        if (timer := self._timers.pop(device, None)) is not None:
+            timer.cancel()
+        now = time.monotonic()
+        while True:
+            dispatch = self.scheduler.dispatch(device, now)
+            for job, refusal in dispatch.refused:
+                job.fail(refused(refusal, job.request.id))
+            if dispatch.run is None:
+                break
+            self._start(dispatch.run)
+        if dispatch.ask_at is not None:
+            delay = max(dispatch.ask_at - now, 0.0)
+            self._timers[device] = asyncio.get_running_loop().call_later(delay, self._wake, device)
+        self._turn.set()
+
+    def _start(self, run: Run[Job]) -> None:
+        seats = self._idle.get((run.lane, run.device))
+        if not seats:
+            self._early.setdefault((run.lane, run.device), deque()).append(run)
             return
-        seat.waiter.set_result(assignment)
+        seat = seats.popleft()
+        if seat.waiter is None or seat.waiter.done():  # cancelled in this very turn
+            self.give_back(run)
+        else:
+            seat.waiter.set_result(run)

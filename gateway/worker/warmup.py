@@ -35,7 +35,7 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
     if not config.warmup and not any(-1 in tensor.dims for tensor in config.inputs):
         try:
-            await _run(engine, _zeros(config), config, cores)
+            await _run(engine, zeros(config), config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
             log_event("not_warmed_up", model=config.name, reason=f"it does not run on zeros: {problem}")
 
@@ -48,8 +48,9 @@ async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores
                 pass
 
 
-def _zeros(config: ModelConfig) -> InferRequest:
-    lead = (1,) if config.max_batch_size else ()
+def zeros(config: ModelConfig, rows: int = 1) -> InferRequest:
+    """A request of rows of zeros and empty strings. Its shapes must be fixed."""
+    lead = (rows,) if config.max_batch_size else ()
     return InferRequest(
         config.name,
         {

@@ -16,6 +16,7 @@ from gateway import errors
 from gateway.placement import Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
+from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.host import Host, Source
@@ -46,11 +47,15 @@ class Worker:
         devices: Sequence[Device],
         statistics: Statistics,
         load_threads: int = 4,
+        *,
+        measures: bool = False,
     ) -> None:
+        """With `measures` the batch sizes of each version are timed once it is ready."""
         self._queue = queue
         self._read = read
         self._devices = devices
-        self._slots = {device.name: Slots(device.cores) for device in devices}
+        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}))
+        self._measures = measures
         self._statistics = statistics
         self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
@@ -131,7 +136,7 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(source, self._queue, self._statistics, self._slots)
+        host = Host(source, self._queue, self._statistics, self._slots, measures=self._measures)
         predecessor = model.hosts.get(source.version)
         try:
             async with self._loading:
@@ -153,7 +158,7 @@ class Worker:
         self._tasks.create_task(host.serve())
         version = host.source.version
         model.hosts[version] = host
-        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances)
+        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances, host)
         self._publish(model)
         for warning in host.warnings:
             log_event("model_warning", logging.WARNING, model=model.name, version=version, warning=warning)

@@ -16,13 +16,15 @@ from gateway.placement import Device
 from gateway.queues.base import InstanceState, Load, Unload
 from gateway.queues.memory import MemoryQueue
 from gateway.repository import Repository
+from gateway.scheduling.base import Place
+from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.worker import Worker
 from gateway.worker.instance import Instance
+from gateway.worker.lane import limits
 from gateway.worker.slots import Slots
-from gateway.worker.stage import Stage
 from tests.support import Callers, background, model_config, refusal, request, settle, soon, until
 
 CONFIG = """
@@ -106,11 +108,14 @@ async def rig(folder):
 
 @asynccontextmanager
 async def held(rig, folder, **more):
-    """A loaded model `m` whose one instance is held at a gate by a request of value 0."""
+    """A loaded model `m` whose one instance is held at a gate by a request of value 0.
+
+    It has four rows, because batches may only double from one to the next.
+    """
     path = folder / "gate"
     rig.write(gate=path, **more)
     await rig.load()
-    async with Gate(path) as gate, background(rig.infer(0.0)) as (first,):
+    async with Gate(path) as gate, background(rig.infer(0.0, rows=4)) as (first,):
         yield gate, await gate.arrival()
         await first
 
@@ -352,8 +357,8 @@ async def test_executions_and_rows_are_counted_exactly(rig, folder):
         assert statistics.executing == 3
         batch.release()
         await asyncio.gather(*callers)
-    assert (statistics.success_count, statistics.inference_count, statistics.execution_count) == (4, 7, 2)
-    assert {rows: batch.count for rows, batch in statistics.batches.items()} == {1: 1, 6: 1}
+    assert (statistics.success_count, statistics.inference_count, statistics.execution_count) == (4, 10, 2)
+    assert {rows: batch.count for rows, batch in statistics.batches.items()} == {4: 1, 6: 1}
     assert statistics.closed == {"drained": 2}
     assert (statistics.pending, statistics.executing) == (0, 0)
     assert all(step > 0 for step in (statistics.queue_ns, statistics.compute_infer_ns, statistics.compute_output_ns))
@@ -542,12 +547,11 @@ class Silent:
 
 
 async def test_an_engine_that_gives_no_answer_is_an_error_not_a_hang():
-    config, slots = model_config(), Slots(1)
-    stage = Stage(config, 1)
+    config, slots = model_config(), Slots(DeadlineScheduler({"cpu": 1}))
+    slots.open("lane", limits(config), [Place("cpu", 1)])
     instance = Instance(Silent(), config, "1", Statistics().of("m", "1"))
-    async with Callers() as callers, background(instance.serve(slots.seat(stage, 1))):
+    async with Callers() as callers, background(instance.serve(slots.seat("lane", "cpu"))):
         told = [callers.ask(request()) for _ in range(2)]
         await settle()
-        stage.extend(await callers.consumer.take(2))
-        slots.wake()
+        slots.add("lane", await callers.consumer.take(2))
         assert [(await each).message for each in told] == ["model 'm' ran and gave no answer"] * 2

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.scheduling.policy import Decision, Limits, on_free
+from gateway.scheduling.latency import LatencyModel
+from gateway.scheduling.policy import Decision, Limits, Outlook, on_free
 from gateway.types import InferRequest
 
 NOW = 100.0
@@ -128,6 +129,87 @@ def test_how_long_to_wait(waiting, limits, ask_in):
     decision = on_free(waiting, limits, ALL, NOW)
     assert (decision.jobs, decision.reason) == ([], "wait")
     assert decision.ask_at == pytest.approx(NOW + ask_in)
+
+
+# --- with an outlook: 4 ms a batch and 1 ms a row
+
+
+def outlook(backlog, *, target=8, most=16, **more):
+    model = LatencyModel(most)
+    for rows in (1, 2, 4, 8, 16):
+        for _ in range(3):
+            model.observe(rows, 0.004 + 0.001 * rows)
+    return Outlook(model, backlog=backlog, target=lambda: target, **more)
+
+
+def decided(lefts, *, rows=1, **more):
+    """What is run and dropped of a line whose deadlines are in so many milliseconds."""
+    waiting = [job(rows, left=None if left is None else left / 1000, age=0.01) for left in lefts]
+    decision = on_free(waiting, Limits(16, joins=True), ALL, NOW, outlook(len(lefts) * rows, **more))
+    assert decision.rows == rows * len(decision.jobs)
+    dropped = [(waiting.index(each), reason) for each, reason in decision.dropped]
+    return chosen(decision, waiting), dropped, decision.reason
+
+
+def test_a_batch_keeps_every_deadline_in_it():
+    assert decided([9.5] * 9, target=1) == ([0, 1, 2, 3, 4], [], "deadline")
+    assert decided([100, 100, 6.5, 100], target=1) == ([0, 1], [], "deadline")
+    assert decided([9.5] * 5) == ([0, 1, 2, 3, 4], [], "drained")
+
+
+def test_the_head_is_dropped_and_the_batch_kept_when_the_load_needs_it():
+    assert decided([6.5, 7.5, *[30] * 9]) == (list(range(2, 11)), [(0, "shed"), (1, "shed")], "drained")
+    assert decided([6.5, 7.5, *[30] * 9], target=2) == ([0, 1], [], "deadline")
+
+
+def test_the_head_is_kept_when_what_is_left_is_no_larger_batch():
+    assert decided([6.5, 6.5]) == ([0, 1], [], "drained")
+
+
+def test_who_cannot_make_it_alone_is_expired():
+    assert decided([4.5, 30]) == ([1], [(0, "expired")], "drained")
+    assert decided([-1, 4.5]) == ([], [(0, "expired"), (1, "expired")], "drained")
+
+
+def test_a_lone_late_job_is_tried_if_nothing_else_wants_the_engine_and_its_time_may_be_wrong():
+    assert decided([4.5], idle=True, probe=True) == ([0], [], "drained")
+    assert decided([4.5], idle=True) == ([], [(0, "expired")], "drained")
+    assert decided([4.5], probe=True) == ([], [(0, "expired")], "drained")
+    assert decided([-1], idle=True, probe=True) == ([], [(0, "expired")], "drained")
+
+
+def test_without_a_deadline_nothing_is_dropped_nor_made_smaller():
+    assert decided([None] * 20) == (list(range(16)), [], "full")
+
+
+def test_a_large_request_counts_by_its_rows():
+    assert decided([9.5] * 3, rows=4, target=1) == ([0], [], "deadline")
+
+
+def test_what_was_not_tried_is_explored_by_doubling():
+    model = LatencyModel(16)
+    model.observe(1, 0.001)
+    decision = on_free(jobs(*[1] * 9), Limits(16, joins=True), ALL, NOW, Outlook(model, backlog=9))
+    assert (decision.rows, decision.reason) == (2, "explore")
+    assert on_free(jobs(8, 1), Limits(16, joins=True), ALL, NOW, Outlook(model, backlog=9)).rows == 8
+
+
+def test_untrusted_predictions_leave_a_limit_at_half_the_deadline():
+    prospect = outlook(3)
+    prospect.latency.trusted = False
+    waiting = [job(age=0.03, left=0.02), job(age=0.01, left=0.02), job(age=0.0, left=0.001)]
+    decision = on_free(waiting, Limits(16, joins=True), ALL, NOW, prospect)
+    assert chosen(decision, waiting) == [1, 2]
+    assert decision.dropped == [(waiting[0], "shed")]
+
+
+def test_a_wait_leaves_time_to_run():
+    waiting = [job(left=0.02)]
+    decision = on_free(waiting, Limits(16, joins=True, delay=1.0), ALL, NOW, outlook(1))
+    assert decision.ask_at == pytest.approx(NOW + 0.01)
+    waiting = [job(left=0.007)]
+    decision = on_free(waiting, Limits(16, joins=True, delay=1.0), ALL, NOW, outlook(1))
+    assert decision.ask_at == pytest.approx(NOW + 0.002)
 
 
 # --- what must hold for any waiting line

@@ -121,10 +121,10 @@ def test_fifo_without_batches_waits_as_a_queue_of_its_kind_does():
     """M/D/1: the mean wait of Poisson arrivals for a server of constant time s at load p is p*s / 2(1-p)."""
     service, load = 0.005, 0.7
     model = Model("model-1", Latency(service, 0.0), max_rows=1)
-    plain = build("poisson", Setup(seconds=150.0), load / service / 3200)
+    plain = build("poisson", Setup(seconds=60.0), load / service / 3200)
     record = simulate(replace(plain, models=(model,), noise=0.0), Fifo())
     waits = [job.answered - job.enqueued - service for job in record.jobs]
-    assert sum(waits) / len(waits) == pytest.approx(load * service / 2 / (1 - load), rel=0.05)
+    assert sum(waits) / len(waits) == pytest.approx(load * service / 2 / (1 - load), rel=0.07)
 
 
 def test_a_caller_who_hangs_up_is_not_served():
@@ -292,9 +292,9 @@ def test_the_fluid_bound_is_the_rate_of_the_largest_batch_in_time():
 @pytest.mark.parametrize(("deadline", "rate", "share"), [(0.05, 6400, 0.5), (0.05, 1600, 1.0), (0.008, 4000, 0.5)])
 def test_the_fluid_bound_of_even_arrivals(deadline, rate, share):
     model = replace(MODEL, deadline=deadline)
-    arrivals = at(*(number / rate for number in range(10 * rate)), deadline=deadline)
-    record = simulate(scenario(*arrivals, seconds=10.0, models=(model,)), Fifo())
-    assert fluid_bound(record) == pytest.approx(share, abs=0.01)
+    arrivals = at(*(number / rate for number in range(2 * rate)), deadline=deadline)
+    record = simulate(scenario(*arrivals, seconds=2.0, models=(model,)), Fifo())
+    assert fluid_bound(record) == pytest.approx(share, abs=0.03)  # what comes last may be answered after the end
 
 
 def test_the_fluid_bound_takes_the_cheap_first_and_leaves_the_hopeless():

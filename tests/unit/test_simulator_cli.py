@@ -6,7 +6,8 @@ import json
 import pytest
 
 from gateway.cli import main
-from gateway.scheduling.simulator import Setup
+from gateway.scheduling.simulator import POLICIES, Setup
+from gateway.scheduling.simulator.fifo import Fifo
 from gateway.scheduling.simulator.replay import read, replayed
 
 HEADER = {"lockgate_recording": 1, "started": "2026-01-01T00:00:00Z", "version": "0", "sample": 1.0}
@@ -15,7 +16,19 @@ LINES = [
     {"t": 0.25, "model": "a", "version": "", "rows": 1, "bytes": 4, "deadline_ms": None, "priority": 0, "tenant": "",
      "inputs": "1.npz", "later": "unknown"},
 ]  # fmt: skip
-QUICK = ["--seconds", "0.3", "--seeds", "2", "--policy", "triton", "timeout-0.5"]
+QUICK = [
+    "--device",
+    "16,1",
+    "--deadline-ms",
+    "200",
+    "--seconds",
+    "0.8",
+    "--seeds",
+    "2",
+    "--policy",
+    "triton",
+    "timeout-0.5",
+]
 
 
 def record(folder, *lines, header=HEADER, name="arrivals-1.jsonl", end="\n"):
@@ -189,6 +202,20 @@ def test_a_file_that_cannot_be_written_is_explained(capsys, tmp_path):
     assert status == 1
     assert "poisson" in out
     assert "No such file" in err
+
+
+def test_a_policy_that_breaks_its_contract_is_named(capsys, monkeypatch):
+    class Forgetful(Fifo):
+        """Loses every job."""
+
+        def add(self, lane, job, now):
+            pass
+
+    monkeypatch.setitem(POLICIES, "triton", lambda _: Forgetful())
+    status, out, err = simulate(capsys, "--load", "0.5", "--seconds", "0.1", "--policy", "triton")
+    assert (status, out) == (1, "")
+    assert "triton on poisson at 0.5, seed 1: " in err
+    assert "requests have no outcome" in err
 
 
 def test_the_usage_tells_of_it(capsys):

@@ -5,27 +5,35 @@ import time
 
 import pytest
 
-from gateway.config.model import Batching
+from gateway import errors
+from gateway.config.model import Batching, QueuePolicy
 from gateway.queues.base import Lane
-from gateway.worker.slots import Slots
-from gateway.worker.stage import Stage
-from tests.support import Callers, background, model_config, request, settle, soon, until
+from gateway.scheduling.base import Place
+from gateway.scheduling.scheduler import DeadlineScheduler
+from gateway.worker.lane import limits
+from gateway.worker.slots import Slots as WorkerSlots
+from tests.support import Callers, answer, background, model_config, request, settle, soon, until
 
 GREEDY = Batching()
 
 
-class Model:
-    """A model with callers, a stage and seats: one for each entry of `threads`."""
+def Slots(cores):  # noqa: N802 - one device
+    return WorkerSlots(DeadlineScheduler({"cpu": cores}))
 
-    def __init__(self, slots, callers, *threads, batching=GREEDY):
+
+class Model:
+    """A model with callers, a lane and seats: one for each entry of `threads`, which are all the same."""
+
+    def __init__(self, slots, callers, *threads, batching=GREEDY, widest=8):
         self.callers = callers
-        self.stage = Stage(model_config(batching=batching), len(threads))
-        self.seats = [slots.seat(self.stage, each) for each in threads]
+        self.lane = object()
+        place = Place("cpu", len(threads), threads[0], widest)
+        slots.open(self.lane, limits(model_config(batching=batching)), [place])
+        self.seats = [slots.seat(self.lane, "cpu") for _ in threads]
         self._slots = slots
 
     async def add(self, *requests):
-        self.stage.extend(await self.callers.jobs(*requests))
-        self._slots.wake()
+        self._slots.add(self.lane, await self.callers.jobs(*requests))
 
 
 @pytest.fixture
@@ -63,12 +71,12 @@ async def test_a_batch_waits_for_a_seat(new_model):
     assert ids(await model.seats[0].next()) == ["a"]
 
 
-@pytest.mark.parametrize(("widest", "cores"), [(None, 4), (4, 4), (2, 2), (1, 1), (9, 4)])
+@pytest.mark.parametrize(("widest", "cores"), [(4, 4), (2, 2), (1, 1), (9, 4)])
 async def test_a_lone_run_takes_no_more_cores_than_its_engine_can_use(new_model, widest, cores):
     slots = Slots(4)
-    model = new_model(slots, 1)
+    model = new_model(slots, 1, widest=widest)
     await model.add(request())
-    assert (await slots.seat(model.stage, 1, widest).next()).cores == cores
+    assert (await model.seats[0].next()).cores == cores
 
 
 async def test_arrivals_of_one_turn_are_one_batch(new_model):
@@ -77,8 +85,7 @@ async def test_arrivals_of_one_turn_are_one_batch(new_model):
     async with background(model.seats[0].next()) as (waiting,):
         await settle()
         for job in await model.callers.jobs(*(request(id=str(n)) for n in range(5))):
-            model.stage.extend([job])
-            slots.wake()
+            slots.add(model.lane, [job])
         assert ids(await waiting) == ["0", "1", "2", "3", "4"]
 
 
@@ -93,7 +100,7 @@ async def test_a_lone_run_gets_every_core_and_a_loaded_device_shares_them(new_mo
         await model.add(request(rows=8), request(rows=8))
         await settle()
         assert not waiting[1].done(), "every core is taken"
-        first.release(assignment)
+        first.release(assignment, learn=True)
         async with background(first.next()) as (again,):
             runs = [await waiting[1], await again]
             assert [run.cores for run in runs] == [1, 1]
@@ -102,8 +109,9 @@ async def test_a_lone_run_gets_every_core_and_a_loaded_device_shares_them(new_mo
 async def test_a_run_beside_another_model_keeps_to_its_cores(new_model):
     slots = Slots(4)
     one, other = new_model(slots, 2), new_model(slots, 2)
-    await one.add(request())
-    await other.add(request())
+    jobs = [await model.callers.jobs(request()) for model in (one, other)]
+    for model, job in zip((one, other), jobs, strict=True):  # in one turn
+        slots.add(model.lane, job)
     runs = await asyncio.gather(one.seats[0].next(), other.seats[0].next())
     assert [run.cores for run in runs] == [2, 2]
 
@@ -111,12 +119,13 @@ async def test_a_run_beside_another_model_keeps_to_its_cores(new_model):
 async def test_cancelled_jobs_do_not_make_a_device_loaded(new_model):
     slots = Slots(2)
     one, other = new_model(slots, 1), new_model(slots, 1)
-    await other.add(request())
+    (job,) = await other.callers.jobs(request())
     await other.callers.leave(0)
-    async with background(other.seats[0].next()):
+    slots.add(other.lane, [job])
+    async with background(other.seats[0].next(), one.seats[0].next()) as (_, run):
         await settle()
         await one.add(request())
-        assert (await one.seats[0].next()).cores == 2
+        assert (await run).cores == 2
 
 
 async def test_more_threads_than_the_device_has_cores_still_run(new_model):
@@ -125,7 +134,7 @@ async def test_more_threads_than_the_device_has_cores_still_run(new_model):
     await model.add(request(id="a"))
     assignment = await model.seats[0].next()
     assert assignment.cores == 2
-    model.seats[0].release(assignment)
+    model.seats[0].release(assignment, learn=True)
     await model.add(request(id="b"))
     assert ids(await model.seats[0].next()) == ["b"]
 
@@ -134,16 +143,19 @@ async def test_the_earliest_deadline_runs_first(new_model):
     slots = Slots(1)
     models = [new_model(slots, 1) for _ in range(3)]
     now = time.monotonic()
-    await models[0].add(request(deadline=now + 500))  # behind the one without, which is ranked as if it had one
-    await models[1].add(request())
-    await models[2].add(request(deadline=now + 5))
     async with background(*(model.seats[0].next() for model in models)) as waiting:
+        await settle()
+        # The first stands behind the one without a deadline, which is ranked as if it had one.
+        asked = [request(deadline=now + 500), request(), request(deadline=now + 5)]
+        jobs = [await model.callers.jobs(each) for model, each in zip(models, asked, strict=True)]
+        for model, job in zip(models, jobs, strict=True):
+            slots.add(model.lane, job)
         order = []
         for _ in models:
             await settle()
             (running,) = [n for n, task in enumerate(waiting) if task.done() and n not in order]
             order.append(running)
-            models[running].seats[0].release(waiting[running].result())
+            models[running].seats[0].release(waiting[running].result(), learn=True)
         assert order == [2, 1, 0]
 
 
@@ -156,12 +168,12 @@ async def test_a_wide_run_is_not_starved_by_narrow_ones(new_model):
     async with background(wide.seats[0].next(), narrow.seats[0].next()) as (wide_next, narrow_next):
         await wide.add(request())
         await narrow.add(request())
-        narrow.seats[0].release(held[0])
+        narrow.seats[0].release(held[0], learn=True)
         await settle()
         assert not narrow_next.done(), "the free core is kept for the wide run, which waits longer"
-        narrow.seats[1].release(held[1])
+        narrow.seats[1].release(held[1], learn=True)
         assert (await wide_next).cores == 2
-        wide.seats[0].release(wide_next.result())
+        wide.seats[0].release(wide_next.result(), learn=True)
         await narrow_next
 
 
@@ -238,12 +250,101 @@ async def test_a_seat_cancelled_with_its_batch_in_hand_hands_the_jobs_back(new_m
 
 
 async def _staged_again(model, slots):
-    """The jobs are at the front of their lane, in order, and the device is free for them."""
-    jobs = await model.callers.consumer.take(2)
-    assert [job.request.id for job in jobs] == ["a", "b"]
-    model.stage.extend(jobs)
-    slots.wake()
-    assignment = await model.seats[0].next()
-    assert (ids(assignment), assignment.cores) == (["a", "b"], 1)
-    model.seats[0].release(assignment)
-    await model.stage.settled()
+    assert ids_of(await model.callers.consumer.take(2)) == ["a", "b"]
+
+
+def ids_of(jobs):
+    return [job.request.id for job in jobs]
+
+
+# --- a lane's life
+
+
+async def test_closing_a_lane_hands_every_waiting_job_back_in_order(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    await model.add(*(request(id=str(n)) for n in range(3)))
+    await model.callers.leave(1)
+    slots.close(model.lane)
+    assert ids_of(await model.callers.consumer.take(3)) == ["0", "2"]
+
+
+async def test_closing_a_lane_hands_back_a_run_that_no_seat_took(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    await model.add(request(id="a"), request(id="b"))
+    await settle()  # decided, and nobody sits
+    await model.add(request(id="c"))
+    slots.close(model.lane)
+    assert ids_of(await model.callers.consumer.take(3)) == ["a", "b", "c"]
+    other = new_model(slots, 1)
+    await other.add(request(id="d"))
+    assert ids(await other.seats[0].next()) == ["d"], "the slot is free again"
+
+
+async def test_settled_waits_for_what_waits_and_what_runs(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    await slots.settled(model.lane)
+    await model.add(request())
+    async with background(slots.settled(model.lane)) as (settled,):
+        run = await model.seats[0].next()
+        await settle()
+        assert not settled.done()
+        model.seats[0].release(run, learn=True)
+        await settled
+
+
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_a_cancelled_job_is_not_run_and_not_waited_for(new_model, gone):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    jobs = await model.callers.jobs(*(request(id=str(n), rows=2) for n in range(3)))
+    await model.callers.leave(gone)
+    slots.add(model.lane, jobs)
+    run = await model.seats[0].next()
+    assert ids(run) == [str(n) for n in range(3) if n != gone]
+    model.seats[0].release(run, learn=True)
+    await slots.settled(model.lane)
+
+
+async def test_cancelled_jobs_do_not_pile_up_behind_a_hung_run(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    await model.add(request())
+    await model.seats[0].next()
+    for _ in range(3000):
+        (job,) = await model.callers.jobs(request())
+        job.reply(answer(job.request))
+        slots.add(model.lane, [job])
+    assert sum(1 for _ in slots.scheduler._lanes[model.lane].entries()) < 2048
+
+
+async def test_jobs_of_another_shape_are_passed_over_and_keep_their_order(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    shapes = ["a", "b", "a", "b", "a"]
+    await model.add(*(request(id=str(n), signature=shape) for n, shape in enumerate(shapes)))
+    run = await model.seats[0].next()
+    assert ids(run) == ["0", "2", "4"]
+    model.seats[0].release(run, learn=True)
+    assert ids(await model.seats[0].next()) == ["1", "3"]
+
+
+async def test_what_the_model_refuses_to_queue_is_answered_at_once(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1, batching=Batching(queue_policy=QueuePolicy(default_timeout_us=1)))
+    told = [model.callers.ask(request()) for _ in range(2)]
+    await settle()
+    slots.add(model.lane, await model.callers.consumer.take(2))
+    first = await told[0]
+    assert (type(first), first.message) == (errors.QueueTimeout, "Request timeout expired")
+    assert type(await told[1]) is errors.QueueTimeout
+
+
+async def test_admission_refuses_in_the_words_of_the_error_table(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1, batching=Batching(queue_policy=QueuePolicy(max_queue_size=1)))
+    slots.admit(model.lane, request(), "a")
+    with pytest.raises(errors.QueueFull, match="Exceeds maximum queue size"):
+        slots.admit(model.lane, request(), "b")

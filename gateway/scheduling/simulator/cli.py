@@ -13,6 +13,7 @@ from gateway.scheduling.simulator.policies import BEST, OURS, POLICIES
 from gateway.scheduling.simulator.replay import read, replayed
 from gateway.scheduling.simulator.report import NOTES, plot, table
 from gateway.scheduling.simulator.scenario import Latency, Scenario
+from gateway.scheduling.simulator.simulation import Fault
 from gateway.scheduling.simulator.trials import Trials, compare
 from gateway.scheduling.simulator.workloads import WORKLOADS, Setup, build
 
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
             options.json.write_text(json.dumps([each.as_json() for each in results], indent=1), encoding="utf-8")
         if options.plot:
             plot(results, options.plot)
-    except (OSError, errors.GatewayError) as problem:
+    except (OSError, Fault, errors.GatewayError) as problem:
         sys.stderr.write(f"gateway simulate: {problem}\n")
         return 1
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from gateway.scheduling.base import LaneKey, Scheduler
+from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.scheduling.simulator.fifo import Aimd, Fifo, Greedy
 from gateway.scheduling.simulator.predictive import Bento, Clockwork
 from gateway.scheduling.simulator.scenario import Scenario
@@ -16,7 +17,7 @@ Policy: TypeAlias = Callable[[Scenario], Scheduler[Job]]
 
 OURS = "deadline"
 BEST = "timeout-best"  # the best of GRID, found for each workload and load
-_TIMEOUTS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of the deadline
+_TIMEOUTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the deadline
 _DELAYS = (0.0, 0.1)  # of the deadline
 
 
@@ -43,8 +44,6 @@ def clockwork(scenario: Scenario) -> Scheduler[Job]:
 
 def ours(scenario: Scenario) -> Scheduler[Job]:
     """The gateway's own scheduler, as the server makes it; its jitter repeats itself."""
-    from gateway.scheduling.scheduler import DeadlineScheduler
-
     slots = {device.name: device.slots for device in scenario.devices}
     return DeadlineScheduler(slots, jitter=random.Random(0).random)
 

@@ -114,9 +114,11 @@ class Clockwork(Greedy[W]):
         answer = super().dispatch(device, now)
         if answer.run is not None:
             self._free_at[device] = now + self._profile(answer.run.lane, device, answer.run.rows)
-        for lane, line in self._lines.items():
-            if answer.run is not None or answer.refused:
-                self._rows[lane] = sum(job.request.rows for job in line.waiting if not job.done)
+        if answer.run is not None or answer.refused:
+            self._rows = {
+                lane: sum(job.request.rows for job in line.waiting if not job.done)
+                for lane, line in self._lines.items()
+            }
         return answer
 
     def refusal(self, lane: LaneKey, line: Line[W], now: float) -> Refusal | None:

@@ -2,6 +2,7 @@
 
 A recording is a file `arrivals-*.jsonl`: a first line `{"lockgate_recording": 1, ...}` and then one request a line with
 `t` (seconds since the start), `model`, `rows`, `bytes`, `deadline_ms` or null, `priority` and `tenant`, in any order.
+Of a recording that took a sample, the sample is played: a tenth of the requests at ten times the speed is not the same load.
 """
 
 from __future__ import annotations

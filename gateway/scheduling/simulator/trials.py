@@ -11,7 +11,7 @@ from gateway.scheduling.simulator.bound import fluid_bound
 from gateway.scheduling.simulator.metrics import Measures, measure
 from gateway.scheduling.simulator.policies import BEST, GRID, POLICIES, Policy
 from gateway.scheduling.simulator.scenario import Scenario
-from gateway.scheduling.simulator.simulation import Simulation
+from gateway.scheduling.simulator.simulation import Fault, Record, Simulation
 
 _SEARCH_SEEDS = 2  # the grid is searched with fewer seeds than its best is measured with
 
@@ -67,8 +67,13 @@ class Trials:
 
 
 def trials(scenario: Scenario, name: str, policy: Policy, seeds: Sequence[int]) -> Trials:
-    """Simulate a scenario once for each seed. Raises `Fault` when the scheduler breaks its contract."""
-    records = [Simulation(scenario, policy(scenario), seed).run() for seed in seeds]
+    """Simulate a scenario once for each seed. Raises `Fault`, saying which, when the scheduler breaks its contract."""
+    records: list[Record] = []
+    for seed in seeds:
+        try:
+            records.append(Simulation(scenario, policy(scenario), seed).run())
+        except Fault as fault:
+            raise Fault(f"{name} on {scenario.name} at {scenario.load:g}, seed {seed}: {fault}") from fault
     bounds = tuple(fluid_bound(record) for record in records)
     return Trials(scenario.name, scenario.load, name, tuple(map(measure, records)), bounds)
 

@@ -1,0 +1,23 @@
+"""A resolved model and version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.config.model import ModelConfig
+from gateway.queues.base import Admission, Lane, PoolState
+from gateway.service.check import Checker
+from gateway.statistics import VersionStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where to submit the requests of a version and what to check; good for as long as `pool` is the one published."""
+
+    pool: PoolState
+    lane: Lane
+    config: ModelConfig
+    checker: Checker
+    statistics: VersionStatistics
+    admission: Admission | None
+    default_deadline: float  # seconds; 0 for none

@@ -1,0 +1,99 @@
+"""Measures a version's batches once it is ready, so that admission knows them before the first overload.
+
+A measurement is a job like any other, of rows of zeros, that no batch joins and no statistics count. It gives way
+to work with a deadline. Sizes double until the largest, or until larger ones gain nothing or take too long to be
+worth a caller's wait; a size that fails is the device's limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+
+from gateway.config.model import ModelConfig
+from gateway.errors import GatewayError
+from gateway.telemetry import log_event
+from gateway.types import InferRequest, InferResponse
+from gateway.worker.slots import Slots
+from gateway.worker.warmup import zeros
+
+_TIMES = 3  # runs of each size: what the latency model asks for before it trusts a size by itself
+_LONG = 0.25  # seconds; a caller may have to wait for one such run
+_GAIN = 1.9  # a batch twice as large that takes this many times as long gains next to nothing
+_LOWEST = 1 << 30  # Triton's priorities grow less urgent with their number
+
+
+class Probe:
+    """The `Job` of a measurement."""
+
+    def __init__(self, request: InferRequest) -> None:
+        self.request = request
+        self.enqueued = time.monotonic()
+        self.done = False
+        self.answer: asyncio.Future[GatewayError | None] = asyncio.get_running_loop().create_future()
+
+    def reply(self, response: InferResponse) -> bool:  # noqa: ARG002 - what zeros give is of no interest
+        """See `Job.reply`."""
+        return self._end(None)
+
+    def fail(self, error: GatewayError) -> bool:
+        """See `Job.fail`."""
+        return self._end(error)
+
+    def release(self) -> None:
+        """See `Job.release`: there is no queue to go back to."""
+        self._end(None)
+
+    def _end(self, error: GatewayError | None) -> bool:
+        if self.done:
+            return False
+        self.done = True
+        if not self.answer.done():
+            self.answer.set_result(error)
+        return True
+
+
+def measurable(config: ModelConfig) -> bool:
+    """Whether rows of zeros are typical of the model: open dimensions say nothing of what will come."""
+    return not any(-1 in tensor.dims for tensor in config.inputs)
+
+
+def sizes(config: ModelConfig) -> Iterator[int]:
+    """1, 2, 4 ... and the largest batch."""
+    rows, most = 1, config.max_batch_size if config.batching is not None else 1
+    while rows < most:
+        yield rows
+        rows *= 2
+    yield max(most, 1)
+
+
+async def measure(slots: Slots, lane: object, config: ModelConfig, instances: int) -> int:
+    """Run every size on all `instances` at once, as under load. Returns the rows of the largest that ran."""
+    largest, before = 0, 0.0
+    for rows in sizes(config):
+        seconds = 0.0
+        for _ in range(_TIMES):
+            probes = [Probe(_request(config, rows)) for _ in range(instances)]
+            started = time.monotonic()
+            slots.add(lane, probes)
+            for probe in probes:
+                if (error := await probe.answer) is not None:
+                    log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=error.message)
+                    return largest
+            seconds = time.monotonic() - started
+        largest = rows
+        if seconds > _LONG or (before and seconds > _GAIN * before):
+            break
+        before = seconds
+    return largest
+
+
+def _request(config: ModelConfig, rows: int) -> InferRequest:
+    request = zeros(config, rows)
+    request.rows = rows
+    request.size = sum(tensor.nbytes for tensor in request.inputs.values())
+    request.priority = _LOWEST
+    request.signature = object()  # equal to no other: it shares its batch with nobody
+    return request
