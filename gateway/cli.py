@@ -1,10 +1,11 @@
-"""The command `gateway`: `serve`, `models`, `simulate` and `--version`. Turns errors into one line and an exit status."""
+"""The command `gateway`: `serve`, `models`, `explain`, `simulate` and `--version`. Turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ USAGE = """usage: gateway COMMAND [options]
 commands:
   serve     serve a folder of models over HTTP and gRPC
   models    show what a folder of models would serve, and what is wrong with the rest
+  explain   show why a running server batched, refused or was late
   simulate  simulate the scheduling under load, and that of other servers beside it
 
 options:
@@ -38,18 +40,19 @@ options:
 """
 
 
+# Each is a module with `run(arguments)`, imported for its command only.
+_ELSEWHERE = {"explain": "gateway.transport.explain", "simulate": "gateway.scheduling.simulator.cli"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 done, 1 failed, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
-    if command == "serve":
-        return _serve(parse_args(arguments))
-    if command == "models":
-        return _models(parse_args(arguments, prog="gateway models"))
-    if command == "simulate":
-        from gateway.scheduling.simulator import cli as simulator
-
-        return simulator.run(arguments)
+    if command in ("serve", "models"):
+        settings = parse_args(arguments, prog=f"gateway {command}")
+        return _serve(settings) if command == "serve" else _models(settings)
+    if command in _ELSEWHERE:
+        return int(importlib.import_module(_ELSEWHERE[command]).run(arguments))
     if command in ("--version", "-V", "version"):
         print(f"gateway {__version__}")
         return 0

@@ -189,7 +189,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     """One inference as the client sent it. Times are `time.monotonic` seconds.
 
     `rows`, `size` and `signature` are filled in by the service when it checks the request against the model:
-    the request's batch size, its bytes, and what must be equal for two requests to share a batch. Requests
+    the request's batch size, its bytes, and what must be equal for two requests to share a batch; `admitted` when
+    the worker was asked whether to accept it. Requests
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     """
@@ -207,6 +208,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     rows: int = 1
     size: int = 0
     signature: Hashable = None
+    admitted: bool = False
 
 
 class Timings(msgspec.Struct, gc=False):

@@ -6,6 +6,8 @@ numbers as their length. So row i of an answer shows whether it belongs to row i
 
 Parameters in `config.pbtxt`, all optional:
 - `a_us`, `b_us`: a run takes a + b * rows microseconds, asleep, without the GIL.
+- `slow_file`: the path of a file with a number, read as each run begins, that the run's time is multiplied by: a
+  device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
 - `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
   its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
@@ -51,6 +53,7 @@ class FakeModel:
         self._base = _number(config, "a_us") / 1e6
         self._per_row = _number(config, "b_us") / 1e6
         self._rows_delta = int(_number(config, "rows_delta"))
+        self._slow_file = config.parameters.get("slow_file", "")
         self._gate = config.parameters.get("gate", "")
         self._closing = threading.Event()
 
@@ -61,7 +64,8 @@ class FakeModel:
             _wait_at(self._gate, batch.rows)
         arrays = [inputs[tensor.name] for tensor in self._config.inputs if tensor.name in inputs]
         self._misbehave(arrays[0])
-        time.sleep(self._base + self._per_row * batch.rows)
+        slowness = _slowness(self._slow_file) if self._slow_file else 1.0
+        time.sleep((self._base + self._per_row * batch.rows) * slowness)
         return {
             tensor.name: self._output(tensor, arrays[min(index, len(arrays) - 1)])
             for index, tensor in enumerate(self._config.outputs)
@@ -130,6 +134,13 @@ def _number(config: ModelConfig, key: str) -> float:
         raise errors.InvalidArgument(
             f"parameter '{key}' of model '{config.name}' must be a number, got '{text}'; correct it in config.pbtxt"
         ) from None
+
+
+def _slowness(path: str) -> float:
+    try:
+        return max(0.0, float(Path(path).read_bytes()))
+    except (OSError, ValueError):
+        return 1.0
 
 
 def _wait_at(path: str, rows: int) -> None:

@@ -68,7 +68,13 @@ class InstanceState:
 
 
 class Admission(Protocol):
-    """Where a gateway asks whether a version can answer a request in time."""
+    """Where a gateway asks whether a version can answer a request in time.
+
+    With `asks_all` false nothing can refuse a request that has no deadline, no priority and no tenant, and there is no
+    need to ask.
+    """
+
+    asks_all: bool
 
     def admit(self, request: InferRequest) -> None:
         """Accept a checked request, to be settled once it is over. Raises the `GatewayError` to refuse it with."""
@@ -76,8 +82,10 @@ class Admission(Protocol):
     def settle(self, request: InferRequest) -> None:
         """An accepted request is answered or given up."""
 
-    def explain(self) -> Mapping[str, object]:
-        """What was decided and why, as plain values."""
+    def explain(self, seconds: float) -> Mapping[str, object]:
+        """What was decided and why, as plain values, and what a request with so long until its deadline would be told;
+        0 for one without a deadline.
+        """
 
 
 @dataclass(frozen=True, slots=True)

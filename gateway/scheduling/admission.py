@@ -67,30 +67,37 @@ def expiry(policy: QueuePolicy, request: Request, enqueued: float) -> float:
 
 def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | Literal["accept", "spill"]:
     """Admit a request to its lane, to the lane's slower pool, or refuse it. Changes nothing."""
-    refusal = None if lane.plain else _queue_full(lane, number)
+    refusal = _limits(lane, entry, number, at)
     if refusal is not None:
         return refusal
-    if entry.request.size > at.bytes_left:
-        return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter())
     deadline = entry.request.deadline
-    if number == SHEDDABLE and not lane.limits.priority_levels and not _is_quiet(lane, at.now):
-        return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter())
     if deadline is None or _surely(lane, entry, deadline, at):
         return "accept"
     service = min(seat.latency(entry.request).mean(entry.rows) for seat in lane.seats.values())
     idle = _is_idle(lane)
     if at.now + service > deadline:
-        if idle and at.now < deadline and at.now - lane.last_run > _STALE:
-            return "accept"  # nothing is lost by trying, and nothing else would ever show that the device recovered
-        return _refuse("deadline", service, deadline - at.now, None)
+        # Nothing is lost by trying, and nothing else would ever show that the device recovered.
+        probe = idle and at.now < deadline and at.now - lane.last_run > _STALE
+        return "accept" if probe else _refuse("deadline", service, deadline - at.now, None)
     end = eta(lane, lane.fast, entry, number, at)
-    if end <= deadline or idle:
+    if idle or end <= deadline:
         return "accept"
     if lane.slow and eta(lane, lane.slow, entry, number + SPILL, at) <= deadline:
         return "spill"
     model = lane.fast[0].current
     again = max(end - deadline, model.mean(model.cap))  # not before the next batch has gone
     return _refuse("overload", end - at.now, deadline - at.now, again * (1 + at.jitter() / 2))
+
+
+def _limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | None:
+    """What is refused whatever the predicted time."""
+    if not lane.plain and _is_full(lane, number):
+        return Refusal("queue_full", "Exceeds maximum queue size")
+    if entry.request.size > at.bytes_left:
+        return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter())
+    if number == SHEDDABLE and not lane.limits.priority_levels and not _is_quiet(lane, at.now):
+        return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter())
+    return None
 
 
 def _surely(lane: Lane[W], entry: Entry[W], deadline: float, at: Situation) -> bool:
@@ -159,8 +166,8 @@ def rows_before(lane: Lane[W], entry: Entry[W], number: int) -> int:
     return max(rows, 0)
 
 
-def work(lane: Lane[W], seat: Seat[W], rows: int) -> float:
-    """Engine seconds in so many rows of a lane."""
+def work(seat: Seat[W], rows: int) -> float:
+    """Engine seconds in so many rows of a lane at its seat."""
     model = seat.current
     full, rest = divmod(rows, model.cap)
     return full * model.mean(model.cap) + (model.mean(rest) if rest else 0.0)
@@ -192,12 +199,11 @@ def target(lane: Lane[W], device: Device[W], now: float) -> int:
     return math.ceil(lane.rate(now) * constant / max(0.02, 0.95 - slope))
 
 
-def _queue_full(lane: Lane[W], number: int) -> Refusal | None:
-    limits = lane.limits
-    most = policy_of(limits, number).max_size
+def _is_full(lane: Lane[W], number: int) -> bool:
+    most = policy_of(lane.limits, number).max_size
     level = lane.levels.get(number)
-    waiting = lane.requests if not limits.priority_levels else level.requests if level else 0
-    return Refusal("queue_full", "Exceeds maximum queue size") if most and waiting >= most else None
+    waiting = lane.requests if not lane.limits.priority_levels else level.requests if level else 0
+    return 0 < most <= waiting
 
 
 def _ahead(lane: Lane[W], device: Device[W], own: float, latest: float, now: float) -> float:
@@ -217,7 +223,7 @@ def _ahead(lane: Lane[W], device: Device[W], own: float, latest: float, now: flo
         if excess > 0:
             rows = max(rows, min(model.cap, rows + int(excess * other.rate(now) * (latest - now))))
         if rows > 0:
-            seconds = min(work(other, seat, rows), own + model.mean(min(model.cap, rows + 1)))
+            seconds = min(work(seat, rows), own + model.mean(min(model.cap, rows + 1)))
             ahead += seconds * seat.threads / device.cores
     return ahead
 

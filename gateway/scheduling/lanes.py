@@ -76,23 +76,26 @@ class Level(Generic[W]):
         else:
             insort(line, entry, key=_rank)
 
-    def head(self) -> Entry[W] | None:
-        """The first of all lines, after forgetting at their fronts those that nobody waits for."""
-        first: Entry[W] | None = None
+    def prune(self) -> None:
+        """Forget at the front of each line those that nobody waits for."""
         empty: list[Hashable] = []
         for signature, line in self.lines.items():
             while line:
                 entry = line[0]
-                if not entry.done:
-                    if first is None or entry.rank < first.rank:
-                        first = entry
-                    break
-                discount(line.popleft())
+                if entry.counted:
+                    if not entry.done:
+                        break
+                    discount(entry)
+                line.popleft()
             else:
                 empty.append(signature)
         for signature in empty:
             del self.lines[signature]
-        return first
+
+    def head(self) -> Entry[W] | None:
+        """The first of all lines."""
+        self.prune()
+        return min((line[0] for line in self.lines.values()), key=_rank, default=None)
 
     def remove(self, entry: Entry[W]) -> None:
         """Take an entry out of its line; its rank must not have changed since it was pushed."""
@@ -103,8 +106,8 @@ class Level(Generic[W]):
 
     def newest(self) -> Entry[W] | None:
         """Of the last in each line the one that came last."""
-        lasts = [line[-1] for line in self.lines.values() if not line[-1].done]
-        return max(lasts, key=_enqueued, default=None)
+        lasts = (next((entry for entry in reversed(line) if not entry.done), None) for line in self.lines.values())
+        return max((last for last in lasts if last is not None), key=_enqueued, default=None)
 
     def sweep(self) -> None:
         """Forget every entry that nobody waits for, wherever it stands."""
@@ -277,6 +280,8 @@ class Lane(Generic[W]):
             level.rows -= entry.rows
             level.waiting -= entry.rows
             level.requests -= 1
+        for level in self.levels.values():
+            level.prune()
 
     def move(self, entry: Entry[W], number: int) -> None:
         """Put an entry that waits, and is in no line any more, in line at another level."""

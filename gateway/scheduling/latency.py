@@ -44,6 +44,7 @@ class LatencyModel:
         # Sums of the fit with weights 1 / seconds squared, over sizes: w, w n, w n n, w seconds, w n seconds.
         self._w = self._wn = self._wnn = self._wy = self._wny = 0.0
         self._a = self._b = 0.0
+        self._gauged = False  # more than one size is known
         self._g = 1.0
         self._tail = 1.0
         self._ratios: deque[float] = deque(maxlen=_WINDOW)
@@ -185,7 +186,8 @@ class LatencyModel:
     def _solve(self) -> None:
         w, wn, wnn, wy, wny = self._w, self._wn, self._wnn, self._wy, self._wny
         spread = w * wnn - wn * wn
-        if spread > 1e-9 * w * wnn:
+        self._gauged = spread > 1e-9 * w * wnn
+        if self._gauged:
             slope = (w * wny - wn * wy) / spread
             constant = (wy - slope * wn) / w
             if slope > 0 and constant >= 0:
@@ -205,7 +207,7 @@ class LatencyModel:
             if count >= _SURE and rows < len(values):
                 values[rows] = means[rows]
         self._table = list(accumulate(values, max))
-        if len(counts) < 2 and self._a <= 0:
+        if not self._gauged:
             return  # one size says nothing of what larger ones gain
         best = max((rows / self._table[rows] for rows in range(1, len(values))), default=0.0)
         self._efficient = next(

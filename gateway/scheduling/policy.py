@@ -36,6 +36,7 @@ class Outlook(Generic[W]):
     target: Callable[[], int] = lambda: 1  # rows of the smallest batch that sustains the load
     idle: bool = False  # nothing else wants the engine
     probe: bool = False  # nothing ran for so long that the latency may be another one now
+    fill: Fill[W] | None = None  # puts what stands behind the head in the order in which the batch is filled
     behind: Iterable[tuple[Iterable[W], int]] = ()  # lines of other levels to fill the batch from, and their rows
 
     def room(self, deadline: float | None, now: float) -> int:
@@ -67,22 +68,23 @@ def on_free(
     share: int,
     now: float,
     outlook: Outlook[W] | None = None,
-    fill: Fill[W] | None = None,
 ) -> Decision[W]:
     """Choose a batch for an instance that is free. `waiting` is most urgent first.
 
     `share` is how many rows are this instance's part of the work, or as many as gain from running together;
-    the head is taken whatever its rows. A model with Triton's knobs set is batched by those alone. `fill` puts
-    what stands behind the head in the order in which the batch is filled.
+    the head is taken whatever its rows. A model with Triton's knobs set is batched by those alone.
     """
     patient = bool(limits.preferred) or limits.delay > 0
     most = max(limits.preferred, default=limits.max_rows) if patient else min(limits.max_rows, max(share, 1))
     dropped: list[tuple[W, RefusalReason]] = []
     if outlook is not None:
-        lines = chain([(waiting, outlook.backlog)], outlook.behind)
-        waiting = _worth_a_batch(lines, min(most, outlook.latency.cap), now, outlook, dropped)
-    if fill is not None:
-        waiting = fill(waiting)
+        at = _Moment(now, outlook)
+        worth = min(most, outlook.latency.cap)
+        waiting = _worth_a_batch(waiting, outlook.backlog, worth, at, dropped)
+        if outlook.behind:
+            waiting = chain(waiting, _behind(outlook.backlog, worth, at, dropped))
+        if outlook.fill is not None:
+            waiting = outlook.fill(waiting)
     decision = _gather(waiting, limits, most, "preferred" if patient else "share", _Room(now, outlook))
     if patient:
         decision = on_timer(decision, limits, now, outlook)
@@ -113,56 +115,57 @@ def on_timer(gathered: Decision[W], limits: Limits, now: float, outlook: Outlook
 
 
 def _worth_a_batch(
-    lines: Iterable[tuple[Iterable[W], int]],
-    most: int,
-    now: float,
-    outlook: Outlook[W],
-    dropped: list[tuple[W, RefusalReason]],
-) -> Iterator[W]:
-    """What waits, line after line, each from the first job on that is worth a batch; those before it go to `dropped`."""
-    before = 0
-    for line, rows in lines:
-        backlog = before + rows
-        before = backlog
-        dropping = True
-        for job in line:
-            if job.done:
-                continue
-            if dropping:
-                verdict = _verdict(job, min(backlog, most), now, outlook)
-                if verdict == "expired" and backlog <= job.request.rows and _worth_a_try(job, now, outlook):
-                    verdict = None
-                if verdict is not None:
-                    dropped.append((job, verdict))
-                    backlog -= job.request.rows
-                    continue
-                dropping = False
-            yield job
+    line: Iterable[W], backlog: int, most: int, at: _Moment[W], dropped: list[tuple[W, RefusalReason]]
+) -> Iterable[W]:
+    """The line from the first job on that is worth a batch; those before it go to `dropped`. `backlog` is its rows."""
+    waiting = iter(line)
+    for job in waiting:
+        if job.done:
+            continue
+        verdict = at.verdict(job, backlog, most)
+        if verdict is None:
+            return chain((job,), waiting)
+        dropped.append((job, verdict))
+        backlog -= job.request.rows
+    return ()
 
 
-def _verdict(job: W, backlog: int, now: float, outlook: Outlook[W]) -> RefusalReason | None:
-    """Why a head of the line should not be served, None if it should."""
-    deadline = job.request.deadline
-    if deadline is None:
+def _behind(rows: int, most: int, at: _Moment[W], dropped: list[tuple[W, RefusalReason]]) -> Iterator[W]:
+    """What the other levels' lines have to fill a batch with; `rows` stand before them."""
+    for line, more in at.outlook.behind:
+        rows += more
+        yield from _worth_a_batch(line, rows, most, at, dropped)
+
+
+@dataclass(slots=True)
+class _Moment(Generic[W]):
+    """An outlook at a time."""
+
+    now: float
+    outlook: Outlook[W]
+
+    def verdict(self, job: W, backlog: int, most: int) -> RefusalReason | None:
+        """Why a head of the line should not be served, None if it should. `backlog` is what waits from it on."""
+        deadline = job.request.deadline
+        if deadline is None:
+            return None
+        now, outlook = self.now, self.outlook
+        if not outlook.latency.trusted:
+            # The best tuned batcher there is: first in first out, and a time limit at half the deadline.
+            return "shed" if now - job.enqueued > (deadline - job.enqueued) / 2 else None
+        room = outlook.room(deadline, now)
+        rows = job.request.rows
+        if room < rows and now + outlook.overhead + outlook.latency.bound(rows) > deadline:
+            return None if backlog <= rows and self._worth_a_try(rows, deadline) else "expired"
+        if room < backlog and room < most and room < min(backlog, most, outlook.target()):
+            return "shed"
         return None
-    if not outlook.latency.trusted:
-        # The best tuned batcher there is: first in first out, and a time limit at half the deadline.
-        return "shed" if now - job.enqueued > (deadline - job.enqueued) / 2 else None
-    room = outlook.room(deadline, now)
-    rows = job.request.rows
-    if room < rows and now + outlook.overhead + outlook.latency.bound(rows) > deadline:
-        return "expired"
-    if room < backlog and room < min(backlog, outlook.target()):
-        return "shed"
-    return None
 
-
-def _worth_a_try(job: W, now: float, outlook: Outlook[W]) -> bool:
-    """Whether to run a lone job that is likely to be late: nothing else wants the engine."""
-    deadline = job.request.deadline
-    if not outlook.idle or deadline is None or now >= deadline:
-        return False
-    return outlook.probe or now + outlook.latency.mean(job.request.rows) <= deadline
+    def _worth_a_try(self, rows: int, deadline: float) -> bool:
+        """Whether to run a lone job that is likely to be late: nothing else wants the engine."""
+        if not self.outlook.idle or self.now >= deadline:
+            return False
+        return self.outlook.probe or self.now + self.outlook.latency.mean(rows) <= deadline
 
 
 def _gather(waiting: Iterable[W], limits: Limits, most: int, short: str, room: _Room) -> Decision[W]:

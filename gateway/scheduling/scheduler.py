@@ -105,6 +105,25 @@ class DeadlineScheduler(Generic[W]):
         """What is known of the lane's runs on a device, lately. Raises KeyError for what is not open."""
         return self._lanes[lane].seats[device].current
 
+    def seed(self, lane: LaneKey, device: str, prior: Mapping[str, float]) -> None:
+        """Start from what `LatencyModel.to_prior` kept, where nothing is known yet. Raises KeyError or ValueError."""
+        state = self._lanes[lane]
+        seat = state.seats[device]
+        if not seat.current.known:
+            seat.current = LatencyModel.from_prior(seat.max_rows, prior)
+            state.rank_places()
+
+    def foresee(self, lane: LaneKey, request: Request, now: float) -> tuple[Refusal | None, float]:
+        """What `admit` would say now, and in how many seconds the answer would come. Counts nothing."""
+        state = self._lanes[lane]
+        number = level_of(state.limits, request)
+        entry = self._entry(state, request, now, number)
+        at = self._at
+        at.now = now
+        verdict = on_arrival(state, entry, number, at)
+        seconds = eta(state, state.fast, entry, number, at) - now if state.fast else 0.0
+        return verdict if isinstance(verdict, Refusal) else None, seconds
+
     # --- requests
 
     def admit(self, lane: LaneKey, request: Request, now: float) -> Refusal | None:
@@ -170,8 +189,7 @@ class DeadlineScheduler(Generic[W]):
         level.waiting += entry.rows
         state.waiting += entry.rows
         level.push(entry)
-        if entry.expires < state.next_expiry:
-            state.next_expiry = entry.expires
+        state.next_expiry = min(state.next_expiry, entry.expires)
         if state.requests >= state.sweep_at:
             state.sweep()
 
@@ -292,8 +310,9 @@ class DeadlineScheduler(Generic[W]):
         if len(lane.tenants) > 1:
             lane.turns.charge(decision.jobs, lane.tenants)
         cores = seat.widest if is_alone(device) else seat.threads
-        model = seat.latency(head.entry.request, cores)
-        seat.current = seat.latency(head.entry.request)
+        seat.current = model = seat.latency(head.entry.request)
+        if cores != seat.threads:
+            model = seat.latency(head.entry.request, cores)
         predicted = model.mean(decision.rows) if model.known else None
         run = Run(lane.key, device.name, jobs, decision.rows, cores, decision.reason, now, predicted)
         device.active.append(Active(run, seat, model, level_class(lane, head.level), now + (predicted or 0.0)))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
-from gateway.scheduling.admission import target, utilisation
+from gateway.scheduling.admission import target
 from gateway.scheduling.base import W
 from gateway.scheduling.lanes import DEFAULT, SPILL, Device, Entry, Lane, Level, Seat
 from gateway.scheduling.latency import LatencyModel
 from gateway.scheduling.policy import Decision, Outlook, on_free
 
-_PRESSED = 0.85  # utilisation above which batches grow beyond the size where throughput gains little
+_EASE = 2.0  # times the time it takes to run all that waits: with more left, there is no hurry
 _STALE = 1.0  # seconds without a run after which a late job is worth a try
 
 
@@ -86,7 +86,7 @@ def choose(head: Head[W], now: float, overhead: float) -> Decision[Entry[W]]:
     model = seat.latency(request)
     if seat.widest > seat.threads and seat.device.free == seat.device.cores and not contended:
         model = seat.latency(request, seat.widest)
-    outlook = Outlook(
+    outlook: Outlook[Entry[W]] = Outlook(
         model,
         overhead,
         level.waiting,
@@ -97,8 +97,9 @@ def choose(head: Head[W], now: float, overhead: float) -> Decision[Entry[W]]:
     if len(lane.levels) > 1:
         outlook.behind = lane.behind(level, request.signature, SPILL if seat in lane.slow else 0)
     waiting = level.lines[request.signature]
-    fill = lane.turns.order if len(lane.tenants) > 1 else None
-    return on_free(waiting, lane.limits, _share(lane, seat, model, now), now, outlook, fill)
+    if len(lane.tenants) > 1:
+        outlook.fill = lane.turns.order
+    return on_free(waiting, lane.limits, _share(head, model, now), now, outlook)
 
 
 def is_alone(device: Device[W]) -> bool:
@@ -112,12 +113,16 @@ def _is_contended(device: Device[W], lane: Lane[W]) -> bool:
     return any(other is not lane and other.waiting for other in device.lanes)
 
 
-def _share(lane: Lane[W], seat: Seat[W], model: LatencyModel, now: float) -> int:
+def _share(head: Head[W], model: LatencyModel, now: float) -> int:
     """Rows of what waits and runs that are this instance's part, or as many as gain from running together."""
+    lane, seat = head.lane, head.seat
     pool = lane.slow if seat in lane.slow else lane.fast
-    parallel = sum(each.parallel for each in pool)
+    parallel = sum(each.parallel for each in pool) if len(pool) > 1 else seat.parallel
     share = -(-(lane.waiting + lane.running) // parallel)
     batches = share // model.efficient
-    if batches > 1 and utilisation(seat.device, now) < _PRESSED:
-        share = -(-share // batches)
+    if batches > 1:
+        # Larger batches gain little; but that little counts when the last in line is short of time.
+        needed = batches * model.mean(min(share // batches, model.cap))
+        if head.level.lines[head.entry.request.signature][-1].rank - now > _EASE * needed:
+            share = -(-share // batches)
     return share

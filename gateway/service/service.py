@@ -90,8 +90,11 @@ class Service:
             # A lone request is always let in, however large: the transport's own limit bounded it.
             if self._inflight_bytes and self._inflight_bytes + request.size > self._options.max_inflight_bytes:
                 raise self._full()
-            if route.admission is not None:
+            if route.admission is not None and (
+                request.deadline is not None or request.priority or request.tenant or route.admission.asks_all
+            ):
                 route.admission.admit(request)
+                request.admitted = True
         except errors.GatewayError as error:
             record_refusal(route.statistics, error, 0)
             raise
@@ -106,7 +109,7 @@ class Service:
 
     def end(self, request: InferRequest, route: Route) -> None:
         """A submitted request is over, however it ended. For `Inference`."""
-        if route.admission is not None:
+        if request.admitted and route.admission is not None:
             route.admission.settle(request)
         self._inflight_bytes -= request.size
         route.statistics.pending -= 1
@@ -170,8 +173,8 @@ class Service:
     def explain(self, name: str, version: str = "") -> Mapping[str, object]:
         """What was decided about the requests of a ready version and why; see `Admission.explain`."""
         route = self._resolve(name, version)
-        told = route.admission.explain() if route.admission is not None else {}
-        return {"model": name, "version": route.lane.version, **told}
+        told = {} if route.admission is None else route.admission.explain(route.default_deadline)
+        return {"model": name, "version": route.lane.version, "refused": dict(route.statistics.refused), **told}
 
     def ready_versions(self, name: str) -> list[str]:
         """The versions of a model that are ready, oldest first."""

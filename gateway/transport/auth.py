@@ -70,6 +70,7 @@ class Callers:
         """Without `tokens` everybody may call. `header` is one that a proxy sets; whatever it says is believed."""
         self._tokens = tokens
         self._header = header.lower()
+        self.anonymous = tokens is None and not header  # everybody is the default tenant: no need to ask
 
     def tenant(self, header: Header) -> str:
         """The tenant of a request with these headers. Raises `Unauthenticated`, `InvalidArgument`."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
+from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
 from gateway.scheduling.scheduler import DeadlineScheduler
+from gateway.types import InferRequest, element_count
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def explain(scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str]) -> Mapping[str, object]:
-    """Counters since the version was loaded, and what is known of its batches on each device. Times in milliseconds."""
+def explain(
+    scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str], example: InferRequest
+) -> dict[str, object]:
+    """Counters since the version was loaded, what is known of its batches on each device, and what `example` would be
+    told if it came now. Times in milliseconds.
+    """
     report = scheduler.report(lane)
     return {
         "admitted": report.admitted,
-        "refused": dict(report.refused),
         "late": report.late,
         "late_share": round(report.late_share, 6),
         "spilled": report.spilled,
@@ -28,7 +34,29 @@ def explain(scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[
         "actual_ms": round(report.actual_seconds * 1e3, 3),
         "prediction_error": round(report.error, 4),
         "predictions_trusted": report.trusted,
+        "next": _next(scheduler, lane, example),
         "devices": {device: _device(scheduler, lane, device) for device in devices},
+    }
+
+
+def example(config: ModelConfig, seconds: float) -> InferRequest:
+    """One row as a client would send it now, to be answered within so many seconds; 0 for any time.
+
+    An open dimension counts as one element, a string as an empty one.
+    """
+    size = sum(abs(element_count(each.dims)) * (each.datatype.itemsize or 4) for each in config.inputs)
+    deadline = time.monotonic() + seconds if seconds else None
+    return InferRequest(config.name, {}, size=size, deadline=deadline)
+
+
+def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferRequest) -> Mapping[str, object]:
+    now = time.monotonic()
+    refusal, seconds = scheduler.foresee(lane, request, now)
+    return {
+        "deadline_ms": None if request.deadline is None else round((request.deadline - now) * 1e3, 3),
+        "answered_in_ms": round(seconds * 1e3, 4),
+        "refused": None if refusal is None else refusal.reason,
+        "text": "" if refusal is None else refusal.text,
     }
 
 
@@ -36,11 +64,13 @@ def _device(scheduler: DeadlineScheduler[Job], lane: LaneKey, device: str) -> Ma
     model = scheduler.latency(lane, device)
     constant, slope = model.fit
     return {
+        "batches_seen": model.batches,
         "per_batch_ms": round(constant * 1e3, 4),
         "per_row_ms": round(slope * 1e3, 4),
         "tail_ratio": round(model.tail, 3),
         "largest_rows_seen": model.largest,
         "efficient_rows": model.efficient,
+        "predictions_trusted": model.trusted,
         "predicted_ms_by_rows": {
             str(rows): round(model.mean(rows) * 1e3, 4) for rows in _SIZES if rows <= model.largest
         },

@@ -22,7 +22,7 @@ from gateway.scheduling.base import Place
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
-from gateway.worker.explain import explain
+from gateway.worker.explain import example, explain
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
 from gateway.worker.probe import measurable, measure
@@ -55,7 +55,9 @@ class Host:
         self._statistics = statistics.of(*self._lane)
         self._slots = slots
         self._measures = measures and measurable(source.config)
+        self.asks_all = False
         self._places: list[Place] = []
+        self._row = 0.0  # seconds, when it was warmed up
         self._engines: list[tuple[Engine, Placement]] = []
         self._consumer: Consumer | None = None
         self._measuring: asyncio.Task[None] | None = None
@@ -63,13 +65,16 @@ class Host:
 
     async def load(self, placements: Sequence[Placement]) -> None:
         """Create and warm up the engines. Raises why that failed, with nothing left behind."""
+        rows: dict[str, float] = {}  # seconds of one row on each device
         try:
             for placement in placements:
                 for engine in await engines.create(self._spec(placement), placement.count):
                     self._engines.append((engine, placement))
             for engine, placement in self._engines:
                 cores = tuple(sorted({placement.threads, placement.cores}))
-                await warm_up(engine, self.source.config, self.source.path.parent, cores)
+                row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
+                if row is not None:
+                    rows[placement.device.name] = row
         except BaseException:
             await self._close_engines()
             raise
@@ -77,7 +82,12 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._places = places(self._engines)
         # A lane of this host's own: while a successor takes over, the two finish what each has taken.
-        self._slots.open(self, limits(self.source.config), self._places)
+        bounds = limits(self.source.config)
+        self.asks_all = any(policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values()))
+        self._slots.open(self, bounds, self._places)
+        for device, seconds in rows.items() if self._measures else ():
+            self._slots.scheduler.warmed(self, device, 1, seconds)
+        self._row = max(rows.values(), default=0.0)
         self._consumer = self._queue.consumer([self._lane])
 
     def admit(self, request: InferRequest) -> None:
@@ -88,9 +98,10 @@ class Host:
         """See `Admission.settle`."""
         self._slots.scheduler.settle(self, request)
 
-    def explain(self) -> Mapping[str, object]:
+    def explain(self, seconds: float) -> Mapping[str, object]:
         """See `Admission.explain`."""
-        return explain(self._slots.scheduler, self, [place.device for place in self._places])
+        devices = [place.device for place in self._places]
+        return explain(self._slots.scheduler, self, devices, example(self.source.config, seconds))
 
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
@@ -131,7 +142,8 @@ class Host:
             self._slots.add(self, jobs)
 
     async def _measure(self) -> None:
-        largest = await measure(self._slots, self, self.source.config, sum(place.count for place in self._places))
+        instances = sum(place.count for place in self._places)
+        largest = await measure(self._slots, self, self.source.config, instances, self._row)
         log_event("measured", logging.DEBUG, model=self._lane.model, version=self._lane.version, rows=largest)
 
     async def _close_engines(self) -> None:

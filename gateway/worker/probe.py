@@ -69,11 +69,15 @@ def sizes(config: ModelConfig) -> Iterator[int]:
     yield max(most, 1)
 
 
-async def measure(slots: Slots, lane: object, config: ModelConfig, instances: int) -> int:
-    """Run every size on all `instances` at once, as under load. Returns the rows of the largest that ran."""
-    largest, before = 0, 0.0
+async def measure(slots: Slots, lane: object, config: ModelConfig, instances: int, row: float) -> int:
+    """Run every size on all `instances` at once, as under load; one row takes about `row` seconds.
+
+    Returns the rows of the largest that ran.
+    """
+    largest, before, seconds = 0, 0.0, row / 2
     for rows in sizes(config):
-        seconds = 0.0
+        if 2 * seconds > _LONG:
+            break
         for _ in range(_TIMES):
             probes = [Probe(_request(config, rows)) for _ in range(instances)]
             started = time.monotonic()
@@ -84,7 +88,7 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
                     return largest
             seconds = time.monotonic() - started
         largest = rows
-        if seconds > _LONG or (before and seconds > _GAIN * before):
+        if before and seconds > _GAIN * before:
             break
         before = seconds
     return largest

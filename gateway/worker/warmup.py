@@ -7,6 +7,7 @@ is fixed; whether that succeeds says nothing about the model, so its failure is 
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from gateway.telemetry import log_event
 from gateway.types import Array, Batch, DataType, InferRequest, Tensor, element_count
 
 
-async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tuple[int, ...]) -> None:
+async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tuple[int, ...]) -> float | None:
     """Run every warm-up sample at each of these numbers of cores.
 
-    `folder` is the model's; sample files live in its `warmup/`. Raises `InvalidArgument` for a sample that
+    Returns the seconds that a row of zeros took on the first of them, None without such a run. `folder` is the model's; sample files live in its `warmup/`. Raises `InvalidArgument` for a sample that
     cannot be made and `Internal` for one that fails.
     """
     for sample in config.warmup:
@@ -35,17 +36,22 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
     if not config.warmup and not any(-1 in tensor.dims for tensor in config.inputs):
         try:
-            await _run(engine, zeros(config), config, cores)
+            return await _run(engine, zeros(config), config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
             log_event("not_warmed_up", model=config.name, reason=f"it does not run on zeros: {problem}")
+    return None
 
 
-async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores: tuple[int, ...]) -> None:
+async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores: tuple[int, ...]) -> float:
+    first = 0.0
     for number in cores:
+        started = time.monotonic()
         batch = Batch(request.rows, lambda: stack([request], config), (), number)
         async with aclosing(engine.run(batch)) as results:
             async for _ in results:
                 pass
+        first = first or time.monotonic() - started
+    return first
 
 
 def zeros(config: ModelConfig, rows: int = 1) -> InferRequest:

@@ -97,12 +97,10 @@ class Bench:
         assert not any(job.done or job in each.jobs for job in run.jobs for each in self.runs)
         self.runs.append(run)
         self.batches.append(run)
-        heapq.heappush(
-            self._events, (self.now + self.true(run.rows) * self.speed[run.device], next(self._number), run)
-        )
+        heapq.heappush(self._events, (self.now + self.true(run.rows) * self.speed[run.device], next(self._number), run))
 
     def finish(self, run, *, failed=False):
-        self.runs.remove(run)
+        self.runs = [each for each in self.runs if each is not run]
         self.scheduler.finished(run, self.now - run.started, self.now, failed=failed)
         for job in run.jobs:
             if not job.done:
@@ -115,7 +113,7 @@ class Bench:
         while self._events and self._events[0][0] <= until:
             moment, _, run = heapq.heappop(self._events)
             self.now = max(self.now, moment)
-            if run is not None and run in self.runs:
+            if any(each is run for each in self.runs):  # it did not fail meanwhile
                 self.finish(run)
             self.dispatch()
         self.now = until

@@ -101,6 +101,24 @@ def test_a_parameter_that_is_no_number() -> None:
         FakeModel(spec(a_us="soon").config)
 
 
+def test_the_slow_file_multiplies_each_run_from_when_it_is_there_until_it_is_gone(tmp_path: Path, monkeypatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("gateway.engines.fake.time.sleep", slept.append)
+    slow = tmp_path / "slow"
+    model = FakeModel(spec(a_us="1000", b_us="100", slow_file=str(slow)).config)
+
+    def compute_two() -> None:
+        model.compute({"IN": np.zeros((2, 2), "<f4")}, Batch(2, dict))
+
+    compute_two()
+    for text in ("10", "0.5\n", "soon", "-1"):
+        slow.write_text(text)
+        compute_two()
+    slow.unlink()
+    compute_two()
+    assert slept == pytest.approx([0.0012, 0.012, 0.0006, 0.0012, 0, 0.0012])
+
+
 async def test_poison_fails_and_the_engine_goes_on() -> None:
     (engine,) = await engines.create(spec(poison="13"))
     with pytest.raises(errors.Internal, match="poison"):

@@ -86,7 +86,7 @@ class HttpApp:
         try:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
-                tenant = self._callers.tenant(headers.get)
+                tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
                 size = headers.get("content-length")
                 # Most bodies are small, and a coroutine of its own costs each of them 1 %.
                 small = size is not None and int(size) <= self._small

@@ -42,6 +42,10 @@ _INFER_TEXT = """JSON in and out, or Triton's binary tensor data: then the body 
 bytes, the header `Inference-Header-Content-Length` says where the JSON ends, and each binary input has the
 parameter `binary_data_size` in place of `data`."""
 
+_EXPLAIN_TEXT = """Not part of Triton's protocol: why each batch closed, predicted and actual times, refusals by reason,
+what is known of the batches on each device, and what a request of one row would be told now. `gateway explain MODEL`
+shows it to people. Counters start at zero when the version is loaded; times are in milliseconds."""
+
 
 def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, callers: Callers) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
@@ -95,7 +99,7 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
     async def statistics() -> Response:
         return _json({"model_stats": service.statistics()})
 
-    def add(suffix: str, summary: str, answer: Callable[[str, str], Any]) -> None:
+    def add(suffix: str, summary: str, answer: Callable[[str, str], Any], text: str | None = None) -> None:
         async def newest(model: Model) -> Response:
             return _json(answer(model, ""))
 
@@ -104,13 +108,18 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
 
         for path, handler in (("", newest), ("/versions/{version}", of_version)):
             app.add_api_route(
-                "/v2/models/{model}" + path + suffix, handler, summary=summary, dependencies=[*dependencies]
+                "/v2/models/{model}" + path + suffix,
+                handler,
+                summary=summary,
+                description=text,
+                dependencies=[*dependencies],
             )
 
     add("", "A model's inputs and outputs", lambda *target: control.model_metadata(service, *target))
     add("/ready", "Does this model answer?", lambda *target: control.model_ready(service, *target))
     add("/config", "A model's whole configuration", lambda *target: config_json(service.model_config(*target).proto))
     add("/stats", "A model's statistics", lambda *target: {"model_stats": service.statistics(*target)})
+    add("/explain", "Why a model's requests were batched, refused or late", service.explain, _EXPLAIN_TEXT)
 
 
 def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:

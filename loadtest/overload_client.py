@@ -1,0 +1,244 @@
+"""The overload test's generator: an open loop over raw HTTP/1.1, run in a process of its own.
+
+    python -m loadtest.overload_client < plan.json
+
+It sends request n when the plan says, whatever the server does, over connections opened before; a latency counts from the moment the
+request was DUE. Each request carries its own number, and an answer must bring it back. Who is refused with 429 or 503 asks again at
+once, as often as the plan says, and each attempt has a deadline of its own. To cost little it writes and reads once for an attempt
+and cuts the answer from the bytes. The first line it prints is the moment (CLOCK_MONOTONIC) from which the plan's times count, and
+the second every attempt, by column, with what the generator itself used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import math
+import resource
+import struct
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import cast
+
+import uvloop
+
+from loadtest.flat_requests import HOST
+
+MODEL = "overload"
+AHEAD = 0.3  # seconds between the announcement of the start and the start
+PATIENCE = 5.0  # seconds to wait for the last answers
+
+ANSWERED, WRONG, LOST, UNANSWERED = "answered", "wrong", "lost", "unanswered"
+OVERLOAD, SHED, DEADLINE, EXPIRED, UNAVAILABLE = "overload", "shed", "deadline", "expired", "unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to send: `times` are seconds from the start, in order."""
+
+    port: int
+    times: list[float]
+    deadline_ms: float
+    retries: int = 0
+    connections: int = 512
+
+
+@dataclass(slots=True)
+class Attempts:
+    """Every attempt, by column. `call` is the request it belongs to; times are seconds from the start."""
+
+    call: list[int] = field(default_factory=list)
+    attempt: list[int] = field(default_factory=list)
+    due: list[float] = field(default_factory=list)
+    sent: list[float] = field(default_factory=list)
+    answered: list[float] = field(default_factory=list)
+    kind: list[str] = field(default_factory=list)
+    retry_after_ms: list[int] = field(default_factory=list)  # -1: none
+    strays: int = 0  # answers that nobody had asked for
+    cpu_seconds: float = 0.0
+
+    def begin(self, call: int, attempt: int, due: float) -> int:
+        """A new attempt, not sent yet; returns its row."""
+        self.call.append(call)
+        self.attempt.append(attempt)
+        self.due.append(due)
+        self.sent.append(math.nan)
+        self.answered.append(math.nan)
+        self.kind.append(UNANSWERED)
+        self.retry_after_ms.append(-1)
+        return len(self.call) - 1
+
+
+def kind_of(status: int, body: bytes, number: bytes) -> str:
+    """What an answer is: by its status, and where two reasons share one, by its words. README.md has the table."""
+    if status == 200:
+        return ANSWERED if body.endswith(number) else WRONG
+    if status == 429:
+        return SHED if b"dropped" in body or b"more urgent" in body else OVERLOAD
+    if status == 504:
+        return DEADLINE if b"below service time" in body else EXPIRED
+    return UNAVAILABLE if status == 503 else f"status {status}"
+
+
+class Generator:
+    """Sends a plan, on a running event loop, once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.attempts = Attempts()
+        self._plan = plan
+        self._loop = asyncio.get_running_loop()
+        self._idle: list[Connection] = []  # the last used is the next: its state is in the caches
+        self._waiting: deque[int] = deque()  # attempts that found no idle connection
+        self._next = 0
+        self._open = 0
+        self._start = 0.0
+        self._done = self._loop.create_future()
+        header = json.dumps(
+            {
+                "inputs": [
+                    {"name": "IN", "shape": [1, 1], "datatype": "INT64", "parameters": {"binary_data_size": 8}},
+                ],
+                "parameters": {"binary_data_output": True},
+            },
+            separators=(",", ":"),
+        )
+        self._head = (
+            f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/octet-stream\r\n"
+            f"x-request-timeout-ms: {plan.deadline_ms:g}\r\nInference-Header-Content-Length: {len(header)}\r\n"
+            f"Content-Length: {len(header) + 8}\r\n\r\n{header}"
+        ).encode()
+
+    async def run(self) -> None:
+        """Connect, announce the start, send everything, and wait for the answers."""
+        for _ in range(self._plan.connections):
+            _, connection = await self._loop.create_connection(lambda: Connection(self), HOST, self._plan.port)
+            self._idle.append(connection)
+        used = _cpu_seconds()
+        self._start = time.monotonic() + AHEAD
+        sys.stdout.write(f"{self._start!r}\n")
+        sys.stdout.flush()
+        self._tick()
+        try:
+            async with asyncio.timeout(AHEAD + self._plan.times[-1] + PATIENCE):
+                await self._done
+        except TimeoutError:
+            pass
+        self.attempts.cpu_seconds = _cpu_seconds() - used
+
+    def _tick(self) -> None:
+        """Send what is due, and come again when the next is; timers know whole milliseconds."""
+        times, now = self._plan.times, time.monotonic() - self._start
+        while self._next < len(times) and times[self._next] <= now:
+            self._send(self.attempts.begin(self._next, 0, times[self._next]))
+            self._next += 1
+        if self._next < len(times):
+            self._loop.call_later(max(1, math.ceil((times[self._next] - now) * 1e3)) / 1e3, self._tick)
+
+    def _send(self, row: int) -> None:
+        self._open += 1
+        if self._idle:
+            self._write(self._idle.pop(), row)
+        else:
+            self._waiting.append(row)
+
+    def _write(self, connection: Connection, row: int) -> None:
+        number = struct.pack("<q", row)
+        connection.row, connection.number = row, number
+        connection.transport.write(self._head + number)
+        self.attempts.sent[row] = time.monotonic() - self._start
+
+    def received(self, connection: Connection, status: int, head: bytes, body: bytes) -> None:
+        """An answer came over a connection."""
+        row, attempts = connection.row, self.attempts
+        if row < 0:
+            attempts.strays += 1
+            return
+        connection.row = -1
+        now = time.monotonic() - self._start
+        attempts.answered[row] = now
+        attempts.kind[row] = kind_of(status, body, connection.number)
+        if status != 200 and (after := _field(head, b"retry-after-ms")) is not None and b"\r\nretry-after:" in head:
+            attempts.retry_after_ms[row] = after
+        if self._waiting:
+            self._write(connection, self._waiting.popleft())
+        else:
+            self._idle.append(connection)
+        if status in (429, 503) and attempts.attempt[row] < self._plan.retries:
+            self._send(attempts.begin(attempts.call[row], attempts.attempt[row] + 1, now))
+        self._ended()
+
+    def lost(self, connection: Connection) -> None:
+        """The server closed a connection."""
+        if connection in self._idle:
+            self._idle.remove(connection)
+        elif connection.row >= 0:
+            self.attempts.kind[connection.row] = LOST
+            self._ended()
+
+    def _ended(self) -> None:
+        self._open -= 1
+        if not self._open and self._next == len(self._plan.times) and not self._done.done():
+            self._done.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection with at most one request on its way; `row` is -1 when there is none."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.row = -1
+        self.number = b""
+        self.transport: asyncio.WriteTransport
+        self._generator = generator
+        self._part = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio.Protocol."""
+        self.transport = cast("asyncio.WriteTransport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        data = self._part + data
+        while (end := data.find(b"\r\n\r\n")) >= 0:
+            head = data[:end].lower()
+            stop = end + 4 + (_field(head, b"content-length") or 0)
+            if len(data) < stop:
+                break
+            self._generator.received(self, int(data[9:12]), head, data[end + 4 : stop])
+            data = data[stop:]
+        self._part = data
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - lost is lost
+        """Part of asyncio.Protocol."""
+        self._generator.lost(self)
+
+
+def _field(head: bytes, name: bytes) -> int | None:
+    """A header's whole number; the head is in small letters."""
+    at = head.find(b"\r\n" + name + b":")
+    return None if at < 0 else int(head[at + len(name) + 3 :].split(b"\r\n", 1)[0])
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+async def _run(plan: Plan) -> Attempts:
+    generator = Generator(plan)
+    await generator.run()
+    return generator.attempts
+
+
+def main() -> None:
+    """Send the plan on standard input."""
+    plan = Plan(**json.load(sys.stdin))
+    gc.disable()  # nothing here is in cycles, and a collection would delay what is due
+    attempts = uvloop.run(_run(plan))
+    json.dump(asdict(attempts), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

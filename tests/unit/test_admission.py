@@ -1,0 +1,112 @@
+"""Admission by example: who is accepted, and what the refused are told."""
+
+import math
+
+import pytest
+
+from gateway.scheduling.admission import expiry, level_of
+from gateway.scheduling.base import Limits, QueuePolicy
+from gateway.types import InferRequest
+from tests.unit.scheduling_bench import Bench, affine
+
+
+def busy(rows=64, **more):
+    """A bench whose device has just begun a run of so many rows."""
+    bench = Bench(**more)
+    bench.ask(10.0, next(iter(bench.lanes)), rows=rows)
+    assert len(bench.runs) == 1
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("levels", "default", "priority", "level"),
+    [(0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 2, 1), (0, 0, 3, 2), (0, 0, 9, 2), (4, 3, 1, 1), (4, 3, 0, 3), (4, 3, 5, 3)],
+)
+def test_the_level_of_a_priority(levels, default, priority, level):
+    limits = Limits(priority_levels=levels, default_priority=default)
+    assert level_of(limits, InferRequest("m", {}, priority=priority)) == level
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters", "seconds"),
+    [
+        (QueuePolicy(), {}, math.inf),
+        (QueuePolicy(timeout=2.0), {"timeout": 10**6}, 2.0),
+        (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 10**6}, 1.0),
+        (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 3 * 10**6}, 2.0),
+        (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 0}, 2.0),
+        (QueuePolicy(allow_override=True), {"timeout": "1000000"}, 1.0),
+        (QueuePolicy(allow_override=True), {"timeout": "soon"}, math.inf),
+    ],
+)
+def test_when_a_queue_policy_times_out(policy, parameters, seconds):
+    assert expiry(policy, InferRequest("m", {}, parameters=parameters), 100.0) == 100.0 + seconds
+
+
+def test_who_would_be_late_is_refused_and_told_when_to_come_back():
+    bench = busy()  # 20 ms
+    for _ in range(64):
+        assert bench.ask(0.041).outcome == ""  # 20 ms more
+    refused = bench.ask(0.041)
+    assert refused.outcome == "overload"
+    (refusal,) = bench.refusals
+    assert refusal.retry_after == pytest.approx(affine(64) * 1.25)
+    assert "its deadline is in 41 ms" in refusal.text
+    assert bench.ask(0.05).outcome == ""
+
+
+def test_a_deadline_below_the_service_time_is_said_to_be_one():
+    bench = busy()
+    assert bench.ask(0.003).outcome == "deadline"
+    (refusal,) = bench.refusals
+    assert refusal.retry_after is None
+    assert "deadline below service time" in refusal.text
+
+
+def test_without_a_deadline_everything_is_admitted():
+    bench = busy()
+    assert not any(bench.ask(None).outcome for _ in range(10_000))
+
+
+def test_nothing_is_refused_before_anything_is_known():
+    bench = Bench(warm=False)
+    assert not any(bench.ask(0.001, run=False).outcome for _ in range(100))
+
+
+def test_waiting_bytes_are_bounded_and_come_free_again():
+    bench = busy(rows=1, max_bytes=1000)
+    jobs = [bench.ask(size=400) for _ in range(3)]
+    assert [job.outcome for job in jobs] == ["", "", "overload"]
+    assert "bytes" in bench.refusals[0].text
+    bench.answer(jobs[0], "cancelled")
+    assert bench.ask(size=400).outcome == ""
+
+
+def test_an_urgent_request_waits_only_for_the_more_urgent():
+    bench = busy(rows=1)
+    for _ in range(640):
+        bench.ask(1.0)
+    assert bench.ask(0.02).outcome == ""
+
+
+def test_of_another_model_only_as_much_counts_as_of_ones_own():
+    lanes = {"hot": Limits(64, joins=True), "cold": Limits(64, joins=True)}
+    bench = busy(lanes=lanes)
+    while bench.ask(0.2, "hot").outcome == "":
+        pass
+    assert bench.ask(0.05, "hot").outcome == "overload"
+    assert bench.ask(0.05, "cold").outcome == ""
+
+
+def test_of_another_tenant_only_as_much_counts_as_of_ones_own():
+    bench = busy()
+    while bench.ask(0.06, tenant="hot").outcome == "":
+        pass
+    assert bench.ask(0.06, tenant="cold").outcome == ""
+
+
+def test_a_run_that_is_overdue_is_not_taken_for_an_idle_engine():
+    bench = busy()
+    bench.speed["gpu"] = 1000.0
+    bench.now = 1.0
+    assert bench.ask(0.5).outcome == "overload"
