@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
@@ -137,6 +137,11 @@ class Tensor(msgspec.Struct, eq=False, gc=False):
 
     def __repr__(self) -> str:
         return f"Tensor({self.datatype.name}, {list(self.shape)})"
+
+
+def wires(tensors: Iterable[Tensor]) -> list[Buffer]:
+    """The wire bytes of each; a property read for each would take three times as long where they are at hand."""
+    return [tensor.wire if tensor._wire is None else tensor._wire for tensor in tensors]  # noqa: SLF001 - this module's
 
 
 def element_count(shape: tuple[int, ...]) -> int:

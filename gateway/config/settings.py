@@ -55,6 +55,9 @@ class Settings(BaseSettings):
         ge=0,
         lt=1e12,
     )
+    persist_latency: bool = _setting(
+        True, "models", "keep what was learned of batch times in each version's folder, for the next start"
+    )
     strict_readiness: bool = _setting(True, "models", "ready only when every model is ready")
     exit_on_error: bool = _setting(
         False, "models", "exit when a model fails to load at start; without it the others serve"

@@ -1,7 +1,7 @@
 """The backends by name. Each is imported when the first model asks for it, so what is not used costs nothing.
 
 A backend is a module with `load(spec, count) -> list[Loaded]`, blocking, one per engine; the list may share
-what is heavy. Engines of one call to `create` share a model's weights; each has a thread of its own.
+what is heavy. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ def describe(path: Path) -> ModelIO:
             f"'{path.name}' does not say what its inputs and outputs are; list them in config.pbtxt"
         )
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
+
+
+def runtime(backend: str) -> str:
+    """What a backend runs on and its version, e.g. `onnxruntime 1.23.2`; empty for one that needs no package."""
+    return getattr(_module(backend), "RUNTIME", "")
 
 
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:

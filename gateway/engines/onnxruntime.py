@@ -26,6 +26,8 @@ from gateway.types import Array, Batch, DataType, ModelIO, TensorSpec
 
 Session: TypeAlias = Any  # onnxruntime.InferenceSession, which has no stubs
 
+RUNTIME = f"onnxruntime {ort.__version__}"
+
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
 _CPU = "CPUExecutionProvider"
 _LEVELS = {  # Triton's optimization.graph.level

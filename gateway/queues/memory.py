@@ -286,7 +286,8 @@ class _LaneState:
     def add(self, job: MemoryJob) -> None:
         self.unanswered.add(job)
         self.waiting.append(job)
-        self.wake()
+        if len(self.waiting) == 1:  # else whoever was woken for the first of them takes the rest too
+            self.wake()
 
     def put_back(self, job: MemoryJob) -> None:
         self.waiting.appendleft(job)

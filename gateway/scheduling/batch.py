@@ -12,7 +12,7 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.types import Array, DataType, InferRequest, Tensor
+from gateway.types import Array, DataType, InferRequest, Tensor, wires
 
 _JOIN_BYTES = 64 * 1024  # below this, joining bytes is quicker than concatenating arrays (4 us against 58 for 32 rows)
 
@@ -70,7 +70,7 @@ def _join(parts: list[Tensor]) -> Array:
     first = parts[0]
     shape = (sum([part.shape[0] for part in parts]), *first.shape[1:])
     if first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
-        return np.frombuffer(b"".join([part.wire for part in parts]), first.datatype.dtype).reshape(shape)
+        return np.frombuffer(b"".join(wires(parts)), first.datatype.dtype).reshape(shape)
     return np.concatenate([part.array for part in parts])
 
 

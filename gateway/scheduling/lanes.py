@@ -159,12 +159,17 @@ class Seat(Generic[W]):
         """The model for requests of this size per row on so many cores; a new size starts from what is known."""
         key = ((request.size // request.rows).bit_length(), cores or self.threads)
         model = self.models.get(key)
-        if model is None or not model.known:
-            near = self.models.get((key[0], self.threads), self.current)
-            if near.known:
-                model = self.models[key] = LatencyModel.from_prior(self.max_rows, near.to_prior())
-            elif model is None:
-                model = self.models[key] = LatencyModel(self.max_rows)
+        if model is not None and model.known:
+            return model
+        if not self.models and key[1] == self.threads:
+            # What warm-up measured, table and all, is taken to be of the first size that is asked for.
+            model = self.models[key] = self.current
+            return model
+        near = self.models.get((key[0], self.threads), self.current)
+        near = near if near.known else self.current
+        if near.known:
+            model = LatencyModel.from_prior(self.max_rows, near.to_prior())
+        self.models[key] = model = model or LatencyModel(self.max_rows)
         return model
 
     def warmed(self, rows: int, seconds: float, cores: int | None) -> None:

@@ -174,7 +174,8 @@ class Service:
         """What was decided about the requests of a ready version and why; see `Admission.explain`."""
         route = self._resolve(name, version)
         told = {} if route.admission is None else route.admission.explain(route.default_deadline)
-        return {"model": name, "version": route.lane.version, "refused": dict(route.statistics.refused), **told}
+        counted = {"answered": route.statistics.success_count, "refused": dict(route.statistics.refused)}
+        return {"model": name, "version": route.lane.version, **counted, **told}
 
     def ready_versions(self, name: str) -> list[str]:
         """The versions of a model that are ready, oldest first."""

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="name of a model")
-    add("--version", type=_version, default="", metavar="N", help="one of its versions (default: the newest)")
+    add("--version", type=_version, metavar="N", help="one of its versions (default: the newest)")
     add("--url", default="http://127.0.0.1:8000", help="the server's HTTP port (default: http://127.0.0.1:8000)")
     token = parser.add_mutually_exclusive_group()
     token.add_argument(
@@ -62,7 +62,7 @@ def _version(text: str) -> str:
     return text
 
 
-def _path(model: str, version: str) -> str:
+def _path(model: str, version: str | None) -> str:
     return f"/v2/models/{quote(model, safe='')}" + (f"/versions/{version}" if version else "") + "/explain"
 
 

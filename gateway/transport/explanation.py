@@ -26,6 +26,7 @@ CLOSED = {
     "share": "the rest was left to the other instances or the next run",
     "shape": "what else waited had another shape",
     "preferred": "a preferred_batch_size was reached",
+    "retry": "a batch had failed; its requests ran one by one",
     "delay": "max_queue_delay_microseconds or a deadline ran out",
 }
 """Why batches closed, in words."""
@@ -68,8 +69,9 @@ def _next(asked: Mapping[str, Any]) -> Iterator[str]:
 def _requests(told: Mapping[str, Any]) -> Iterator[str]:
     refused = _sorted(told["refused"])
     yield "REQUESTS since the model was loaded"
-    yield _line("accepted", told["admitted"])
-    yield _line("late", told["late"], f"{told['late_share']:.2%} of the accepted ended after their deadline")
+    yield _line("answered", told["answered"])
+    yield _line("accepted on condition", told["admitted"], "those with a deadline, a priority or a tenant")
+    yield _line("late", told["late"], f"{told['late_share']:.2%} of these ended after their deadline")
     if told["spilled"]:
         yield _line("sent to a slower device", told["spilled"], "the fastest would have answered them late")
     yield _line("refused", sum(refused.values()))
@@ -83,7 +85,7 @@ def _batches(told: Mapping[str, Any]) -> Iterator[str]:
     yield _line("run", told["batches"], f"{told['mean_rows']:.3g} rows each, on average")
     if told["failed_batches"]:
         yield _line("failed", told["failed_batches"], "run again request by request; the log says why")
-    yield _line("took", duration(told["actual_ms"]), f"predicted: {duration(told['predicted_ms'])}")
+    yield _line("took", duration(told["actual_ms"]), f"predicted: {duration(told['predicted_ms'])}; with measuring")
     yield _line("predictions are off by", f"{told['prediction_error']:.1%}", f"lately; {_trust(told)}")
     for reason, count in closed.items():
         share = f"{count / sum(closed.values()):6.1%}  {CLOSED.get(reason, '')}"

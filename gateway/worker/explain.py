@@ -9,27 +9,33 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
 from gateway.scheduling.scheduler import DeadlineScheduler
+from gateway.statistics import VersionStatistics
 from gateway.types import InferRequest, element_count
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def explain(
-    scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str], example: InferRequest
+    scheduler: DeadlineScheduler[Job],
+    lane: LaneKey,
+    devices: Sequence[str],
+    statistics: VersionStatistics,
+    example: InferRequest,
 ) -> dict[str, object]:
     """Counters since the version was loaded, what is known of its batches on each device, and what `example` would be
-    told if it came now. Times in milliseconds.
+    told if it came now. Times in milliseconds; the predicted and the actual are of the runs that measured, too.
     """
     report = scheduler.report(lane)
+    batches = statistics.execution_count
     return {
         "admitted": report.admitted,
         "late": report.late,
         "late_share": round(report.late_share, 6),
         "spilled": report.spilled,
-        "batches": report.batches,
+        "batches": batches,
         "failed_batches": report.failed,
-        "mean_rows": round(report.rows / report.batches, 3) if report.batches else 0.0,
-        "closed": dict(report.closed),
+        "mean_rows": round(statistics.row_sizes.total / batches, 3) if batches else 0.0,
+        "closed": dict(statistics.closed),
         "predicted_ms": round(report.predicted_seconds * 1e3, 3),
         "actual_ms": round(report.actual_seconds * 1e3, 3),
         "prediction_error": round(report.error, 4),
@@ -53,7 +59,7 @@ def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferReques
     now = time.monotonic()
     refusal, seconds = scheduler.foresee(lane, request, now)
     return {
-        "deadline_ms": None if request.deadline is None else round((request.deadline - now) * 1e3, 3),
+        "deadline_ms": None if request.deadline is None else round((request.deadline - now) * 1e3, 1),
         "answered_in_ms": round(seconds * 1e3, 4),
         "refused": None if refusal is None else refusal.reason,
         "text": "" if refusal is None else refusal.text,

@@ -101,7 +101,8 @@ class Host:
     def explain(self, seconds: float) -> Mapping[str, object]:
         """See `Admission.explain`."""
         devices = [place.device for place in self._places]
-        return explain(self._slots.scheduler, self, devices, example(self.source.config, seconds))
+        request = example(self.source.config, seconds)
+        return explain(self._slots.scheduler, self, devices, self._statistics, request)
 
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""

@@ -92,8 +92,9 @@ class Instance:
                         "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
                         rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
                     )  # fmt: skip
+                    stacked, ran, split = spent
                     for job, request, outputs in zip(jobs, requests, answers, strict=True):
-                        timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, rows)
+                        timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
                         job.reply(
                             InferResponse(
                                 request.model_name, self._version, outputs, request.id, NO_PARAMETERS, timings

@@ -92,9 +92,8 @@ def test_an_urgent_request_waits_only_for_the_more_urgent():
 def test_of_another_model_only_as_much_counts_as_of_ones_own():
     lanes = {"hot": Limits(64, joins=True), "cold": Limits(64, joins=True)}
     bench = busy(lanes=lanes)
-    while bench.ask(0.2, "hot").outcome == "":
+    while bench.ask(0.05, "hot").outcome == "":
         pass
-    assert bench.ask(0.05, "hot").outcome == "overload"
     assert bench.ask(0.05, "cold").outcome == ""
 
 
