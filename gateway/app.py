@@ -68,7 +68,13 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     )
     names = list(await asyncio.to_thread(repository.scan))
     worker = Worker(
-        queue, repository.read, placement.devices(), statistics, settings.model_load_thread_count, measures=True
+        queue,
+        repository.read,
+        placement.devices(),
+        statistics,
+        settings.model_load_thread_count,
+        measures=True,
+        persists=settings.persist_latency,
     )
     service = Service(queue, statistics, lambda: _names(repository), _options(settings))
     gateway = Gateway(service, queue)

@@ -24,13 +24,12 @@ from gateway.scheduling.base import (
     Run,
     W,
 )
-from gateway.scheduling.lanes import CRITICAL, DEFAULT, SPILL, Active, Device, Entry, Lane, Seat, discount
+from gateway.scheduling.lanes import CRITICAL, DEFAULT, PATIENCE, SPILL, Active, Device, Entry, Lane, Seat, discount
 from gateway.scheduling.latency import LatencyModel
 from gateway.scheduling.policy import Decision
 from gateway.scheduling.report import LaneReport
 from gateway.scheduling.selection import Head, choose, is_alone, level_class, most_urgent, owed
 
-_PATIENCE = 10.0  # seconds; ranks a request without a deadline, so that those with one never starve it
 _BEHIND = 1e6  # seconds; added to the rank of what a DELAY policy puts behind the others
 _AGED = 0.05  # part of the engine time of critical work that default work is owed while it waits
 _NEWS = 0.1
@@ -193,6 +192,19 @@ class DeadlineScheduler(Generic[W]):
         if state.requests >= state.sweep_at:
             state.sweep()
 
+    def add_all(self, lane: LaneKey, jobs: Sequence[W], now: float) -> None:
+        """`add` for jobs that came together."""
+        state = self._lanes[lane]
+        simple = state.plain and not state.limits.priority_levels and (not state.fast or state.fast[0].current.trusted)
+        known = self._admitted
+        if simple and not any(job.request.priority or id(job.request) in known for job in jobs):
+            state.take_in(jobs, now)
+            if state.requests >= state.sweep_at:
+                state.sweep()
+            return
+        for job in jobs:
+            self.add(lane, job, now)
+
     # --- runs
 
     def dispatch(self, device: str, now: float) -> Dispatch[W]:
@@ -274,10 +286,10 @@ class DeadlineScheduler(Generic[W]):
     def _entry(self, lane: Lane[W], request: Request, enqueued: float, number: int) -> Entry[W]:
         rank = request.deadline
         if rank is None:
-            rank = enqueued + _PATIENCE
+            rank = enqueued + PATIENCE
         if lane.fast and not lane.fast[0].current.trusted:
             rank = enqueued  # first in, first out
-        entry = Entry(lane, request, rank, enqueued)
+        entry = Entry(lane, request, request.rows, request.tenant, rank, enqueued)
         if not lane.plain:
             entry.expires = expiry(policy_of(lane.limits, number), request, enqueued)
         return entry

@@ -25,11 +25,13 @@ from gateway.types import InferRequest
 from gateway.worker.explain import example, explain
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
+from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
+_FEW = 3  # runs
 _CREDITS = 1 << 30  # in one process the scheduler is the queue: taking all costs nothing, and it sees all
 
 
@@ -46,7 +48,10 @@ class Source:
 class Host:
     """A loaded version and the tasks that serve it."""
 
-    def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool) -> None:
+    def __init__(
+        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
+    ) -> None:
+        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -55,6 +60,8 @@ class Host:
         self._statistics = statistics.of(*self._lane)
         self._slots = slots
         self._measures = measures and measurable(source.config)
+        self._persists = persists
+        self._priors: Priors | None = None
         self.asks_all = False
         self._places: list[Place] = []
         self._row = 0.0  # seconds, when it was warmed up
@@ -75,6 +82,7 @@ class Host:
                 row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
                 if row is not None:
                     rows[placement.device.name] = row
+            priors = await self._read_priors() if self._persists else {}
         except BaseException:
             await self._close_engines()
             raise
@@ -85,6 +93,8 @@ class Host:
         bounds = limits(self.source.config)
         self.asks_all = any(policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values()))
         self._slots.open(self, bounds, self._places)
+        for device, prior in priors.items():
+            self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items() if self._measures else ():
             self._slots.scheduler.warmed(self, device, 1, seconds)
         self._row = max(rows.values(), default=0.0)
@@ -136,7 +146,10 @@ class Host:
         if self._measuring is not None:
             self._measuring.cancel()
         await self._slots.settled(self)
+        learned = self._learned()
         self._stopped.set()
+        if self._priors is not None:
+            await self._priors.keep(learned)
 
     async def _read(self, consumer: Consumer) -> None:
         while jobs := await consumer.take(_CREDITS):
@@ -146,6 +159,25 @@ class Host:
         instances = sum(place.count for place in self._places)
         largest = await measure(self._slots, self, self.source.config, instances, self._row)
         log_event("measured", logging.DEBUG, model=self._lane.model, version=self._lane.version, rows=largest)
+        if self._priors is not None:
+            await self._priors.keep(self._learned())
+
+    async def _read_priors(self) -> Mapping[str, Prior]:
+        def opened() -> Priors:
+            runtime, files = engines.runtime(self.source.config.backend), self.source.fingerprint
+            providers = {placement.device: engine.provider for engine, placement in self._engines}
+            return Priors(
+                self.source.path,
+                {device.name: key(device, provider, runtime, files) for device, provider in providers.items()},
+            )
+
+        self._priors = await asyncio.to_thread(opened)
+        return await self._priors.read()
+
+    def _learned(self) -> dict[str, Prior]:
+        """What is worth keeping: of one or two runs it is not."""
+        models = {place.device: self._slots.scheduler.latency(self, place.device) for place in self._places}
+        return {device: model.to_prior() for device, model in models.items() if model.batches >= _FEW}
 
     async def _close_engines(self) -> None:
         while self._engines:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 from gateway import __version__
 from gateway.placement import Device
+from gateway.scheduling.latency import LatencyModel
 from gateway.telemetry import log_event
 
 Prior: TypeAlias = Mapping[str, float]
@@ -27,6 +28,7 @@ Prior: TypeAlias = Mapping[str, float]
 NAME = ".gateway-latency.json"
 _ENTRIES = 16  # the newest are kept: machines that share the folder, versions of the packages
 _BYTES = 64 << 10  # a larger file is not ours
+_LONGEST = 1e6  # seconds
 
 
 def key(device: Device, provider: str, runtime: str, fingerprint: object) -> str:
@@ -55,23 +57,19 @@ class Priors:
         if learned and self._writes:
             await asyncio.to_thread(self._write, {self._keys[device]: prior for device, prior in learned.items()})
 
-    def _entries(self) -> dict[str, Prior]:
+    def _entries(self, *, says: bool = True) -> dict[str, Prior]:
         try:
-            with self._path.open("rb") as file:
-                text = file.read(_BYTES + 1)
-            if len(text) > _BYTES:
-                raise ValueError("it is too large")
-            return _checked(json.loads(text))
+            return _checked(json.loads(_bounded(self._path)))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, ArithmeticError, RecursionError) as problem:
-            self._say("latency_prior_ignored", problem)
+        except (OSError, LookupError, ValueError, ArithmeticError, RecursionError) as problem:
+            if says:
+                self._say("latency_prior_ignored", problem)
             return {}
 
     def _write(self, learned: Mapping[str, Prior]) -> None:
-        # The newest last, and the oldest out.
-        entries = {known: prior for known, prior in self._entries().items() if known not in learned} | dict(learned)
-        kept = dict(list(entries.items())[-_ENTRIES:])
+        others = {known: prior for known, prior in self._entries(says=False).items() if known not in learned}
+        kept = dict([*others.items(), *learned.items()][-_ENTRIES:])
         unfinished = self._path.with_name(f"{NAME}.{uuid.uuid4().hex}")
         try:
             try:
@@ -90,14 +88,24 @@ class Priors:
         log_event(event, logging.WARNING, model=folder.parent.name, version=folder.name, reason=reason)
 
 
+def _bounded(path: Path) -> bytes:
+    with path.open("rb") as file:
+        text = file.read(_BYTES + 1)
+    if len(text) > _BYTES:
+        raise ValueError("it is too large")
+    return text
+
+
 def _checked(document: Any) -> dict[str, Prior]:
-    """The entries of a file's document. Raises ValueError or OverflowError for what this module did not write."""
+    """The entries of a file's document. Raises LookupError, ValueError or ArithmeticError for what was not written here."""
     priors = document.get("priors") if isinstance(document, dict) else None
     if not isinstance(priors, dict) or not all(isinstance(prior, dict) for prior in priors.values()):
         raise ValueError("it has no priors")
-    if any(type(value) not in (int, float) for prior in priors.values() for value in prior.values()):
-        raise ValueError("a prior has values that are no numbers")
-    return {known: {name: float(value) for name, value in prior.items()} for known, prior in priors.items()}
+    for prior in priors.values():
+        if not all(type(value) in (int, float) and 0 <= value < _LONGEST for value in prior.values()):
+            raise ValueError("it has values that are no times")
+        LatencyModel.from_prior(1, prior)  # whose format it is
+    return priors
 
 
 @lru_cache(1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey, Limits, Place, Request, Run
@@ -82,11 +82,9 @@ class Slots:
         """A place for one open run of an instance of the lane."""
         return Seat(self, lane, device)
 
-    def add(self, lane: LaneKey, jobs: Iterable[Job]) -> None:
+    def add(self, lane: LaneKey, jobs: Sequence[Job]) -> None:
         """Jobs have come out of the queue, and wait from now on."""
-        now = time.monotonic()
-        for job in jobs:
-            self.scheduler.add(lane, job, now)
+        self.scheduler.add_all(lane, jobs, time.monotonic())
         self._wake_all(lane)
 
     async def settled(self, lane: LaneKey) -> None:

@@ -49,13 +49,17 @@ class Worker:
         load_threads: int = 4,
         *,
         measures: bool = False,
+        persists: bool = False,
     ) -> None:
-        """With `measures` the batch sizes of each version are timed once it is ready."""
+        """With `measures` the batch sizes of each version are timed once it is ready; with `persists` what was learned
+        of them is kept in its folder.
+        """
         self._queue = queue
         self._read = read
         self._devices = devices
         self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}))
         self._measures = measures
+        self._persists = persists
         self._statistics = statistics
         self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
@@ -136,7 +140,9 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(source, self._queue, self._statistics, self._slots, measures=self._measures)
+        host = Host(
+            source, self._queue, self._statistics, self._slots, measures=self._measures, persists=self._persists
+        )
         predecessor = model.hosts.get(source.version)
         try:
             async with self._loading:

@@ -24,6 +24,7 @@ from gateway.statistics import Statistics
 from gateway.worker import Worker
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits
+from gateway.worker.priors import NAME
 from gateway.worker.slots import Slots
 from tests.support import Callers, background, model_config, refusal, request, settle, soon, until
 
@@ -46,12 +47,12 @@ WARMUP = """model_warmup {
 class Rig:
     """A worker with a model repository, and the service that clients would use."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **more):
         self.folder = folder
         self.queue = MemoryQueue()
         self.statistics = Statistics()
         self.repository = Repository([folder], engines.describe)
-        self.worker = Worker(self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics)
+        self.worker = Worker(self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics, **more)
         self.service = Service(self.queue, self.statistics, self._names, ServiceOptions())
         self._writes = 0
 
@@ -326,6 +327,55 @@ async def test_a_reload_does_not_wait_for_a_request_that_left(rig):
             caller.cancel()
             await loading
     assert await rig.infer(4.0) == 4.0
+
+
+# --- what was learned
+
+
+async def test_what_was_learned_is_there_at_the_next_start_of_the_same_files(folder):
+    def seen(rig):
+        return rig.service.explain("m")["devices"]["cpu"]["largest_rows_seen"]
+
+    async def started(rig):
+        await rig.load()
+        return seen(rig)
+
+    rig = Rig(folder / "repository", persists=True)
+    rig.write()
+    async with background(rig.worker.run()):
+        assert await started(rig) == 0
+        for _ in range(4):
+            await rig.infer(rows=4)
+        assert seen(rig) == 4
+        await rig.worker.drain()
+    again, forgetful, changed = (Rig(rig.folder, persists=persists) for persists in (True, False, True))
+    async with background(again.worker.run(), forgetful.worker.run(), changed.worker.run()):
+        assert await started(again) == 2  # doubling goes on from there
+        assert await started(forgetful) == 0
+        again.write(b_us=1)
+        assert await started(changed) == 0
+
+
+async def test_what_was_measured_is_kept_at_once(folder):
+    rig = Rig(folder / "repository", measures=True, persists=True)
+    rig.write()
+    async with background(rig.worker.run()):
+        await rig.load()
+        await until((rig.folder / "m" / "1" / NAME).exists)
+        assert await rig.infer(4.0) == 4.0
+
+
+async def test_a_model_is_unloaded_though_its_folder_is_gone(folder):
+    rig = Rig(folder / "repository", persists=True)
+    rig.write()
+    async with background(rig.worker.run()):
+        await rig.load()
+        for _ in range(4):
+            await rig.infer()
+        shutil.rmtree(rig.folder / "m")
+        await rig.unload()
+    assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
+    assert list(rig.folder.iterdir()) == []
 
 
 # --- batches
