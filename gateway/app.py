@@ -142,7 +142,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
     infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
     if settings.allow_metrics:
         metrics = HttpServer(
-            Counted(MetricsApp(statistics, tokens).__rsgi__), settings.metrics_address, settings.metrics_port
+            Counted(MetricsApp(statistics, tokens, gateway.queue.pools).__rsgi__), settings.metrics_address, settings.metrics_port
         )
         gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
     if settings.allow_grpc:

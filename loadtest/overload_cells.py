@@ -67,7 +67,8 @@ class Cell:
     simulated: Figures
     mean_batch: float
     simulated_mean_batch: float
-    busy: float  # share of the window in which the engine ran, by its own clock
+    busy: float  # share of the window in which the engine ran, by its own clock (the mean of its runs is weighted by rows)
+    server_late: float  # share of what the server admitted that it calls late itself, over the whole cell
     server_us: float  # CPU of the server for each attempt
     client_us: float  # and of the generator
     other_cores: float  # used by neither, during the window
@@ -98,6 +99,15 @@ class Fake:
             message = f"the metrics answered {status}"
             raise servers.ServerError(message)
         return read_counts(text.decode())
+
+    def late(self) -> tuple[int, int]:
+        """How many requests the scheduler says were late so far, and how many it admitted."""
+        status, text = servers.get(self.ports.http, f"/v2/models/{MODEL}/explain")
+        if status != 200:
+            message = f"/explain answered {status}"
+            raise servers.ServerError(message)
+        told = json.loads(text)
+        return told["late"], told["admitted"]
 
 
 def read_counts(text: str) -> Counter[str]:
@@ -140,9 +150,9 @@ def measure(fake: Fake, spec: Spec, seed: int) -> Cell:
         1e3 * figures.DEADLINE_SECONDS,
         figures.RETRIES if spec.retries else 0,
     )
-    before = fake.counts()
+    before, late_before = fake.counts(), fake.late()
     run = _send(fake, plan, spec)
-    counted = fake.counts()
+    counted, late = fake.counts(), fake.late()
     counted.subtract(before)
     attempts, real = run.attempts, figures.figures(run.attempts, spec.window)
     batches = max(run.counted[_BATCHES], 1)
@@ -159,7 +169,8 @@ def measure(fake: Fake, spec: Spec, seed: int) -> Cell:
         figures.figures(simulation, spec.window),
         run.counted[_ROWS] / batches,
         figures.mean_batch(record, spec.window),
-        run.counted[_COMPUTE] / 1e6 / run.wall,
+        run.counted[_COMPUTE] / max(run.counted[_ROWS], 1) * batches / 1e6 / run.wall,
+        (late[0] - late_before[0]) / max(late[1] - late_before[1], 1),
         1e6 * run.server_seconds / max(real.attempts, 1),
         1e6 * attempts.cpu_seconds / max(len(attempts.call), 1),
         max(0.0, run.unexplained - attempts.cpu_seconds / (spec.window[1] + 0.3)),

@@ -35,6 +35,9 @@ ANSWERED, WRONG, LOST, UNANSWERED = "answered", "wrong", "lost", "unanswered"
 OVERLOAD, SHED, DEADLINE, EXPIRED, UNAVAILABLE = "overload", "shed", "deadline", "expired", "unavailable"
 
 
+_RIGHT = b"HTTP/1.1 200 "
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to send: `times` are seconds from the start, in order."""
@@ -48,7 +51,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Attempts:
-    """Every attempt, by column. `call` is the request it belongs to; times are seconds from the start."""
+    """Every attempt, by column. `call` is the request it belongs to; times are seconds from the start, NaN for never."""
 
     call: list[int] = field(default_factory=list)
     attempt: list[int] = field(default_factory=list)
@@ -60,16 +63,29 @@ class Attempts:
     strays: int = 0  # answers that nobody had asked for
     cpu_seconds: float = 0.0
 
-    def begin(self, call: int, attempt: int, due: float) -> int:
-        """A new attempt, not sent yet; returns its row."""
-        self.call.append(call)
-        self.attempt.append(attempt)
-        self.due.append(due)
-        self.sent.append(math.nan)
-        self.answered.append(math.nan)
-        self.kind.append(UNANSWERED)
-        self.retry_after_ms.append(-1)
-        return len(self.call) - 1
+    def add(self, attempt: Attempt) -> None:
+        """Take one in."""
+        self.call.append(attempt.call)
+        self.attempt.append(attempt.attempt)
+        self.due.append(attempt.due)
+        self.sent.append(attempt.sent)
+        self.answered.append(attempt.answered)
+        self.kind.append(attempt.kind)
+        self.retry_after_ms.append(attempt.retry_after_ms)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One request on its way; what its answer must end with is its number."""
+
+    call: int
+    attempt: int
+    due: float
+    sent: float = math.nan
+    answered: float = math.nan
+    kind: str = UNANSWERED
+    retry_after_ms: int = -1
+    number: bytes = b""
 
 
 def kind_of(status: int, body: bytes, number: bytes) -> str:
@@ -87,11 +103,13 @@ class Generator:
     """Sends a plan, on a running event loop, once."""
 
     def __init__(self, plan: Plan) -> None:
-        self.attempts = Attempts()
+        self.attempts: list[Attempt] = []
+        self.strays = 0
+        self.cpu_seconds = 0.0
         self._plan = plan
         self._loop = asyncio.get_running_loop()
         self._idle: list[Connection] = []  # the last used is the next: its state is in the caches
-        self._waiting: deque[int] = deque()  # attempts that found no idle connection
+        self._waiting: deque[Attempt] = deque()  # attempts that found no idle connection
         self._next = 0
         self._open = 0
         self._start = 0.0
@@ -126,56 +144,69 @@ class Generator:
                 await self._done
         except TimeoutError:
             pass
-        self.attempts.cpu_seconds = _cpu_seconds() - used
+        self.cpu_seconds = _cpu_seconds() - used
 
     def _tick(self) -> None:
         """Send what is due, and come again when the next is; timers know whole milliseconds."""
         times, now = self._plan.times, time.monotonic() - self._start
         while self._next < len(times) and times[self._next] <= now:
-            self._send(self.attempts.begin(self._next, 0, times[self._next]))
+            self._send(Attempt(self._next, 0, times[self._next]))
             self._next += 1
         if self._next < len(times):
             self._loop.call_later(max(1, math.ceil((times[self._next] - now) * 1e3)) / 1e3, self._tick)
 
-    def _send(self, row: int) -> None:
+    def _send(self, attempt: Attempt) -> None:
+        attempt.number = struct.pack("<q", len(self.attempts))
+        self.attempts.append(attempt)
         self._open += 1
         if self._idle:
-            self._write(self._idle.pop(), row)
+            self._write(self._idle.pop(), attempt)
         else:
-            self._waiting.append(row)
+            self._waiting.append(attempt)
 
-    def _write(self, connection: Connection, row: int) -> None:
-        number = struct.pack("<q", row)
-        connection.row, connection.number = row, number
-        connection.transport.write(self._head + number)
-        self.attempts.sent[row] = time.monotonic() - self._start
+    def _write(self, connection: Connection, attempt: Attempt) -> None:
+        connection.attempt = attempt
+        connection.transport.write(self._head + attempt.number)
+        attempt.sent = time.monotonic() - self._start
+
+    def taken(self, connection: Connection, attempt: Attempt, now: float) -> None:
+        """A right answer came over a connection at a moment of the clock."""
+        attempt.answered = now - self._start
+        attempt.kind = ANSWERED
+        self._free(connection)
 
     def received(self, connection: Connection, status: int, head: bytes, body: bytes) -> None:
-        """An answer came over a connection."""
-        row, attempts = connection.row, self.attempts
-        if row < 0:
-            attempts.strays += 1
+        """Any answer came over a connection."""
+        attempt = connection.attempt
+        if attempt is None:
+            self.strays += 1
             return
-        connection.row = -1
-        now = time.monotonic() - self._start
-        attempts.answered[row] = now
-        attempts.kind[row] = kind_of(status, body, connection.number)
+        now = attempt.answered = time.monotonic() - self._start
+        attempt.kind = kind_of(status, body, attempt.number)
         if status != 200 and (after := _field(head, b"retry-after-ms")) is not None and b"\r\nretry-after:" in head:
-            attempts.retry_after_ms[row] = after
+            attempt.retry_after_ms = after
+        again = status in (429, 503) and attempt.attempt < self._plan.retries
+        if again:
+            self._open += 1  # until it is sent
+        self._free(connection)
+        if again:
+            self._open -= 1
+            self._send(Attempt(attempt.call, attempt.attempt + 1, now))
+
+    def _free(self, connection: Connection) -> None:
+        connection.attempt = None
         if self._waiting:
             self._write(connection, self._waiting.popleft())
         else:
             self._idle.append(connection)
-        if status in (429, 503) and attempts.attempt[row] < self._plan.retries:
-            self._send(attempts.begin(attempts.call[row], attempts.attempt[row] + 1, now))
         self._ended()
 
     def lost(self, connection: Connection) -> None:
         """The server closed a connection."""
         if connection in self._idle:
             self._idle.remove(connection)
-        elif connection.row >= 0:
-            self.attempts.kind[connection.row] = LOST
+        elif connection.attempt is not None:
+            connection.attempt.kind = LOST
             self._ended()
 
     def _ended(self) -> None:
@@ -185,11 +216,10 @@ class Generator:
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection with at most one request on its way; `row` is -1 when there is none."""
+    """One keep-alive connection with at most one request on its way."""
 
     def __init__(self, generator: Generator) -> None:
-        self.row = -1
-        self.number = b""
+        self.attempt: Attempt | None = None
         self.transport: asyncio.WriteTransport
         self._generator = generator
         self._part = b""
@@ -200,6 +230,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
+        now, attempt = time.monotonic(), self.attempt
+        # All there is to see of a right answer is its first and its last bytes; nothing else is right and ends so.
+        if attempt is not None and data.startswith(_RIGHT) and data.endswith(attempt.number) and not self._part:
+            self._generator.taken(self, attempt, now)
+            return
         data = self._part + data
         while (end := data.find(b"\r\n\r\n")) >= 0:
             head = data[:end].lower()
@@ -229,7 +264,10 @@ def _cpu_seconds() -> float:
 async def _run(plan: Plan) -> Attempts:
     generator = Generator(plan)
     await generator.run()
-    return generator.attempts
+    found = Attempts(strays=generator.strays, cpu_seconds=generator.cpu_seconds)
+    for attempt in generator.attempts:
+        found.add(attempt)
+    return found
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from loadtest.overload_client import (
     UNANSWERED,
     UNAVAILABLE,
     WRONG,
+    Attempt,
     Attempts,
 )
 
@@ -97,7 +98,7 @@ def figures(attempts: Attempts, window: Interval) -> Figures:
         attempts=len(rows),
         goodput=_share(sum(good.values()), len(good)),
         at_once=_share(sum(once.values()), len(once)),
-        per_second=sum(good.values()) / (window[1] - window[0]),
+        per_second=_share(sum(good.values()), window[1] - window[0]),
         late=_share(late, accepted),
         shed=_share(kinds[SHED], accepted),
         accepted=accepted,
@@ -154,9 +155,7 @@ def attempts_of(record: Record) -> Attempts:
     """A simulation's attempts, as the generator writes down its own."""
     found = Attempts()
     for job in record.jobs:
-        row = found.begin(job.call, job.attempt, job.enqueued)
-        found.sent[row], found.answered[row], found.kind[row] = job.enqueued, job.answered, _kind(job)
-        found.retry_after_ms[row] = 0
+        found.add(Attempt(job.call, job.attempt, job.enqueued, job.enqueued, job.answered, _kind(job), 0))
     return found
 
 

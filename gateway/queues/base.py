@@ -71,7 +71,7 @@ class Admission(Protocol):
     """Where a gateway asks whether a version can answer a request in time.
 
     With `asks_all` false nothing can refuse a request that has no deadline, no priority and no tenant, and there is no
-    need to ask.
+    need to ask, nor to tell of its end.
     """
 
     asks_all: bool

@@ -272,7 +272,12 @@ class Lane(Generic[W]):
             self.waiting += entry.rows
             level.waiting += entry.rows
 
-    def take_in(self, jobs: Iterable[W], now: float) -> None:
+    @property
+    def trusted(self) -> bool:
+        """Whether deadlines order the lane; else it is served first in, first out."""
+        return not self.fast or self.fast[0].current.trusted
+
+    def take_in(self, jobs: Iterable[W], now: float, *, fifo: bool) -> None:
         """Jobs of the default level that nobody was asked about have come: count them, and put them in line.
 
         As `count` and `push` for each of them, in a third of the time: most requests come this way.
@@ -281,7 +286,11 @@ class Lane(Generic[W]):
         requests = rows = 0
         for job in jobs:
             request = job.request
-            rank = job.enqueued + PATIENCE if request.deadline is None else request.deadline
+            rank = request.deadline
+            if fifo:
+                rank = job.enqueued
+            elif rank is None:
+                rank = job.enqueued + PATIENCE
             requests += 1
             rows += request.rows
             entry = Entry(self, request, request.rows, request.tenant, rank, job.enqueued, job, level, True)

@@ -91,6 +91,13 @@ class DeadlineScheduler(Generic[W]):
             if state.seats.pop(device, None) is not None:
                 self._attach(state)
 
+    def wants(self, lane: LaneKey) -> bool:
+        """Whether jobs that waited elsewhere are to be added now: one could start, or its place in line matters."""
+        state = self._lanes[lane]
+        if not state.plain or len(state.levels) > 1:
+            return True
+        return any(seat.free for seat in state.seats.values())
+
     def is_quiet(self, lane: LaneKey) -> bool:
         """Whether no job of an open lane waits or runs."""
         state = self._lanes[lane]
@@ -195,10 +202,10 @@ class DeadlineScheduler(Generic[W]):
     def add_all(self, lane: LaneKey, jobs: Sequence[W], now: float) -> None:
         """`add` for jobs that came together."""
         state = self._lanes[lane]
-        simple = state.plain and not state.limits.priority_levels and (not state.fast or state.fast[0].current.trusted)
+        simple = state.plain and not state.limits.priority_levels
         known = self._admitted
         if simple and not any(job.request.priority or id(job.request) in known for job in jobs):
-            state.take_in(jobs, now)
+            state.take_in(jobs, now, fifo=not state.trusted)
             if state.requests >= state.sweep_at:
                 state.sweep()
             return
@@ -287,7 +294,7 @@ class DeadlineScheduler(Generic[W]):
         rank = request.deadline
         if rank is None:
             rank = enqueued + PATIENCE
-        if lane.fast and not lane.fast[0].current.trusted:
+        if not lane.trusted:
             rank = enqueued  # first in, first out
         entry = Entry(lane, request, request.rows, request.tenant, rank, enqueued)
         if not lane.plain:

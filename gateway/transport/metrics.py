@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from gateway import __version__
 from gateway.errors import Unauthenticated
+from gateway.queues.base import PoolState
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
@@ -113,6 +114,28 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     return families
 
 
+def scheduling_metrics(pools: Sequence[PoolState]) -> list[Family]:
+    """What each ready version's scheduler tells of itself. Call it on the event loop."""
+    told = [
+        ({"model": pool.model, "version": state.version}, state.admission.explain(0.0))
+        for pool in pools
+        for state in pool.versions
+        if state.admission is not None
+    ]
+
+    def family(name: str, kind: Literal["counter", "gauge"], text: str, key: str) -> Family:
+        return Family(name, kind, text, [(labels, float(each[key])) for labels, each in told])
+
+    late = "Number of accepted requests whose batch ended after their deadline"
+    error = "How far the predicted times of batches are off, as a part of them, on average lately"
+    trusted = "1 while the predicted times of batches are relied on, 0 while they are too wrong"
+    return [
+        family("gateway_requests_late_total", "counter", late, "late"),
+        family("gateway_prediction_error_ratio", "gauge", error, "prediction_error"),
+        family("gateway_predictions_trusted", "gauge", trusted, "predictions_trusted"),
+    ]
+
+
 def _microseconds(attribute: str) -> Callable[[VersionStatistics], int]:
     read = attrgetter(attribute)
     return lambda each: read(each) // 1000
@@ -175,8 +198,12 @@ class HostMetrics:
 class MetricsApp:
     """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too."""
 
-    def __init__(self, statistics: Statistics, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self, statistics: Statistics, tokens: Tokens | None = None, pools: Callable[[], Sequence[PoolState]] = list
+    ) -> None:
+        """`pools` gives what the workers hold."""
         self._statistics = statistics
+        self._pools = pools
         self._tokens = tokens
         self._host = HostMetrics()
         # A thread of its own: scrapes queue up behind each other, and need none of the threads that serve requests.
@@ -196,7 +223,7 @@ class MetricsApp:
             headers = [("content-type", "application/json"), ("allow", "GET")]
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
-            models = model_metrics(self._statistics)
+            models = model_metrics(self._statistics) + scheduling_metrics(self._pools())
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, models)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 

@@ -25,6 +25,7 @@ from gateway.types import InferRequest
 from gateway.worker.explain import example, explain
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
+from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
 from gateway.worker.slots import Slots
@@ -63,6 +64,9 @@ class Host:
         self._persists = persists
         self._priors: Priors | None = None
         self.asks_all = False
+        batching = source.config.batching
+        orders = batching is not None and batching.preserve_ordering
+        self._order = slots.orders.setdefault(self._lane, Order()) if orders else None
         self._places: list[Place] = []
         self._row = 0.0  # seconds, when it was warmed up
         self._engines: list[tuple[Engine, Placement]] = []
@@ -91,7 +95,10 @@ class Host:
         self._places = places(self._engines)
         # A lane of this host's own: while a successor takes over, the two finish what each has taken.
         bounds = limits(self.source.config)
-        self.asks_all = any(policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values()))
+        # An order must hear of every request that is given up.
+        self.asks_all = self._order is not None or any(
+            policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
+        )
         self._slots.open(self, bounds, self._places)
         for device, prior in priors.items():
             self._slots.scheduler.seed(self, device, prior)
@@ -107,6 +114,8 @@ class Host:
     def settle(self, request: InferRequest) -> None:
         """See `Admission.settle`."""
         self._slots.scheduler.settle(self, request)
+        if self._order is not None:
+            self._order.leave(request)
 
     def explain(self, seconds: float) -> Mapping[str, object]:
         """See `Admission.explain`."""
@@ -152,8 +161,12 @@ class Host:
             await self._priors.keep(learned)
 
     async def _read(self, consumer: Consumer) -> None:
-        while jobs := await consumer.take(_CREDITS):
-            self._slots.add(self, jobs)
+        while True:
+            await self._slots.room(self)
+            jobs = await consumer.take(_CREDITS)
+            if not jobs:
+                return
+            self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
 
     async def _measure(self) -> None:
         instances = sum(place.count for place in self._places)

@@ -11,11 +11,13 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
-from gateway.queues.base import Job
+from gateway.queues.base import Job, Lane
 from gateway.scheduling.base import LaneKey, Limits, Place, Request, Run
 from gateway.scheduling.refusals import refused
 from gateway.scheduling.scheduler import DeadlineScheduler
+from gateway.worker.ordering import Order
 
 
 class Seat:
@@ -56,7 +58,9 @@ class Slots:
         self._devices: dict[LaneKey, tuple[str, ...]] = {}
         self._scheduled: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._full: dict[LaneKey, asyncio.Future[None]] = {}  # lanes that wait for `room`
         self._turn = asyncio.Event()
+        self.orders: WeakValueDictionary[Lane, Order] = WeakValueDictionary()  # of lanes whose answers keep theirs
 
     # --- lanes
 
@@ -77,6 +81,7 @@ class Slots:
             for place in [place for place in places if place[0] == lane]:
                 del places[place]
         self._devices.pop(lane, None)
+        self._full.pop(lane, None)
 
     def seat(self, lane: LaneKey, device: str) -> Seat:
         """A place for one open run of an instance of the lane."""
@@ -86,6 +91,14 @@ class Slots:
         """Jobs have come out of the queue, and wait from now on."""
         self.scheduler.add_all(lane, jobs, time.monotonic())
         self._wake_all(lane)
+
+    async def room(self, lane: LaneKey) -> None:
+        """Wait until the lane's jobs are wanted. To take each out of the queue as it comes costs twice as much as
+        taking together those that came during a run.
+        """
+        while not self.scheduler.wants(lane):
+            waiter = self._full[lane] = asyncio.get_running_loop().create_future()
+            await waiter
 
     async def settled(self, lane: LaneKey) -> None:
         """Wait until no job of the lane waits or runs."""
@@ -127,6 +140,10 @@ class Slots:
         """A run is over."""
         now = time.monotonic()
         self.scheduler.finished(run, now - run.started, now, failed=not learn)
+        # Before the decision is scheduled, so that what the lanes read now is there when it is made.
+        for waiter in [self._full.pop(lane) for lane in list(self._full) if self.scheduler.wants(lane)]:
+            if not waiter.done():
+                waiter.set_result(None)
         self._wake(run.device)
         self._turn.set()
 

@@ -26,7 +26,7 @@ from gateway.worker.instance import Instance
 from gateway.worker.lane import limits
 from gateway.worker.priors import NAME
 from gateway.worker.slots import Slots
-from tests.support import Callers, background, model_config, refusal, request, settle, soon, until
+from tests.support import Callers, ask, background, model_config, refusal, request, settle, soon, until
 
 CONFIG = """
 backend: "fake"
@@ -482,14 +482,16 @@ async def test_a_cancelled_request_never_reaches_the_engine(rig, folder, cancell
 
 
 async def test_an_expired_request_never_reaches_the_engine(rig, folder):
-    calls = [refusal(rig.infer(1.0, deadline=soon())), rig.infer(2.0)]
-    async with held(rig, folder) as (gate, run), background(*calls) as (late, patient):
-        assert isinstance(await late, errors.DeadlineExceeded)
-        run.release()
-        batch = await gate.arrival()
-        assert batch.rows == 1
-        batch.release()
-        assert await patient == 2.0
+    async with held(rig, folder) as (gate, run):
+        # Not by the service, whose admission would see that the deadline cannot be kept.
+        calls = [refusal(ask(rig.queue, request(1.0, deadline=soon()))), rig.infer(2.0)]
+        async with background(*calls) as (late, patient):
+            assert isinstance(await late, errors.DeadlineExceeded)
+            run.release()
+            batch = await gate.arrival()
+            assert batch.rows == 1
+            batch.release()
+            assert await patient == 2.0
 
 
 async def test_a_request_cancelled_while_it_runs_leaves_its_mates_untouched(rig, folder):
@@ -508,6 +510,62 @@ async def test_a_deadline_is_kept_while_the_model_hangs(rig):
     await rig.load()
     error = await refusal(rig.infer(13.0, deadline=soon(0.05)))
     assert isinstance(error, errors.DeadlineExceeded)
+
+
+# --- order
+
+
+IN_ORDER = {"instances": 2, "batching": "preserve_ordering: true"}
+
+
+@asynccontextmanager
+async def second_first(rig, folder, **first):
+    """Two requests, each in a run of its own; the first is held at a gate and the second has run."""
+    rig.write(gate=folder / "gate", poison="13", **IN_ORDER)
+    await rig.load()
+    async with Gate(folder / "gate") as gate, background(refusal_or(rig.infer(**first))) as (one,):
+        held = await gate.arrival()
+        async with background(rig.infer(2.0)) as (two,):
+            (await gate.arrival()).release()
+            await until(lambda: rig.statistics.of("m", "1").execution_count == 1)
+            await settle()
+            yield held, one, two
+
+
+@pytest.mark.parametrize("value", [1.0, 13.0])
+async def test_answers_leave_in_the_order_of_their_requests_where_the_model_asks_for_it(rig, folder, value):
+    async with second_first(rig, folder, value=value) as (held, one, two):
+        assert not two.done()
+        two.add_done_callback(lambda _: ended.append(one.done()))
+        ended = []
+        held.release()
+        assert await two == 2.0
+        assert ended == [True]
+        assert one.result() == 1.0 if value == 1.0 else isinstance(one.result(), errors.Internal)
+
+
+async def test_a_caller_who_leaves_lets_those_behind_him_go(rig, folder):
+    async with second_first(rig, folder) as (_, one, two):
+        assert not two.done()
+        one.cancel()
+        assert await two == 2.0
+
+
+async def test_a_request_that_expires_lets_those_behind_it_go(rig, folder):
+    async with second_first(rig, folder, deadline=soon(0.5)) as (_, one, two):
+        assert not two.done()
+        assert await two == 2.0
+        assert isinstance(one.result(), errors.DeadlineExceeded)
+
+
+async def test_other_models_answer_as_they_end(rig, folder):
+    rig.write(gate=folder / "gate", instances=2)
+    await rig.load()
+    async with Gate(folder / "gate") as gate, background(rig.infer(1.0)):
+        await gate.arrival()
+        async with background(rig.infer(2.0)) as (two,):
+            (await gate.arrival()).release()
+            assert await two == 2.0
 
 
 # --- stopping
