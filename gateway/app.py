@@ -142,11 +142,15 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
     infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
     if settings.allow_metrics:
         metrics = HttpServer(
-            Counted(MetricsApp(statistics, tokens, gateway.queue.pools).__rsgi__), settings.metrics_address, settings.metrics_port
+            Counted(MetricsApp(statistics, tokens, gateway.queue.pools).__rsgi__),
+            settings.metrics_address,
+            settings.metrics_port,
         )
         gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
     if settings.allow_grpc:
-        grpc = GrpcServer(gateway.service, infer, callers.tenant, _grpc_options(settings))
+        grpc = GrpcServer(
+            gateway.service, infer, None if callers.anonymous else callers.tenant, _grpc_options(settings)
+        )
         gateway.ports["grpc"] = (await stack.enter_async_context(grpc)).port
     if settings.allow_http:
         app = await stack.enter_async_context(HttpApp(gateway.service, infer, _http_limits(settings), callers))

@@ -18,13 +18,15 @@ from gateway.types import Infer, InferRequest, InferResponse, Timings
 def access_log(inner: Infer) -> Infer:
     """Wrap an endpoint so that each request leaves an `infer` event.
 
-    `status` is OK or the error's class; `version` is the one that answered. Times are microseconds:
+    `status` is OK or the error's class; `version` is the one that answered; `refused` is there where a good request
+    was not served, and says why in a word of the table of refusals. Times are microseconds:
     `queue_us` and `compute_us` of the last answer, `total_us` until that answer or the error.
     """
 
     async def logged(request: InferRequest) -> AsyncGenerator[InferResponse, None]:
         started = ended = time.monotonic_ns()
         last: InferResponse | None = None
+        refused = ""
         status = "Cancelled"  # what remains when neither a final answer nor an error came: the caller closed
         try:
             async with aclosing(inner(request)) as responses:
@@ -36,6 +38,7 @@ def access_log(inner: Infer) -> Infer:
                     yield response
         except GatewayError as error:
             status = type(error).__name__
+            refused = error.reason
             ended = time.monotonic_ns()
             raise
         except Exception:  # a fault below must not be logged as the caller's cancellation
@@ -43,12 +46,12 @@ def access_log(inner: Infer) -> Infer:
             ended = time.monotonic_ns()
             raise
         finally:
-            _write(request, last, status, ended - started)
+            _write(request, last, status, ended - started, refused)
 
     return logged
 
 
-def _write(request: InferRequest, last: InferResponse | None, status: str, total_ns: int) -> None:
+def _write(request: InferRequest, last: InferResponse | None, status: str, total_ns: int, refused: str) -> None:
     timings = (last.timings if last else None) or Timings()
     log_event(
         "infer",
@@ -62,4 +65,5 @@ def _write(request: InferRequest, last: InferResponse | None, status: str, total
         queue_us=timings.queue_ns // 1000,
         compute_us=(timings.compute_input_ns + timings.compute_infer_ns + timings.compute_output_ns) // 1000,
         total_us=total_ns // 1000,
+        **({"refused": refused} if refused else {}),
     )

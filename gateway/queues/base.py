@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gateway.config.model import ModelConfig
 from gateway.errors import GatewayError
@@ -82,9 +82,9 @@ class Admission(Protocol):
     def settle(self, request: InferRequest) -> None:
         """An accepted request is answered or given up."""
 
-    def explain(self, seconds: float) -> Mapping[str, object]:
+    def explain(self, seconds: float) -> Mapping[str, Any]:
         """What was decided and why, as plain values, and what a request with so long until its deadline would be told;
-        0 for one without a deadline.
+        0 for one without a deadline. Raises `GatewayError` when the version serves no more.
         """
 
 

@@ -16,7 +16,6 @@ from gateway import errors
 from gateway.queues.base import Command, Job, Lane, PoolState
 from gateway.types import InferRequest, InferResponse
 
-
 _SWEEP = 1024  # waiting jobs of a lane, below which those nobody waits for are not worth looking for
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
@@ -170,7 +171,7 @@ class Service:
         """The complete configuration of a ready version."""
         return self._resolve(name, version).config
 
-    def explain(self, name: str, version: str = "") -> Mapping[str, object]:
+    def explain(self, name: str, version: str = "") -> Mapping[str, Any]:
         """What was decided about the requests of a ready version and why; see `Admission.explain`."""
         route = self._resolve(name, version)
         told = {} if route.admission is None else route.admission.explain(route.default_deadline)

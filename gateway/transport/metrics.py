@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from gateway import __version__
-from gateway.errors import Unauthenticated
+from gateway.errors import GatewayError, Unauthenticated
 from gateway.queues.base import PoolState
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
@@ -116,12 +117,7 @@ def model_metrics(statistics: Statistics) -> list[Family]:
 
 def scheduling_metrics(pools: Sequence[PoolState]) -> list[Family]:
     """What each ready version's scheduler tells of itself. Call it on the event loop."""
-    told = [
-        ({"model": pool.model, "version": state.version}, state.admission.explain(0.0))
-        for pool in pools
-        for state in pool.versions
-        if state.admission is not None
-    ]
+    told = list(_explained(pools))
 
     def family(name: str, kind: Literal["counter", "gauge"], text: str, key: str) -> Family:
         return Family(name, kind, text, [(labels, float(each[key])) for labels, each in told])
@@ -134,6 +130,14 @@ def scheduling_metrics(pools: Sequence[PoolState]) -> list[Family]:
         family("gateway_prediction_error_ratio", "gauge", error, "prediction_error"),
         family("gateway_predictions_trusted", "gauge", trusted, "predictions_trusted"),
     ]
+
+
+def _explained(pools: Sequence[PoolState]) -> Iterator[tuple[Mapping[str, str], Mapping[str, Any]]]:
+    for pool in pools:
+        for state in pool.versions:
+            if state.admission is not None:
+                with suppress(GatewayError):  # it has just stopped
+                    yield {"model": pool.model, "version": state.version}, state.admission.explain(0.0)
 
 
 def _microseconds(attribute: str) -> Callable[[VersionStatistics], int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
@@ -21,7 +22,7 @@ def explain(
     devices: Sequence[str],
     statistics: VersionStatistics,
     example: InferRequest,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Counters since the version was loaded, what is known of its batches on each device, and what `example` would be
     told if it came now. Times in milliseconds; the predicted and the actual are of the runs that measured, too.
     """
@@ -55,7 +56,7 @@ def example(config: ModelConfig, seconds: float) -> InferRequest:
     return InferRequest(config.name, {}, size=size, deadline=deadline)
 
 
-def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferRequest) -> Mapping[str, object]:
+def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferRequest) -> Mapping[str, Any]:
     now = time.monotonic()
     refusal, seconds = scheduler.foresee(lane, request, now)
     return {
@@ -66,7 +67,7 @@ def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferReques
     }
 
 
-def _device(scheduler: DeadlineScheduler[Job], lane: LaneKey, device: str) -> Mapping[str, object]:
+def _device(scheduler: DeadlineScheduler[Job], lane: LaneKey, device: str) -> Mapping[str, Any]:
     model = scheduler.latency(lane, device)
     constant, slope = model.fit
     return {

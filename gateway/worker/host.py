@@ -12,8 +12,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gateway import engines
+from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
@@ -92,18 +93,7 @@ class Host:
             raise
         self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
-        self._places = places(self._engines)
-        # A lane of this host's own: while a successor takes over, the two finish what each has taken.
-        bounds = limits(self.source.config)
-        # An order must hear of every request that is given up.
-        self.asks_all = self._order is not None or any(
-            policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
-        )
-        self._slots.open(self, bounds, self._places)
-        for device, prior in priors.items():
-            self._slots.scheduler.seed(self, device, prior)
-        for device, seconds in rows.items() if self._measures else ():
-            self._slots.scheduler.warmed(self, device, 1, seconds)
+        self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
         self._consumer = self._queue.consumer([self._lane])
 
@@ -117,8 +107,10 @@ class Host:
         if self._order is not None:
             self._order.leave(request)
 
-    def explain(self, seconds: float) -> Mapping[str, object]:
+    def explain(self, seconds: float) -> Mapping[str, Any]:
         """See `Admission.explain`."""
+        if self._stopped.is_set():
+            raise errors.stopping()
         devices = [place.device for place in self._places]
         request = example(self.source.config, seconds)
         return explain(self._slots.scheduler, self, devices, self._statistics, request)
@@ -159,6 +151,20 @@ class Host:
         self._stopped.set()
         if self._priors is not None:
             await self._priors.keep(learned)
+
+    def _open_lane(self, priors: Mapping[str, Prior], rows: Mapping[str, float]) -> None:
+        """A lane of this host's own: while a successor takes over, the two finish what each has taken."""
+        self._places = places(self._engines)
+        bounds = limits(self.source.config)
+        # An order must hear of every request that is given up.
+        self.asks_all = self._order is not None or any(
+            policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
+        )
+        self._slots.open(self, bounds, self._places)
+        for device, prior in priors.items():
+            self._slots.scheduler.seed(self, device, prior)
+        for device, seconds in rows.items():
+            self._slots.scheduler.warmed(self, device, 1, seconds)
 
     async def _read(self, consumer: Consumer) -> None:
         while True:

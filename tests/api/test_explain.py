@@ -17,8 +17,10 @@ from gateway.statistics import Statistics
 from gateway.transport import explain
 from gateway.transport.auth import Callers, Tokens
 from gateway.transport.http import HttpApp, HttpServer
+from gateway.transport.metrics import MetricsApp
 from gateway.worker import Worker
-from tests.support import background, refusal, request, soon
+from tests.api.test_metrics import get as scrape
+from tests.support import background, refusal, request, soon, until
 
 CONFIG = """
 backend: "fake"
@@ -33,7 +35,7 @@ TOKEN = "t" * 16
 
 @asynccontextmanager
 async def serving(folder, *, more="", tokens=None, default_deadline_ms=0.0):
-    """A service with the model `m`, and the URL of its HTTP port."""
+    """A service with the model `m`, the URL of its HTTP port, its metrics and its worker."""
     (folder / "m" / "1").mkdir(parents=True)
     (folder / "m" / "config.pbtxt").write_text(CONFIG + more)
     queue, statistics, repository = MemoryQueue(), Statistics(), Repository([folder], engines.describe)
@@ -46,7 +48,7 @@ async def serving(folder, *, more="", tokens=None, default_deadline_ms=0.0):
     app = HttpApp(service, service.infer, callers=Callers(tokens))
     async with background(worker.run()), app, HttpServer(app, "127.0.0.1", 0) as server:
         await queue.send(Load("m"))
-        yield service, f"http://127.0.0.1:{server.port}"
+        yield service, f"http://127.0.0.1:{server.port}", MetricsApp(statistics, None, queue.pools), worker
 
 
 async def infer(service, **more):
@@ -59,7 +61,7 @@ async def get(url, path, **headers):
 
 
 async def test_a_model_is_explained(tmp_path):
-    async with serving(tmp_path) as (service, url):
+    async with serving(tmp_path) as (service, url, *_):
         for _ in range(3):
             await infer(service, rows=2, deadline=soon(10))
         assert isinstance(await refusal(infer(service, deadline=soon(-1))), errors.DeadlineExceeded)
@@ -83,7 +85,7 @@ async def test_a_model_is_explained(tmp_path):
 async def test_the_next_request_would_be_told_what_it_then_is(tmp_path):
     deadline = 'parameters { key: "default_deadline_ms" value { string_value: "20" } }'
     slow = 'parameters { key: "a_us" value { string_value: "60000" } }'
-    async with serving(tmp_path, more=slow + deadline) as (service, url):
+    async with serving(tmp_path, more=slow + deadline) as (service, url, *_):
         await infer(service, deadline=soon(10))  # teaches that a run takes longer than that
         told = (await get(url, "/v2/models/m/explain")).json()["next"]
         assert (told["deadline_ms"], told["refused"]) == (20.0, "deadline")
@@ -93,12 +95,12 @@ async def test_the_next_request_would_be_told_what_it_then_is(tmp_path):
 
 
 async def test_the_gateways_own_default_deadline_counts(tmp_path):
-    async with serving(tmp_path, default_deadline_ms=5000.0) as (_, url):
+    async with serving(tmp_path, default_deadline_ms=5000.0) as (_, url, *_):
         assert (await get(url, "/v2/models/m/explain")).json()["next"]["deadline_ms"] == 5000.0
 
 
 async def test_unknown_models_and_versions_are_not_found(tmp_path):
-    async with serving(tmp_path) as (_, url):
+    async with serving(tmp_path) as (_, url, *_):
         for path in ("/v2/models/x/explain", "/v2/models/m/versions/2/explain", "/v2/models/m/versions/a/explain"):
             response = await get(url, path)
             assert response.status_code == 404
@@ -106,7 +108,7 @@ async def test_unknown_models_and_versions_are_not_found(tmp_path):
 
 
 async def test_where_callers_need_a_token_this_needs_one_too(tmp_path, capsys):
-    async with serving(tmp_path, tokens=Tokens({TOKEN: "acme"})) as (_, url):
+    async with serving(tmp_path, tokens=Tokens({TOKEN: "acme"})) as (_, url, *_):
         assert (await get(url, "/v2/models/m/explain")).status_code == 401
         assert (await get(url, "/v2/models/m/explain", authorization=f"Bearer {TOKEN}")).status_code == 200
         assert await asyncio.to_thread(explain.run, ["m", "--url", url]) == 1
@@ -115,7 +117,7 @@ async def test_where_callers_need_a_token_this_needs_one_too(tmp_path, capsys):
 
 
 async def test_the_command_reads_what_the_server_says(tmp_path, capsys):
-    async with serving(tmp_path) as (service, url):
+    async with serving(tmp_path) as (service, url, *_):
         await infer(service)
         assert await asyncio.to_thread(explain.run, ["m", "--url", url]) == 0
     printed = capsys.readouterr().out
@@ -125,13 +127,38 @@ async def test_the_command_reads_what_the_server_says(tmp_path, capsys):
 
 
 async def test_a_model_that_has_run_nothing_is_explained(tmp_path, capsys):
-    async with serving(tmp_path) as (_, url):
+    async with serving(tmp_path) as (_, url, *_):
         assert await asyncio.to_thread(explain.run, ["m", "--url", url]) == 0
     assert "run                                0  " in capsys.readouterr().out
 
 
+async def test_the_metrics_say_who_was_late_and_how_good_predictions_are(tmp_path):
+    slow = 'parameters { key: "a_us" value { string_value: "60000" } }'
+    labels = '{model="m",version="1"}'
+    async with serving(tmp_path, more=slow) as (service, _, metrics, _):
+        before = (await scrape(metrics)).body.decode()
+        assert f"# TYPE gateway_requests_late_total counter\ngateway_requests_late_total{labels} 0.0\n" in before
+        # Nothing is known yet, so it is accepted; its run ends after its caller was told.
+        assert (await refusal(infer(service, deadline=soon(0.03)))).reason == "expired"
+        await until(lambda: service.explain("m")["late"] == 1)
+        after = (await scrape(metrics)).body.decode()
+        assert f"\ngateway_requests_late_total{labels} 1.0\n" in after
+        assert f"\ngateway_prediction_error_ratio{labels} {service.explain('m')['prediction_error']}\n" in after
+        assert f"\ngateway_predictions_trusted{labels} 1.0\n" in after
+
+
+async def test_a_drained_model_explains_no_more_and_leaves_the_metrics(tmp_path):
+    async with serving(tmp_path) as (service, url, metrics, worker):
+        assert b"gateway_requests_late_total{" in (await scrape(metrics)).body
+        await worker.drain()
+        response = await scrape(metrics)
+        assert response.status == 200
+        assert b"gateway_requests_late_total{" not in response.body
+        assert (await get(url, "/v2/models/m/explain")).status_code == 503
+
+
 @pytest.mark.parametrize("path", ["/v2/models/{model}/explain", "/v2/models/{model}/versions/{version}/explain"])
 async def test_it_is_documented_as_not_tritons(tmp_path, path):
-    async with serving(tmp_path) as (_, url):
+    async with serving(tmp_path) as (_, url, *_):
         document = (await get(url, "/openapi.json")).json()
     assert "Not part of Triton's protocol" in document["paths"][path]["get"]["description"]

@@ -7,6 +7,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import __version__
+from gateway.errors import InvalidArgument, Shed
+from gateway.service.inference import record_refusal
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
 from gateway.transport.metrics import HostMetrics, MetricsApp
@@ -48,13 +50,15 @@ async def get(app: MetricsApp, path: str = "/metrics", method: str = "GET", **he
 
 @pytest.fixture
 def statistics() -> Statistics:
-    """One batch of 5 rows of two requests, a failure, and a third request that is still running."""
+    """One batch of 5 rows of two requests, a failure, a refusal, a bad request, and one more request that is still running."""
     statistics = Statistics(lambda: 1_700_000_000_000)
     counters = statistics.of("digits", "3")
     counters.record_batch(5, 10_000, 200_000, 30_000, "idle")
     counters.record_success(1_000_000, Timings(400_000, 10_000, 200_000, 30_000, 5), 1)
     counters.record_success(1_500_000, Timings(700_000, 10_000, 200_000, 30_000, 5), 4)
     counters.record_failure("REJECTED", 90)
+    record_refusal(counters, Shed("for others"), 10)
+    record_refusal(counters, InvalidArgument("no such input"), 10)
     counters.pending, counters.executing = 3, 1
     return statistics
 
@@ -95,7 +99,7 @@ async def test_triton_counters_keep_their_names_and_type(statistics: Statistics,
 
 async def test_failures_carry_every_reason(statistics: Statistics) -> None:
     text = await scrape(statistics)
-    for reason, count in (("REJECTED", 1), ("CANCELED", 0), ("BACKEND", 0), ("OTHER", 0)):
+    for reason, count in (("REJECTED", 2), ("CANCELED", 0), ("BACKEND", 0), ("OTHER", 1)):
         assert f'nv_inference_request_failure{{model="digits",version="3",reason="{reason}"}} {count}\n' in text
 
 
@@ -123,6 +127,7 @@ async def test_histograms_and_reasons(statistics: Statistics) -> None:
     assert value("gateway_batch_rows", "_bucket", le="4.0") == 0
     assert value("gateway_batch_rows", "_bucket", le="8.0") == 1
     assert value("gateway_batches_closed", "_total", reason="idle") == 1
+    assert [(s.labels["reason"], s.value) for s in families["gateway_requests_refused"].samples] == [("shed", 1)]
 
 
 async def test_the_process_and_the_build_are_described(statistics: Statistics) -> None:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 import numpy as np
 import pytest
 
-from gateway.errors import GatewayError, ResourceExhausted
+from gateway.errors import GatewayError, InvalidArgument, ResourceExhausted, Shed
 from gateway.middleware.access_log import access_log
 from gateway.types import DataType, InferRequest, InferResponse, Tensor, Timings
 
@@ -86,13 +86,25 @@ async def test_a_stream_leaves_one_line(logged) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"), [(ResourceExhausted("full"), "ResourceExhausted"), (RuntimeError("a bug"), "Internal")]
+    ("error", "status"),
+    [
+        (ResourceExhausted("full"), "ResourceExhausted"),
+        (Shed("for others"), "Shed"),
+        (RuntimeError("a bug"), "Internal"),
+    ],
 )
 async def test_an_error_passes_through_and_is_named(logged, error: Exception, status: str) -> None:
     with pytest.raises((GatewayError, RuntimeError)) as raised:
         [each async for each in access_log(Endpoint(error=error))(request())]
     assert raised.value is error
     assert (logged()["status"], logged()["version"]) == (status, "")
+    assert logged().get("refused") == getattr(error, "reason", None)
+
+
+async def test_a_bad_request_is_no_refusal(logged) -> None:
+    with pytest.raises(InvalidArgument):
+        [each async for each in access_log(Endpoint(error=InvalidArgument("no such input")))(request())]
+    assert "refused" not in logged()
 
 
 async def test_a_caller_who_leaves_closes_the_endpoint(logged) -> None:

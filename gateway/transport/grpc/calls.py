@@ -27,6 +27,7 @@ Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
 Authenticate: TypeAlias = Callable[[Header], str]
 """The tenant of a call with this metadata; raises `GatewayError`."""
 
+_TIMEOUT = "x-request-timeout-ms"
 _FOREVER = 1e9  # seconds; the libraries report "no deadline" as some huge number
 _log = logging.getLogger("gateway.grpc")
 
@@ -95,7 +96,8 @@ class Running:
 class Calls:
     """The calls of one server."""
 
-    def __init__(self, infer: Infer, authenticate: Authenticate, options: GrpcOptions) -> None:
+    def __init__(self, infer: Infer, authenticate: Authenticate | None, options: GrpcOptions) -> None:
+        """Without `authenticate` everybody is the default tenant."""
         self.infer = infer
         self.running = Running()
         self._authenticate = authenticate
@@ -105,11 +107,15 @@ class Calls:
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
+        deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
+        if self._authenticate is None:
+            for key, value in metadata:
+                if key == _TIMEOUT:
+                    return Caller("", deadline, _timeout(str(value)))
+            return Caller("", deadline, None)
         # Of a key that is there twice the first counts, as on HTTP.
         values: dict[str, Any] = dict(reversed(metadata))
-        tenant = self._authenticate(values.get)
-        deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
-        return Caller(tenant, deadline, _timeout(values.get("x-request-timeout-ms")))
+        return Caller(self._authenticate(values.get), deadline, _timeout(values.get(_TIMEOUT)))
 
     def request(self, payload: bytes, caller: Caller) -> InferRequest:
         """A request from its serialized message. Raises `GatewayError`."""
@@ -120,8 +126,8 @@ class Calls:
                 "send less at a time, or raise --max-request-bytes"
             )
         request = codec.decode(payload)
-        self._check_count(len(request.inputs), "inputs")
-        self._check_count(len(request.outputs), "outputs")
+        if max(len(request.inputs), len(request.outputs)) > self._max_tensors:
+            raise self._too_many(request)
         request.tenant = caller.tenant
         request.deadline = caller.deadline
         if caller.timeout is not None:
@@ -140,12 +146,13 @@ class Calls:
             self._refusals.note(type(known).__name__, wire="grpc", reason=known.message)
             raise known from None
 
-    def _check_count(self, count: int, what: str) -> None:
-        if count > self._max_tensors:
-            raise errors.InvalidArgument(
-                f"the request has {count} {what}, more than the limit of {self._max_tensors}; "
-                "send fewer, or raise --max-request-tensors"
-            )
+    def _too_many(self, request: InferRequest) -> errors.InvalidArgument:
+        counts = {"inputs": len(request.inputs), "outputs": len(request.outputs)}
+        what, count = next((what, count) for what, count in counts.items() if count > self._max_tensors)
+        return errors.InvalidArgument(
+            f"the request has {count} {what}, more than the limit of {self._max_tensors}; "
+            "send fewer, or raise --max-request-tensors"
+        )
 
     async def _only(self, request: InferRequest) -> InferResponse:
         responses = self.infer(request)

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2
 from gateway import errors
 from gateway.errors import InvalidArgument
 from gateway.transport.grpc.contents import read_contents
+from gateway.transport.grpc.layout import Layouts
 from gateway.transport.grpc.wire import Parts, length, malformed, split
 from gateway.types import (
     NO_PARAMETERS,
@@ -28,12 +29,15 @@ from gateway.types import (
     Parameter,
     RequestedOutput,
     Tensor,
+    element_count,
 )
 
 _MAX_RANK = 64  # numpy's own limit
 _REMEMBERED_BYTES = 4096  # a larger head carries typed contents, which do not repeat
 _INT64 = range(-(1 << 63), 1 << 63)
 _UINT64 = range(1 << 64)
+
+_layouts = Layouts()
 
 _RESPONSE_ID = b"\x1a"
 _RESPONSE_RAW = b"\x32"
@@ -76,10 +80,12 @@ def decode(payload: bytes) -> InferRequest:
     """Read a serialized `ModelInferRequest`; its tensors are views of `payload`. Raises `InvalidArgument`,
     and `Unsupported` for shared memory.
     """
+    if (known := _layouts.request(payload)) is not None:
+        return known
     parts = split(payload)
     repeats = len(parts.head) <= _REMEMBERED_BYTES
     head = _remembered_head(parts.head) if repeats else _parse_head(parts.head)
-    return InferRequest(
+    request = InferRequest(
         head.model_name,
         _tensors(head, parts),
         head.model_version,
@@ -88,24 +94,30 @@ def decode(payload: bytes) -> InferRequest:
         dict(head.parameters) if head.parameters else NO_PARAMETERS,
         form=(head, *map(len, parts.raw)) if repeats and head.raw_only else None,
     )
+    if parts.ordered and request.form is not None and not head.parameters:
+        _layouts.remember(payload, parts.raw, request)
+    return request
 
 
 def encode(response: InferResponse) -> bytes:
     """Write a serialized `ModelInferResponse`, every output raw."""
-    parts: list[Buffer] = [
-        _response_head(
-            response.model_name,
-            response.model_version,
-            tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()]),
-        )
-    ]
+    kinds: list[tuple[str, DataType, tuple[int, ...]]] = []
+    wires: list[Buffer] = []
+    for name, tensor in response.outputs.items():
+        kinds.append((name, tensor.datatype, tensor.shape))
+        wires.append(tensor.wire)
+    head, seams = _response_head(response.model_name, response.model_version, tuple(kinds))
+    parts: list[Buffer] = [head]
+    if seams and not response.id and not response.parameters:
+        for seam, wire in zip(seams, wires, strict=True):
+            parts += (seam, wire)
+        return b"".join(parts)
     if response.id:
         request_id = response.id.encode()
         parts += (_RESPONSE_ID, length(len(request_id)), request_id)
     if response.parameters:
         parts.append(_write_parameters(response.parameters))
-    for tensor in response.outputs.values():
-        wire = tensor.wire
+    for wire in wires:
         parts += (_RESPONSE_RAW, length(len(wire)), wire)
     return b"".join(parts)
 
@@ -268,11 +280,17 @@ def _either(words: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _response_head(model: str, version: str, outputs: tuple[tuple[str, DataType, tuple[int, ...]], ...]) -> bytes:
+def _response_head(
+    model: str, version: str, outputs: tuple[tuple[str, DataType, tuple[int, ...]], ...]
+) -> tuple[bytes, tuple[bytes, ...]]:
+    """All but the raw tensors, and what stands before each of those; empty when their sizes are not known."""
     message = service_pb2.ModelInferResponse(model_name=model, model_version=version)
     for name, datatype, shape in outputs:
         message.outputs.add(name=name, datatype=datatype.name, shape=shape)
-    return bytes(message.SerializeToString())
+    sizes = [element_count(shape) * datatype.itemsize for _, datatype, shape in outputs]
+    fixed = not any(datatype is DataType.BYTES for _, datatype, _ in outputs)
+    seams = tuple(_RESPONSE_RAW + length(size) for size in sizes) if fixed else ()
+    return message.SerializeToString(), seams
 
 
 @lru_cache(maxsize=2)

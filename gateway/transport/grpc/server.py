@@ -30,7 +30,7 @@ class GrpcServer:
     calls and waits `GrpcOptions.grace` seconds for the running ones; cancelling that ends them at once.
     """
 
-    def __init__(self, service: Service, infer: Infer, authenticate: Authenticate, options: GrpcOptions) -> None:
+    def __init__(self, service: Service, infer: Infer, authenticate: Authenticate | None, options: GrpcOptions) -> None:
         self.port = options.port
         self.implementation = "native" if _native_can(options) else "grpcio"
         self._service = service

@@ -17,15 +17,20 @@ from gateway.types import Buffer
 
 _ID = 0x1A  # field 3, length-delimited
 _RAW = 0x3A  # field 7, length-delimited
+RAW_TAG = bytes((_RAW,))
 _MAX_FIELDS = 16_384  # inputs, outputs, parameters and raw tensors together; a walk stays under 10 ms
 
 
 class Parts(NamedTuple):
-    """The request id, the raw tensors in order, and every other field as serialized protobuf."""
+    """The request id, the raw tensors in order, and every other field as serialized protobuf.
+
+    `ordered` when the message is the head, byte for byte, with the raw tensors behind it and nothing else.
+    """
 
     head: bytes
     id: str
     raw: list[Buffer]
+    ordered: bool
 
 
 def split(payload: bytes) -> Parts:
@@ -61,7 +66,7 @@ def _walk(payload: bytes) -> Parts:
     heads: list[bytes] = []
     raw: list[Buffer] = []
     request_id = ""
-    at = kept = fields = 0
+    at = kept = fields = cuts = 0
     end = len(payload)
     while at < end:
         start = at
@@ -75,6 +80,7 @@ def _walk(payload: bytes) -> Parts:
         if tag == _RAW:
             heads.append(payload[kept:start])
             raw.append(view[at:stop])
+            cuts += kept != start  # something stood between this raw tensor and the last
             kept = stop
         elif tag == _ID:
             heads.append(payload[kept:start])
@@ -85,7 +91,8 @@ def _walk(payload: bytes) -> Parts:
     if at > end:
         raise ValueError
     heads.append(payload[kept:])
-    return Parts(b"".join(heads), request_id, raw)
+    ordered = bool(raw) and cuts == 1 and kept == end and not request_id
+    return Parts(b"".join(heads), request_id, raw, ordered)
 
 
 def _varint(payload: bytes, at: int) -> tuple[int, int]:
@@ -113,4 +120,4 @@ def _parse(payload: bytes) -> Parts:
     request_id = message.id
     message.ClearField("raw_input_contents")
     message.ClearField("id")
-    return Parts(message.SerializeToString(), request_id, raw)
+    return Parts(message.SerializeToString(), request_id, raw, ordered=False)
