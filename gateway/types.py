@@ -280,13 +280,15 @@ class Batch:
 
     `stack` builds the model's inputs (batch dimension included, `reshape` applied) and is called on the
     engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
-    `cores` is how many cores this run may use.
+    `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
+    before it does that.
     """
 
     rows: int
     stack: Callable[[], dict[str, Array]]
     outputs: tuple[str, ...] = ()
     cores: int = 1
+    hurry: bool = False
 
 
 @dataclass(slots=True)

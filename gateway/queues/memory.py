@@ -16,8 +16,6 @@ from gateway import errors
 from gateway.queues.base import Command, Job, Lane, PoolState
 from gateway.types import InferRequest, InferResponse
 
-_SWEEP = 1024  # waiting jobs of a lane, below which those nobody waits for are not worth looking for
-
 
 class MemoryQueue:
     """The `Queue` protocol within one process."""
@@ -283,7 +281,6 @@ class _LaneState:
         self.waiting: deque[MemoryJob] = deque()
         self.unanswered: set[MemoryJob] = set()
         self.consumers: list[MemoryConsumer] = []
-        self._sweep_at = _SWEEP
         self._emptied = asyncio.Event()
 
     def add(self, job: MemoryJob) -> None:
@@ -291,10 +288,6 @@ class _LaneState:
         self.waiting.append(job)
         if len(self.waiting) == 1:  # else whoever was woken for the first of them takes the rest too
             self.wake()
-        elif len(self.waiting) >= self._sweep_at:
-            # While nobody takes any, requests go on expiring; what they hold must not pile up.
-            self.waiting = deque(each for each in self.waiting if not each.done)
-            self._sweep_at = max(_SWEEP, 2 * len(self.waiting))
 
     def put_back(self, job: MemoryJob) -> None:
         self.waiting.appendleft(job)

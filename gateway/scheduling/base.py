@@ -132,7 +132,7 @@ class Scheduler(Protocol[W]):
     def admit(self, lane: LaneKey, request: Request, now: float) -> Refusal | None:
         """Ask at the gateway whether to accept a request. None accepts it and counts its rows until `settle`."""
 
-    def settle(self, lane: LaneKey, request: Request) -> None:
+    def settle(self, lane: LaneKey, request: Request, now: float) -> None:
         """An admitted request is answered or given up."""
 
     def add(self, lane: LaneKey, job: W, now: float) -> None:

@@ -35,7 +35,10 @@ _enqueued = attrgetter("enqueued")
 
 
 class Entry(msgspec.Struct, Generic[W], eq=False, gc=False):
-    """One request from its admission until it runs, is refused or given up. `level` is what it is counted in."""
+    """One request from its admission until it runs, is refused or given up.
+
+    `level` is what it is counted in, until it runs.
+    """
 
     lane: Lane[W]
     request: Request
@@ -315,8 +318,10 @@ class Lane(Generic[W]):
         self.waiting -= rows
         self.requests -= len(entries)
         self.running += rows
+        levels = [entry.level for entry in entries]
         for entry in entries:
             entry.counted = False
+            entry.level = None
         if len(self.levels) == 1:
             (only,) = self.levels.values()
             only.rows -= rows
@@ -324,8 +329,7 @@ class Lane(Generic[W]):
             only.requests -= len(entries)
             only.prune()
             return
-        for entry in entries:
-            level = entry.level
+        for entry, level in zip(entries, levels, strict=True):
             assert level is not None
             level.rows -= entry.rows
             level.waiting -= entry.rows

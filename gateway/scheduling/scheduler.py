@@ -33,6 +33,7 @@ from gateway.scheduling.selection import Head, choose, is_alone, level_class, mo
 _BEHIND = 1e6  # seconds; added to the rank of what a DELAY policy puts behind the others
 _AGED = 0.05  # part of the engine time of critical work that default work is owed while it waits
 _NEWS = 0.1
+_LONGEST_ANSWER = 0.5  # seconds; what took longer was held up by something else
 _BYTES = 1 << 30
 
 
@@ -90,13 +91,6 @@ class DeadlineScheduler(Generic[W]):
         for state in list(self._lanes.values()):
             if state.seats.pop(device, None) is not None:
                 self._attach(state)
-
-    def wants(self, lane: LaneKey) -> bool:
-        """Whether jobs that waited elsewhere are to be added now: one could start, or its place in line matters."""
-        state = self._lanes[lane]
-        if not state.plain or len(state.levels) > 1:
-            return True
-        return any(seat.free for seat in state.seats.values())
 
     def is_quiet(self, lane: LaneKey) -> bool:
         """Whether no job of an open lane waits or runs."""
@@ -158,12 +152,16 @@ class DeadlineScheduler(Generic[W]):
             self._displace(state, now)
         return None
 
-    def settle(self, lane: LaneKey, request: Request) -> None:  # noqa: ARG002 - the entry knows its lane, closed or not
+    def settle(self, lane: LaneKey, request: Request, now: float) -> None:  # noqa: ARG002 - the entry knows its lane, closed or not
         """An admitted request is answered or given up."""
         entry = self._admitted.pop(id(request), None)
         if entry is None:
             return
         discount(entry)
+        if entry.level is None:
+            self._note_overhead(now - entry.lane.last_run)
+        if request.deadline is not None and now > request.deadline:
+            entry.lane.report.late += 1
         self._at.bytes_left += request.size
         tenants = entry.lane.tenants
         left = tenants[entry.tenant] - entry.rows
@@ -256,10 +254,7 @@ class DeadlineScheduler(Generic[W]):
             report.failed += 1
             return
         active.model.observe(run.rows, seconds)
-        late = min(max(now - run.started - seconds, 0.0), seconds)
-        self._at.overhead += (late - self._at.overhead) * _NEWS
         report.record(run, seconds, active.model)
-        report.late += sum(1 for job in run.jobs if (deadline := job.request.deadline) is not None and deadline < now)
         if len(lane.seats) > 1:
             lane.rank_places()
 
@@ -270,6 +265,12 @@ class DeadlineScheduler(Generic[W]):
         state.rank_places()
 
     # --- within
+
+    def _note_overhead(self, seconds: float) -> None:
+        """Learn from one answer how long after the end of its run it left. The last of a batch count, not the mean."""
+        if seconds < _LONGEST_ANSWER:
+            news = _NEWS if seconds > self._at.overhead else _NEWS / 10
+            self._at.overhead += (seconds - self._at.overhead) * news
 
     def _device(self, name: str) -> Device[W]:
         device = self._devices.get(name)

@@ -17,14 +17,11 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def explain(
-    scheduler: DeadlineScheduler[Job],
-    lane: LaneKey,
-    devices: Sequence[str],
-    statistics: VersionStatistics,
-    example: InferRequest,
+    scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str], statistics: VersionStatistics
 ) -> dict[str, Any]:
-    """Counters since the version was loaded, what is known of its batches on each device, and what `example` would be
-    told if it came now. Times in milliseconds; the predicted and the actual are of the runs that measured, too.
+    """Counters since the version was loaded, and what is known of its batches on each device.
+
+    Times are in milliseconds; the predicted and the actual are of the runs that measured, too.
     """
     report = scheduler.report(lane)
     batches = statistics.execution_count
@@ -41,27 +38,22 @@ def explain(
         "actual_ms": round(report.actual_seconds * 1e3, 3),
         "prediction_error": round(report.error, 4),
         "predictions_trusted": report.trusted,
-        "next": _next(scheduler, lane, example),
         "devices": {device: _device(scheduler, lane, device) for device in devices},
     }
 
 
-def example(config: ModelConfig, seconds: float) -> InferRequest:
-    """One row as a client would send it now, to be answered within so many seconds; 0 for any time.
+def foresee(scheduler: DeadlineScheduler[Job], lane: LaneKey, config: ModelConfig, seconds: float) -> Mapping[str, Any]:
+    """What a request of one row would be told that came now and had so many seconds; 0 for any time.
 
     An open dimension counts as one element, a string as an empty one.
     """
-    size = sum(abs(element_count(each.dims)) * (each.datatype.itemsize or 4) for each in config.inputs)
-    deadline = time.monotonic() + seconds if seconds else None
-    return InferRequest(config.name, {}, size=size, deadline=deadline)
-
-
-def _next(scheduler: DeadlineScheduler[Job], lane: LaneKey, request: InferRequest) -> Mapping[str, Any]:
     now = time.monotonic()
-    refusal, seconds = scheduler.foresee(lane, request, now)
+    size = sum(abs(element_count(each.dims)) * (each.datatype.itemsize or 4) for each in config.inputs)
+    request = InferRequest(config.name, {}, size=size, deadline=now + seconds if seconds else None)
+    refusal, answered = scheduler.foresee(lane, request, now)
     return {
-        "deadline_ms": None if request.deadline is None else round((request.deadline - now) * 1e3, 1),
-        "answered_in_ms": round(seconds * 1e3, 4),
+        "deadline_ms": round(seconds * 1e3, 3) if seconds else None,
+        "answered_in_ms": round(answered * 1e3, 4),
         "refused": None if refusal is None else refusal.reason,
         "text": "" if refusal is None else refusal.text,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from gateway.scheduling.base import Place
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
-from gateway.worker.explain import example, explain
+from gateway.worker.explain import explain, foresee
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
@@ -103,7 +104,7 @@ class Host:
 
     def settle(self, request: InferRequest) -> None:
         """See `Admission.settle`."""
-        self._slots.scheduler.settle(self, request)
+        self._slots.scheduler.settle(self, request, time.monotonic())
         if self._order is not None:
             self._order.leave(request)
 
@@ -112,8 +113,8 @@ class Host:
         if self._stopped.is_set():
             raise errors.stopping()
         devices = [place.device for place in self._places]
-        request = example(self.source.config, seconds)
-        return explain(self._slots.scheduler, self, devices, self._statistics, request)
+        told = explain(self._slots.scheduler, self, devices, self._statistics)
+        return {**told, "next": foresee(self._slots.scheduler, self, self.source.config, seconds)}
 
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
@@ -167,11 +168,7 @@ class Host:
             self._slots.scheduler.warmed(self, device, 1, seconds)
 
     async def _read(self, consumer: Consumer) -> None:
-        while True:
-            await self._slots.room(self)
-            jobs = await consumer.take(_CREDITS)
-            if not jobs:
-                return
+        while jobs := await consumer.take(_CREDITS):
             self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
 
     async def _measure(self) -> None:

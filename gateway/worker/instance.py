@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 
 from gateway import errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine
 from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
+from gateway.scheduling.base import Run
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
 from gateway.types import NO_PARAMETERS, Batch, InferResponse, Timings
 from gateway.worker.probe import Probe
 from gateway.worker.slots import Seat
+
+_WORTH_A_PAUSE = 0.002  # seconds; what a run may lose by waiting for the event loop is up to 5 ms
 
 
 class Instance:
@@ -36,37 +41,61 @@ class Instance:
         """Run batches until cancelled. A batch that has begun is finished first."""
         while True:
             run = await seat.next()
-            whole = False
             try:
-                whole = await self._run(run.jobs, run.reason, run.cores)
+                await self._run(run, seat)
             except asyncio.CancelledError:
                 for job in run.jobs:  # a forced stop: the engine is let go, the callers are told
                     job.fail(errors.stopping())
                 raise
             finally:
-                seat.release(run, learn=whole)
+                seat.release(run, learn=False)
 
-    async def _run(self, taken: list[Job], reason: str, cores: int) -> bool:
-        """Answer every job. True when all that was taken ran as one batch and well."""
-        jobs = [job for job in taken if not job.done]
+    async def _run(self, run: Run[Job], seat: Seat) -> None:
+        """Answer every job of a run, and release it as soon as it has been computed."""
+        jobs = [job for job in run.jobs if not job.done]
         if not jobs:
-            return False
+            return
+        whole = len(jobs) == len(run.jobs)
+        # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
+        hurry = not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE
         try:
-            await self._attempt(jobs, reason, cores)
+            await self._attempt(jobs, run.reason, run.cores, partial(self._computed, run, seat, whole), hurry=hurry)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             if len(jobs) == 1:
                 jobs[0].fail(self._explain(problem))
-                return False
+                return
             log_event(
                 "batch_failed", logging.WARNING, model=self._config.name, version=self._version, requests=len(jobs),
                 reason=str(problem), action="running them one by one",
             )  # fmt: skip
             for job in jobs:
-                await self._run([job], "retry", cores)
-            return False
-        return len(jobs) == len(taken)
+                await self._retry(job, run.cores)
 
-    async def _attempt(self, jobs: list[Job], reason: str, cores: int) -> None:
+    def _computed(self, run: Run[Job], seat: Seat, whole: bool) -> None:
+        probe = run.jobs[0]
+        if isinstance(probe, Probe):
+            probe.ran(run)  # who measures says what is to be learned from it
+            whole = False
+        seat.release(run, learn=whole)
+
+    async def _retry(self, job: Job, cores: int) -> None:
+        if job.done:
+            return
+        try:
+            await self._attempt([job], "retry", cores)
+        except Exception as problem:  # noqa: BLE001 - as above
+            job.fail(self._explain(problem))
+
+    async def _attempt(
+        self,
+        jobs: list[Job],
+        reason: str,
+        cores: int,
+        computed: Callable[[], None] | None = None,
+        *,
+        hurry: bool = False,
+    ) -> None:
+        """Run the jobs as one batch and answer them. `computed` is told in between, when the engine is free again."""
         begun = time.monotonic_ns()
         requests = [job.request for job in jobs]
         rows = sum([request.rows for request in requests])
@@ -75,6 +104,7 @@ class Instance:
             stack=lambda: batching.stack(requests, self._config),
             outputs=batching.wanted_outputs(requests),
             cores=cores,
+            hurry=hurry,
         )
         self._statistics.executing += len(jobs)
         try:
@@ -92,6 +122,8 @@ class Instance:
                         "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
                         rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
                     )  # fmt: skip
+                    if computed is not None:
+                        computed()
                     stacked, ran, split = spent
                     for job, request, outputs in zip(jobs, requests, answers, strict=True):
                         timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)

@@ -78,6 +78,8 @@ class Priors:
                 unfinished.replace(self._path)
             finally:
                 unfinished.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return  # the folder is gone: the model is being removed
         except OSError as problem:
             self._writes = False
             self._say("latency_not_kept", problem)

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterator
 
 from gateway.config.model import ModelConfig
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, stopping
+from gateway.queues.base import Job
+from gateway.scheduling.base import Run
 from gateway.telemetry import log_event
 from gateway.types import InferRequest, InferResponse
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import zeros
 
-_TIMES = 3  # runs of each size: what the latency model asks for before it trusts a size by itself
+_TIMES = 3  # runs of each size, of which the quickest counts: noise only ever adds
 _LONG = 0.25  # seconds; a caller may have to wait for one such run
 _GAIN = 1.9  # a batch twice as large that takes this many times as long gains next to nothing
 _LOWEST = 1 << 30  # Triton's priorities grow less urgent with their number
@@ -32,7 +35,13 @@ class Probe:
         self.request = request
         self.enqueued = time.monotonic()
         self.done = False
+        self.run: Run[Job] | None = None  # the one it was in, and how long that took
+        self.seconds = 0.0
         self.answer: asyncio.Future[GatewayError | None] = asyncio.get_running_loop().create_future()
+
+    def ran(self, run: Run[Job]) -> None:
+        """It was computed in this run, just now."""
+        self.run, self.seconds = run, time.monotonic() - run.started
 
     def reply(self, response: InferResponse) -> bool:  # noqa: ARG002 - what zeros give is of no interest
         """See `Job.reply`."""
@@ -74,24 +83,38 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
 
     Returns the rows of the largest that ran.
     """
-    largest, before, seconds = 0, 0.0, row / 2
+    largest, before, quickest = 0, 0.0, row / 2
     for rows in sizes(config):
-        if 2 * seconds > _LONG:
+        if 2 * quickest > _LONG:
             break
-        for _ in range(_TIMES):
-            probes = [Probe(_request(config, rows)) for _ in range(instances)]
-            started = time.monotonic()
-            slots.add(lane, probes)
-            for probe in probes:
-                if (error := await probe.answer) is not None:
-                    log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=error.message)
-                    return largest
-            seconds = time.monotonic() - started
-        largest = rows
-        if before and seconds > _GAIN * before:
+        try:
+            measured = await _measure_size(slots, lane, config, rows, instances)
+        except GatewayError as error:
+            log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=error.message)
             break
-        before = seconds
+        for device, seconds in measured.items():
+            for _ in range(_TIMES):  # as often as the latency model asks for before it trusts a size by itself
+                slots.scheduler.warmed(lane, device, rows, seconds)
+        largest, quickest = rows, max(measured.values())
+        if before and quickest > _GAIN * before:
+            break
+        before = quickest
     return largest
+
+
+async def _measure_size(slots: Slots, lane: object, config: ModelConfig, rows: int, instances: int) -> dict[str, float]:
+    """The seconds of the quickest run on each device. Raises `GatewayError` when a run fails."""
+    quickest: dict[str, float] = {}
+    for _ in range(_TIMES):
+        probes = [Probe(_request(config, rows)) for _ in range(instances)]
+        slots.add(lane, probes)
+        for probe in probes:
+            if (error := await probe.answer) is not None:
+                raise error
+            if probe.run is None:
+                raise stopping()  # handed back: the version is on its way out
+            quickest[probe.run.device] = min(probe.seconds, quickest.get(probe.run.device, math.inf))
+    return quickest
 
 
 def _request(config: ModelConfig, rows: int) -> InferRequest:

@@ -21,16 +21,22 @@ from gateway.worker.ordering import Order
 
 
 class Seat:
-    """One open run of an instance: waits here for its next batch. Made by `Slots.seat`."""
+    """One open run of an instance: waits here for its next batch. Made by `Slots.seat`.
+
+    `waited` is False while the instance goes from one run to the next without a pause.
+    """
 
     def __init__(self, slots: Slots, lane: LaneKey, device: str) -> None:
         self.place = (lane, device)
+        self.waited = True
         self.waiter: asyncio.Future[Run[Job]] | None = None
         self._slots = slots
 
     async def next(self) -> Run[Job]:
         """Wait for a batch and the slots to run it."""
-        if (run := self._slots.take(self)) is not None:
+        run = self._slots.take(self)
+        self.waited = run is None
+        if run is not None:
             return run
         self.waiter = asyncio.get_running_loop().create_future()
         try:
@@ -44,7 +50,10 @@ class Seat:
             self._slots.leave(self)
 
     def release(self, run: Run[Job], *, learn: bool) -> None:
-        """The run is over; its slots are free. What is no measurement of a whole run is not to be learned from."""
+        """The run is over; its slots are free. What is no measurement of a whole run is not to be learned from.
+
+        Saying it again changes nothing.
+        """
         self._slots.finished(run, learn=learn)
 
 
@@ -58,7 +67,6 @@ class Slots:
         self._devices: dict[LaneKey, tuple[str, ...]] = {}
         self._scheduled: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._full: dict[LaneKey, asyncio.Future[None]] = {}  # lanes that wait for `room`
         self._turn = asyncio.Event()
         self.orders: WeakValueDictionary[Lane, Order] = WeakValueDictionary()  # of lanes whose answers keep theirs
 
@@ -81,7 +89,6 @@ class Slots:
             for place in [place for place in places if place[0] == lane]:
                 del places[place]
         self._devices.pop(lane, None)
-        self._full.pop(lane, None)
 
     def seat(self, lane: LaneKey, device: str) -> Seat:
         """A place for one open run of an instance of the lane."""
@@ -91,14 +98,6 @@ class Slots:
         """Jobs have come out of the queue, and wait from now on."""
         self.scheduler.add_all(lane, jobs, time.monotonic())
         self._wake_all(lane)
-
-    async def room(self, lane: LaneKey) -> None:
-        """Wait until the lane's jobs are wanted. To take each out of the queue as it comes costs twice as much as
-        taking together those that came during a run.
-        """
-        while not self.scheduler.wants(lane):
-            waiter = self._full[lane] = asyncio.get_running_loop().create_future()
-            await waiter
 
     async def settled(self, lane: LaneKey) -> None:
         """Wait until no job of the lane waits or runs."""
@@ -140,12 +139,8 @@ class Slots:
         """A run is over."""
         now = time.monotonic()
         self.scheduler.finished(run, now - run.started, now, failed=not learn)
-        # Before the decision is scheduled, so that what the lanes read now is there when it is made.
-        for waiter in [self._full.pop(lane) for lane in list(self._full) if self.scheduler.wants(lane)]:
-            if not waiter.done():
-                waiter.set_result(None)
-        self._wake(run.device)
-        self._turn.set()
+        # At once: what is decided at the end of the turn begins behind the answers to this run's jobs.
+        self._assign(run.device)
 
     # --- decisions
 

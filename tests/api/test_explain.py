@@ -148,7 +148,7 @@ async def test_the_metrics_say_who_was_late_and_how_good_predictions_are(tmp_pat
 
 
 async def test_a_drained_model_explains_no_more_and_leaves_the_metrics(tmp_path):
-    async with serving(tmp_path) as (service, url, metrics, worker):
+    async with serving(tmp_path) as (_, url, metrics, worker):
         assert b"gateway_requests_late_total{" in (await scrape(metrics)).body
         await worker.drain()
         response = await scrape(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -198,9 +199,7 @@ def test_poll_mode_follows_the_folder(short: Path):
         gateway.wait_for("model_ready", model="second", version="1")
         (short / "repo" / "first" / "2").mkdir()
         gateway.wait_for("model_ready", model="first", version="2")
-        for path in (short / "repo" / "second" / "1", short / "repo" / "second" / "config.pbtxt"):
-            path.rmdir() if path.is_dir() else path.unlink()
-        (short / "repo" / "second").rmdir()
+        shutil.rmtree(short / "repo" / "second")
         gateway.wait_for("model_unloaded", model="second")
         assert gateway.terminate() == 0
 

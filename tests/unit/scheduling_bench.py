@@ -75,7 +75,7 @@ class Bench:
     def answer(self, job, outcome):
         assert not job.outcome, f"{outcome} after {job.outcome}"
         job.outcome, job.answered = outcome, self.now
-        self.scheduler.settle(job.lane, job.request)
+        self.scheduler.settle(job.lane, job.request, self.now)
 
     def dispatch(self):
         """Ask every device until nothing more starts."""

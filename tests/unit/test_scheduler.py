@@ -360,7 +360,7 @@ def test_a_wide_run_is_not_starved_by_narrow_ones():
 
 
 def test_a_batch_does_not_grow_where_nothing_is_gained_unless_it_must():
-    bench = occupied(lanes={"m": Limits(8, joins=True)}, true=lambda rows: 0.01 * rows)
+    bench = occupied(lanes={"m": Limits(8, joins=True)}, true=lambda rows: 0.03 * rows)
     for _ in range(4):
         bench.ask(5.0)
     bench.advance(1.0)

@@ -56,7 +56,7 @@ class Fifo(Generic[W]):
         del lane, request, now
         return None
 
-    def settle(self, lane: LaneKey, request: Request) -> None:
+    def settle(self, lane: LaneKey, request: Request, now: float) -> None:
         """Counts nothing."""
 
     def add(self, lane: LaneKey, job: W, now: float) -> None:

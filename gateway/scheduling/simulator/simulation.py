@@ -211,7 +211,7 @@ class Simulation:
             raise Fault(f"a second outcome, {outcome}, of a request that was {job.outcome}")
         job.outcome, job.answered = outcome, self.now
         if job.admitted:
-            self._scheduler.settle(job.lane, job.request)
+            self._scheduler.settle(job.lane, job.request, self.now)
         if final and self._scenario.clients is not None:
             self._think()
 
