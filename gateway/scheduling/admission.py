@@ -140,7 +140,7 @@ def eta(lane: Lane[W], pool: Sequence[Seat[W]], entry: Entry[W], number: int, at
     full, rest = divmod(share - 1, batch)
     wait = residual + full * model.mean(batch)
     # Those who arrive until its batch starts ride along, and make it longer.
-    last = model.mean(min(batch, rest + 1 + int(lane.rate(now) / parallel * wait)))
+    last = model.mean(min(batch, rest + 1 + int(lane.arrivals.rate(now) / parallel * wait)))
     own = full * model.mean(batch) + last
     ahead = _ahead(lane, seat.device, own, entry.rank - own, now) if len(seat.device.lanes) > 1 else 0.0
     return now + at.overhead + (residual + own + ahead) * model.tail
@@ -179,7 +179,7 @@ def utilisation(device: Device[W], now: float) -> float:
     for lane in device.lanes:
         seat = lane.seats[device.name]
         model = seat.current
-        busy += lane.rate(now) * model.mean(model.efficient) / model.efficient * seat.threads / device.cores
+        busy += lane.arrivals.rate(now) * model.mean(model.efficient) / model.efficient * seat.threads / device.cores
     return busy
 
 
@@ -193,10 +193,10 @@ def target(lane: Lane[W], device: Device[W], now: float) -> int:
     for each in device.lanes:
         seat = each.seats[device.name]
         a, b = seat.current.fit
-        rate = each.rate(now) * seat.threads / device.cores
+        rate = each.arrivals.rate(now) * seat.threads / device.cores
         constant += a * min(1.0, rate)
         slope += b * rate
-    return math.ceil(lane.rate(now) * constant / max(0.02, 0.95 - slope))
+    return math.ceil(lane.arrivals.rate(now) * constant / max(0.02, 0.95 - slope))
 
 
 def _is_full(lane: Lane[W], number: int) -> bool:
@@ -221,7 +221,7 @@ def _ahead(lane: Lane[W], device: Device[W], own: float, latest: float, now: flo
         seat = other.seats[device.name]
         model = seat.current
         if excess > 0:
-            rows = max(rows, min(model.cap, rows + int(excess * other.rate(now) * (latest - now))))
+            rows = max(rows, min(model.cap, rows + int(excess * other.arrivals.rate(now) * (latest - now))))
         if rows > 0:
             seconds = min(work(seat, rows), own + model.mean(min(model.cap, rows + 1)))
             ahead += seconds * seat.threads / device.cores
@@ -242,7 +242,7 @@ def _demand(lane: Lane[W], device: Device[W], period: float, now: float) -> floa
     """The part of a device's time that a lane's arrivals need when it is visited once in a period."""
     seat = lane.seats[device.name]
     a, b = seat.current.fit
-    rate = lane.rate(now)
+    rate = lane.arrivals.rate(now)
     return (rate * b + min(rate, 1 / period) * a) * seat.threads / device.cores
 
 

@@ -17,6 +17,7 @@ from typing import Generic
 
 import msgspec
 
+from gateway.scheduling.arrivals import Arrivals
 from gateway.scheduling.base import LaneKey, Limits, Place, Refusal, Request, Run, W
 from gateway.scheduling.fairness import Turns
 from gateway.scheduling.latency import LatencyModel
@@ -27,8 +28,6 @@ SPILL = 1000  # added to the level of what only a slower pool can answer in time
 _UNEQUAL = 2.0  # a place that takes this many times as long per row as the best is of a slower pool
 PATIENCE = 10.0  # seconds; ranks a request without a deadline, so that those with one never starve it
 _SWEEP = 1024  # entries in a line, below which dead ones among them are not worth looking for
-_RATE_SECONDS = 0.2  # arrivals are averaged over this long
-_BIN_SECONDS = 0.005  # and counted in bins of this length
 
 _rank = attrgetter("rank")
 _enqueued = attrgetter("enqueued")
@@ -245,12 +244,7 @@ class Lane(Generic[W]):
     sweep_at: int = _SWEEP
     excess: float = 0.0  # how far it is above its fair share of a device, as of a moment ago
     excess_until: float = -math.inf
-    _count: int = 0  # rows that arrived in this bin
-    _counted_at: float = -math.inf
-    _counting_until: float = -math.inf
-    _average: float = 0.0
-    _weight: float = 0.2  # as if nothing had come for a moment before the first: a single burst is no rate
-    _rate: float = 0.0
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     def level(self, number: int) -> Level[W]:
         """The level of this number."""
@@ -310,7 +304,7 @@ class Lane(Generic[W]):
         level.rows += rows
         level.waiting += rows
         level.requests += requests
-        self.arrived(rows, now)
+        self.arrivals.add(rows, now)
 
     def depart(self, entries: Sequence[Entry[W]], rows: int) -> None:
         """These, which wait, run now."""
@@ -358,31 +352,6 @@ class Lane(Generic[W]):
         best = min((cost for cost in costs if cost > 0), default=0.0)
         self.fast = [seat for seat, cost in zip(seats, costs, strict=True) if cost <= _UNEQUAL * best]
         self.slow = [seat for seat, cost in zip(seats, costs, strict=True) if cost > _UNEQUAL * best]
-
-    def arrived(self, rows: int, now: float) -> None:
-        """Count an arrival, admitted or not."""
-        if now >= self._counting_until:
-            self._recount(now)
-        self._count += rows
-
-    def rate(self, now: float) -> float:
-        """Rows that arrive per second, averaged over the last fifth of a second or what there is of it."""
-        if now >= self._counting_until:
-            self._recount(now)
-        return self._rate
-
-    def _recount(self, now: float) -> None:
-        if self._counted_at == -math.inf:
-            self._counted_at = now - _BIN_SECONDS
-        seen = now - self._counted_at
-        kept = math.exp(-seen / _RATE_SECONDS)
-        # The weights of what was counted sum up to this much so far; dividing by it takes the slow start out.
-        self._weight = self._weight * kept + 1 - kept
-        self._average = self._average * kept + (1 - kept) * self._count / seen
-        self._rate = self._average / self._weight
-        self._count = 0
-        self._counted_at = now
-        self._counting_until = now + _BIN_SECONDS
 
     def head(self, first: int = 0) -> tuple[Level[W], Entry[W]] | None:
         """The most urgent entry that waits, and its level, which is at least `first`."""

@@ -131,7 +131,7 @@ class DeadlineScheduler(Generic[W]):
         state = self._lanes.get(lane)
         if state is None:
             return None
-        state.arrived(request.rows, now)
+        state.arrivals.add(request.rows, now)
         number = level_of(state.limits, request)
         entry = self._entry(state, request, now, number)
         at = self._at
@@ -181,7 +181,7 @@ class DeadlineScheduler(Generic[W]):
             again = self._entry(state, request, job.enqueued, number)
             state.count(again, number)
             if entry is None:
-                state.arrived(request.rows, now)
+                state.arrivals.add(request.rows, now)
             else:
                 self._admitted[id(request)] = again
                 if entry.lane is not state:

@@ -83,7 +83,7 @@ class Instance:
             return
         try:
             await self._attempt([job], "retry", cores)
-        except Exception as problem:  # noqa: BLE001 - as above
+        except Exception as problem:  # noqa: BLE001 - an engine may raise anything; this job alone fails
             job.fail(self._explain(problem))
 
     async def _attempt(

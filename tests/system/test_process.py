@@ -66,8 +66,9 @@ async def infer(kind: str, port: int, value: float, model: str = "m") -> float:
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 async def test_sigterm_answers_what_was_accepted_and_exits_0(short: Path, kind: str):
     write_model(short / "repo", "m", gate=str(short / "gate"))
-    with started("--model-repository", str(short / "repo")) as gateway:
+    with started("--model-repository", str(short / "repo"), "--log-verbose", "1") as gateway:
         await asyncio.to_thread(gateway.wait_ready)
+        await asyncio.to_thread(gateway.wait_for, "measured")  # else the runs that measure stop at the gate too
         async with Gate(short / "gate") as gate, asyncio.TaskGroup() as tasks:
             port = gateway.ports[kind]
             running = tasks.create_task(infer(kind, port, 1.0))
@@ -110,8 +111,9 @@ async def waiting_requests(gateway) -> int:
 
 async def test_a_second_signal_ends_it_at_once(short: Path):
     write_model(short / "repo", "m", gate=str(short / "gate"))
-    with started("--model-repository", str(short / "repo")) as gateway:
+    with started("--model-repository", str(short / "repo"), "--log-verbose", "1") as gateway:
         await asyncio.to_thread(gateway.wait_ready)
+        await asyncio.to_thread(gateway.wait_for, "measured")  # else the runs that measure stop at the gate too
         async with Gate(short / "gate") as gate, asyncio.TaskGroup() as tasks:
             caller = tasks.create_task(unanswered(gateway.ports["http"]))
             await gate.arrival()
