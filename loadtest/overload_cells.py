@@ -18,7 +18,7 @@ from gateway.scheduling.simulator.scenario import Interval, Scenario
 from loadtest import overload_figures as figures
 from loadtest.bench import servers
 from loadtest.bench.meter import Meter
-from loadtest.overload_client import ANSWERED, LOST, MODEL, UNANSWERED, WRONG, Attempts, Plan
+from loadtest.overload_client import ANSWERED, LOST, MODEL, UNANSWERED, UNSENT, WRONG, Attempts, Plan
 from loadtest.overload_figures import Figures, SlowDown
 from loadtest.record import ROOT
 
@@ -74,6 +74,7 @@ class Cell:
     other_cores: float  # used by neither, during the window
     disagreements: dict[str, tuple[int, int]] = field(default_factory=dict)  # what the server counted, and the client
     strays: int = 0
+    waited: int = 0  # attempts that found every connection in use: the server is far behind
     slow: SlowDown | None = None
     simulated_slow: SlowDown | None = None
 
@@ -176,6 +177,7 @@ def measure(fake: Fake, spec: Spec, seed: int) -> Cell:
         max(0.0, run.unexplained - attempts.cpu_seconds / (spec.window[1] + 0.3)),
         disagreements(counted, attempts),
         attempts.strays,
+        attempts.waited,
         slow,
         simulated_slow,
     )
@@ -187,6 +189,7 @@ def disagreements(counted: Counter[str], attempts: Attempts) -> dict[str, tuple[
     seen[ANSWERED] += seen.pop(WRONG, 0)
     seen.pop(UNANSWERED, None)
     seen.pop(LOST, None)
+    seen.pop(UNSENT, None)
     ours = {name: counted[name] for name in (*figures.STATUS, *seen)}
     ours[ANSWERED] = counted[_SUCCESS]
     return {name: (count, seen[name]) for name, count in ours.items() if count != seen[name]}

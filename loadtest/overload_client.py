@@ -4,7 +4,7 @@
 
 It sends request n when the plan says, whatever the server does, over connections opened before; a latency counts from the moment the
 request was DUE. Each request carries its own number, and an answer must bring it back. Who is refused with 429 or 503 asks again at
-once, as often as the plan says, and each attempt has a deadline of its own. To cost little it writes and reads once for an attempt
+once, as often as the plan says; each attempt has a deadline of its own, and one that found no connection until then is not sent. To cost little it writes and reads once for an attempt
 and cuts the answer from the bytes. The first line it prints is the moment (CLOCK_MONOTONIC) from which the plan's times count, and
 the second every attempt, by column, with what the generator itself used.
 """
@@ -31,7 +31,7 @@ MODEL = "overload"
 AHEAD = 0.3  # seconds between the announcement of the start and the start
 PATIENCE = 5.0  # seconds to wait for the last answers
 
-ANSWERED, WRONG, LOST, UNANSWERED = "answered", "wrong", "lost", "unanswered"
+ANSWERED, WRONG, LOST, UNANSWERED, UNSENT = "answered", "wrong", "lost", "unanswered", "unsent"
 OVERLOAD, SHED, DEADLINE, EXPIRED, UNAVAILABLE = "overload", "shed", "deadline", "expired", "unavailable"
 
 
@@ -61,6 +61,7 @@ class Attempts:
     kind: list[str] = field(default_factory=list)
     retry_after_ms: list[int] = field(default_factory=list)  # -1: none
     strays: int = 0  # answers that nobody had asked for
+    waited: int = 0  # attempts that found every connection in use
     cpu_seconds: float = 0.0
 
     def add(self, attempt: Attempt) -> None:
@@ -105,6 +106,7 @@ class Generator:
     def __init__(self, plan: Plan) -> None:
         self.attempts: list[Attempt] = []
         self.strays = 0
+        self.waited = 0
         self.cpu_seconds = 0.0
         self._plan = plan
         self._loop = asyncio.get_running_loop()
@@ -157,17 +159,18 @@ class Generator:
 
     def _send(self, attempt: Attempt) -> None:
         attempt.number = struct.pack("<q", len(self.attempts))
+        attempt.sent = time.monotonic() - self._start
         self.attempts.append(attempt)
         self._open += 1
         if self._idle:
             self._write(self._idle.pop(), attempt)
-        else:
+        else:  # the server is slow, not this process: as many requests are on their way as there are connections
             self._waiting.append(attempt)
+            self.waited += 1
 
     def _write(self, connection: Connection, attempt: Attempt) -> None:
         connection.attempt = attempt
         connection.transport.write(self._head + attempt.number)
-        attempt.sent = time.monotonic() - self._start
 
     def taken(self, connection: Connection, attempt: Attempt, now: float) -> None:
         """A right answer came over a connection at a moment of the clock."""
@@ -195,8 +198,14 @@ class Generator:
 
     def _free(self, connection: Connection) -> None:
         connection.attempt = None
-        if self._waiting:
-            self._write(connection, self._waiting.popleft())
+        latest = time.monotonic() - self._start - self._plan.deadline_ms / 1e3 if self._waiting else 0.0
+        while self._waiting:
+            attempt = self._waiting.popleft()
+            if attempt.due >= latest:
+                self._write(connection, attempt)
+                break
+            attempt.kind = UNSENT  # as a client with a deadline does: nobody waits for the answer any more
+            self._ended()
         else:
             self._idle.append(connection)
         self._ended()
@@ -264,7 +273,7 @@ def _cpu_seconds() -> float:
 async def _run(plan: Plan) -> Attempts:
     generator = Generator(plan)
     await generator.run()
-    found = Attempts(strays=generator.strays, cpu_seconds=generator.cpu_seconds)
+    found = Attempts(strays=generator.strays, waited=generator.waited, cpu_seconds=generator.cpu_seconds)
     for attempt in generator.attempts:
         found.add(attempt)
     return found

@@ -13,7 +13,7 @@ from loadtest.overload_figures import SETTLING, SlowDown
 POINTS, REFUSAL_MS, LATE, STORM, BACK_SECONDS, LAG_MS = 5.0, 10.0, 1.0, 95.0, 2.0, 5.0
 _HEAD = (
     "scenario", "load", "in time %", "simulated", "points", "in time/s", "p99 ms", "late %", "server's %", "shed %", "refused p99 ms", "batch",
-    "simulated", "busy %", "server us", "client us", "lag p99 ms", "other cores", "answers",
+    "simulated", "busy %", "server us", "client us", "lag p99 ms", "no connection", "other cores", "answers",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def _line(name: str, load: float, rounds: Sequence[Cell]) -> tuple[str, ...]:
         of(lambda cell: 100 * cell.real.late, 2), of(lambda cell: 100 * cell.server_late, 2), of(lambda cell: 100 * cell.real.shed, 2),
         of(lambda cell: cell.real.refusal_p99_ms, ranged=True), of(lambda cell: cell.mean_batch),
         of(lambda cell: cell.simulated_mean_batch), of(lambda cell: 100 * cell.busy), of(lambda cell: cell.server_us, 0),
-        of(lambda cell: cell.client_us, 0), of(lambda cell: cell.real.lag_p99_ms), of(lambda cell: cell.other_cores, 2),
+        of(lambda cell: cell.client_us, 0), of(lambda cell: cell.real.lag_p99_ms), of(lambda cell: cell.waited, 0), of(lambda cell: cell.other_cores, 2),
         as_counts(first.statuses),
     )  # fmt: skip
 
