@@ -79,6 +79,9 @@ class Admission(Protocol):
     def admit(self, request: InferRequest) -> None:
         """Accept a checked request, to be settled once it is over. Raises the `GatewayError` to refuse it with."""
 
+    def turn_away(self, deadline: float) -> GatewayError | None:
+        """Why a request that nothing but the deadline is known of would be refused; None to look at the rest of it."""
+
     def settle(self, request: InferRequest) -> None:
         """An accepted request is answered or given up."""
 

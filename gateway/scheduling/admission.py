@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Literal
 
@@ -86,7 +86,10 @@ def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Re
         return "spill"
     model = lane.fast[0].current
     again = max(end - deadline, model.mean(model.cap))  # not before the next batch has gone
-    return _refuse("overload", end - at.now, deadline - at.now, again * (1 + at.jitter() / 2))
+    refusal = _refuse("overload", end - at.now, deadline - at.now, again * (1 + at.jitter() / 2))
+    # Others may be of less consequence to the queue, have more of it to themselves, or stand further ahead.
+    alike = number == DEFAULT and len(lane.levels) == 1 and len(lane.tenants) < 2 and not lane.slow
+    return replace(refusal, until=end) if alike else refusal
 
 
 def _limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | None:

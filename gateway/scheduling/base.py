@@ -6,6 +6,7 @@ it reads no clock, starts no task, knows no asyncio. Times are seconds on the ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -95,6 +96,7 @@ class Refusal:
     reason: RefusalReason
     text: str
     retry_after: float | None = None
+    until: float = -math.inf  # as things stand, requests whose deadline is before this are all refused
 
 
 @dataclass(slots=True)

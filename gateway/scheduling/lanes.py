@@ -241,6 +241,7 @@ class Lane(Generic[W]):
     next_expiry: float = math.inf
     standing_since: float = math.inf  # since when its queue has not been empty
     last_run: float = -math.inf
+    closed_until: float = -math.inf  # requests whose deadline is before this are refused until something changes
     sweep_at: int = _SWEEP
     excess: float = 0.0  # how far it is above its fair share of a device, as of a moment ago
     excess_until: float = -math.inf

@@ -139,6 +139,7 @@ class DeadlineScheduler(Generic[W]):
         verdict = on_arrival(state, entry, number, at)
         if isinstance(verdict, Refusal):
             state.report.refused[verdict.reason] += 1
+            state.closed_until = max(state.closed_until, verdict.until)
             return verdict
         if verdict == "spill":
             number += SPILL
@@ -152,12 +153,24 @@ class DeadlineScheduler(Generic[W]):
             self._displace(state, now)
         return None
 
+    def turn_away(self, lane: LaneKey, deadline: float, now: float) -> Refusal | None:
+        """Refuse a request of which only the deadline is known, if one like it was refused and nothing has changed."""
+        state = self._lanes.get(lane)
+        if state is None or deadline > state.closed_until or len(state.levels) > 1:
+            return None
+        state.arrivals.add(1, now)
+        state.report.refused["overload"] += 1
+        again = (state.closed_until - deadline) * (1 + self._jitter() / 2)
+        return Refusal("overload", "overloaded: too much waits for the request to be answered by its deadline", again)
+
     def settle(self, lane: LaneKey, request: Request, now: float) -> None:  # noqa: ARG002 - the entry knows its lane, closed or not
         """An admitted request is answered or given up."""
         entry = self._admitted.pop(id(request), None)
         if entry is None:
             return
-        discount(entry)
+        if entry.counted:
+            discount(entry)
+            entry.lane.closed_until = -math.inf
         if entry.level is None:
             self._note_overhead(now - entry.lane.last_run)
         if request.deadline is not None and now > request.deadline:
@@ -249,6 +262,7 @@ class DeadlineScheduler(Generic[W]):
             return
         lane.running -= run.rows
         lane.last_run = now
+        lane.closed_until = -math.inf
         report = lane.report
         if failed:
             report.failed += 1
@@ -375,6 +389,7 @@ class DeadlineScheduler(Generic[W]):
 
     def _refuse(self, lane: Lane[W], entry: Entry[W], refusal: Refusal) -> None:
         discount(entry)
+        lane.closed_until = -math.inf
         if entry.job is not None and not entry.job.done:
             lane.refused.append((entry.job, refusal))
             lane.report.refused[refusal.reason] += 1

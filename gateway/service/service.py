@@ -31,6 +31,9 @@ EXTENSIONS = (
 """The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
 
 
+_LET_THROUGH = 16  # one in so many is read and asked for its priority
+
+
 @dataclass(frozen=True, slots=True)
 class ServiceOptions:
     """What the operator chose; see the settings of the same names."""
@@ -68,6 +71,7 @@ class Service:
         self._options = options
         self._routes: dict[tuple[str, str], Route] = {}
         self._inflight_bytes = 0
+        self._unread = 0
         self._draining = False
         self._started = False
 
@@ -76,6 +80,19 @@ class Service:
     def infer(self, request: InferRequest) -> Inference:
         """Run a request (an `Infer`). It begins when the first answer is asked for; closing cancels it."""
         return Inference(self, request)
+
+    def turn_away(self, model: str, version: str, deadline: float) -> None:
+        """Refuse a request before it is read, if one like it was refused a moment ago and nothing has changed since.
+
+        Its priority is not known yet; every so many are let through, and one of another priority ends this.
+        """
+        route = self._routes.get((model, version))
+        if route is None or route.admission is None or route.pool is not self._queue.pool(model):
+            return
+        self._unread += 1
+        if self._unread % _LET_THROUGH and (error := route.admission.turn_away(deadline)) is not None:
+            record_refusal(route.statistics, error, 0)
+            raise error
 
     def submit(self, request: InferRequest) -> tuple[Responses, Route]:
         """Check, admit and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""

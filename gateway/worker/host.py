@@ -21,6 +21,7 @@ from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
 from gateway.queues.base import Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
+from gateway.scheduling.refusals import refused
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
@@ -101,6 +102,11 @@ class Host:
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
         self._slots.admit(self, request, request.id)
+
+    def turn_away(self, deadline: float) -> errors.GatewayError | None:
+        """See `Admission.turn_away`."""
+        refusal = self._slots.scheduler.turn_away(self, deadline, time.monotonic())
+        return None if refusal is None else refused(refusal)
 
     def settle(self, request: InferRequest) -> None:
         """See `Admission.settle`."""

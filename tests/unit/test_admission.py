@@ -109,3 +109,55 @@ def test_a_run_that_is_overdue_is_not_taken_for_an_idle_engine():
     bench.speed["gpu"] = 1000.0
     bench.now = 1.0
     assert bench.ask(0.5).outcome == "overload"
+
+
+# --- turned away unread
+
+
+def overloaded(**more):
+    """A bench whose queue is so long that a request with half a second is refused."""
+    bench = Bench(**more)
+    while not bench.ask(0.5, run=False).outcome:
+        pass
+    return bench
+
+
+def test_what_is_like_a_refused_request_is_refused_unread():
+    bench = overloaded()
+    refusal = bench.scheduler.turn_away("m", bench.now + 0.5, bench.now)
+    assert refusal.reason == "overload"
+    assert refusal.retry_after >= 0
+    assert bench.scheduler.report("m").refused["overload"] == 2
+
+
+def test_a_later_deadline_is_looked_at():
+    bench = overloaded()
+    assert bench.scheduler.turn_away("m", bench.now + 5.0, bench.now) is None
+
+
+def test_nothing_is_turned_away_before_the_first_refusal_nor_after_a_change():
+    assert Bench().scheduler.turn_away("m", 0.5, 0.0) is None
+    bench = overloaded()
+    bench.dispatch()
+    bench.advance(0.1)  # a run ends
+    assert bench.scheduler.turn_away("m", bench.now + 0.4, bench.now) is None
+    bench = overloaded()
+    bench.answer(bench.jobs[0], "left")
+    assert bench.scheduler.turn_away("m", bench.now + 0.5, bench.now) is None
+
+
+def test_where_priorities_or_tenants_meet_every_request_is_looked_at():
+    bench = Bench()
+    bench.ask(5.0, run=False, priority=1)
+    while not bench.ask(0.5, run=False).outcome:
+        pass
+    assert bench.scheduler.turn_away("m", bench.now + 0.5, bench.now) is None
+    bench = Bench()
+    bench.ask(5.0, run=False, tenant="other")
+    while not bench.ask(0.5, run=False).outcome:
+        pass
+    assert bench.scheduler.turn_away("m", bench.now + 0.5, bench.now) is None
+
+
+def test_an_unknown_lane_turns_nobody_away():
+    assert Bench().scheduler.turn_away("nobody", 0.0, 1.0) is None

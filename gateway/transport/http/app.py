@@ -87,11 +87,12 @@ class HttpApp:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
+                deadline = self._endpoint.deadline(*target, headers.get, tenant)
                 size = headers.get("content-length")
                 # Most bodies are small, and a coroutine of its own costs each of them 1 %.
                 small = size is not None and int(size) <= self._small
                 body = await protocol() if small else await self._body(headers, protocol)
-                return 200, *await self._endpoint.answer(*target, headers.get, body, tenant)
+                return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
                 return health(self._service, word)
             asgi = self._asgi or await self._build()

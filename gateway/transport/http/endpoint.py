@@ -6,7 +6,6 @@ else for the caller to log and hide.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 
 from gateway.errors import Internal, InvalidArgument, Unsupported
@@ -15,7 +14,10 @@ from gateway.transport.auth import Header
 from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.limits import HttpLimits
+from gateway.transport.lag import Lag
 from gateway.types import Infer
+
+_BEHIND = 0.01  # seconds; an event loop this far behind saves its time for requests that can be answered
 
 
 class InferEndpoint:
@@ -26,9 +28,26 @@ class InferEndpoint:
         self._infer = infer
         self._limits = limits
         self._codec = Codec(limits)
+        self._lag = Lag()
 
-    async def answer(self, model: str, version: str, header: Header, body: bytes, tenant: str) -> tuple[Headers, bytes]:
+    def deadline(self, model: str, version: str, header: Header, tenant: str) -> float | None:
+        """When a request that came in just now must be answered, by its headers.
+
+        Raises `GatewayError` if it need not be read: the event loop is behind, and the request would be refused.
+        """
+        timeout = header("x-request-timeout-ms")
+        if timeout is None:
+            return None
+        deadline = self._lag.arrived() + _seconds(timeout)
+        if self._lag.seconds > _BEHIND and not tenant:
+            self._service.turn_away(model, version, deadline)
+        return deadline
+
+    async def answer(
+        self, target: tuple[str, str], header: Header, body: bytes, tenant: str, deadline: float | None
+    ) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
+        model, version = target
         # An unknown model is reported before a bad body, as in Triton.
         config = self._service.model_config(model, version)
         if config.decoupled:
@@ -39,9 +58,7 @@ class InferEndpoint:
         length = header("inference-header-content-length")
         request, plan = self._codec.decode(body, length, model, version, config)
         request.tenant = tenant
-        timeout = header("x-request-timeout-ms")
-        if timeout is not None:
-            request.deadline = time.monotonic() + _seconds(timeout)
+        request.deadline = deadline
         responses = self._infer(request)
         try:
             response = await anext(responses)
