@@ -1,6 +1,6 @@
 """Overload on real processes: does the gateway keep its promise to what it accepts, and say no early to the rest?
 
-    python -m loadtest.overload --out overload.json          # about 5 minutes; --quick takes one
+    python -m loadtest.overload --out overload.json          # about 6 minutes; --quick takes one
 
 A gateway serves a fake model that takes 16 ms + 1 ms a row, at most 64 rows: 800 requests/s. Every request has a deadline of 200 ms. A
 generator in a process of its own sends Poisson arrivals at 0.9, 1.1 and 1.5 times that, whatever the server does (`poisson`); the same

@@ -9,25 +9,20 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic
 
 from gateway.scheduling.admission import Situation, eta, expiry, level_of, on_arrival, policy_of
 from gateway.scheduling.base import (
     Dispatch,
     LaneKey,
-    Limits,
-    Place,
-    QueuePolicy,
     Refusal,
     RefusalReason,
     Request,
     Run,
     W,
 )
-from gateway.scheduling.lanes import CRITICAL, DEFAULT, PATIENCE, SPILL, Active, Device, Entry, Lane, Seat, discount
-from gateway.scheduling.latency import LatencyModel
+from gateway.scheduling.lanes import CRITICAL, DEFAULT, PATIENCE, SPILL, Active, Device, Entry, Lane, discount
 from gateway.scheduling.policy import Decision
-from gateway.scheduling.report import LaneReport
+from gateway.scheduling.registry import Registry
 from gateway.scheduling.selection import Head, choose, is_alone, level_class, most_urgent, owed
 
 _BEHIND = 1e6  # seconds; added to the rank of what a DELAY policy puts behind the others
@@ -37,7 +32,7 @@ _LONGEST_ANSWER = 0.5  # seconds; what took longer was held up by something else
 _BYTES = 1 << 30
 
 
-class DeadlineScheduler(Generic[W]):
+class DeadlineScheduler(Registry[W]):
     """Implements `gateway.scheduling.base.Scheduler`. `cores` gives the slots of each device, 1 if it has none there.
 
     Requests admitted and not settled hold at most `max_bytes`. `jitter` gives random numbers from 0 to 1.
@@ -49,69 +44,12 @@ class DeadlineScheduler(Generic[W]):
         max_bytes: int = _BYTES,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self._cores = cores or {}
+        super().__init__(cores or {})
         self._jitter = jitter
         self._at = Situation(0.0, 0.0, jitter, max_bytes)
-        self._devices: dict[str, Device[W]] = {}
-        self._lanes: dict[LaneKey, Lane[W]] = {}
         self._admitted: dict[int, Entry[W]] = {}  # by the identity of the request, which lives until it is settled
 
-    # --- lanes
-
-    def open(self, lane: LaneKey, limits: Limits, places: Sequence[Place]) -> None:
-        """A model version is ready to run. Opening a lane again replaces its limits and places and keeps its jobs."""
-        state = self._lanes.get(lane)
-        if state is None:
-            state = self._lanes[lane] = Lane(lane, limits)
-        state.limits = limits
-        state.plain = limits.queue == QueuePolicy() and not limits.priority_queues
-        state.seats = {}
-        for place in places:
-            device = self._device(place.device)
-            seat = Seat(device, place, limits.max_rows)
-            if place.device in state.past:
-                seat.succeed(state.past[place.device])
-            state.seats[place.device] = state.past[place.device] = seat
-        self._attach(state)
-
-    def close(self, lane: LaneKey) -> list[W]:
-        """The version is gone: forget it and hand back the jobs that still wait."""
-        state = self._lanes.pop(lane, None)
-        if state is None:
-            return []
-        state.seats = {}
-        self._attach(state)
-        jobs = [entry.job for entry in state.entries() if entry.job is not None and not entry.done]
-        for entry in list(state.entries()):
-            discount(entry)
-        return jobs + [job for job, _ in state.refused]
-
-    def lost(self, device: str) -> None:
-        """A device failed: its lanes are served by their other places until they are opened again."""
-        for state in list(self._lanes.values()):
-            if state.seats.pop(device, None) is not None:
-                self._attach(state)
-
-    def is_quiet(self, lane: LaneKey) -> bool:
-        """Whether no job of an open lane waits or runs."""
-        state = self._lanes[lane]
-        return not (state.running or state.refused or any(not entry.done for entry in state.entries()))
-
-    def report(self, lane: LaneKey) -> LaneReport:
-        """The counters of a lane. Raises KeyError for one that is not open."""
-        return self._lanes[lane].report
-
-    def latency(self, lane: LaneKey, device: str) -> LatencyModel:
-        """What is known of the lane's runs on a device, lately. Raises KeyError for what is not open."""
-        return self._lanes[lane].seats[device].current
-
-    def seed(self, lane: LaneKey, device: str, prior: Mapping[str, float]) -> None:
-        """Start from what `LatencyModel.to_prior` kept, where nothing is known yet. Raises KeyError or ValueError."""
-        state = self._lanes[lane]
-        seat = state.seats[device]
-        if not seat.current.known:
-            seat.current = LatencyModel.from_prior(seat.max_rows, prior)
-            state.rank_places()
+    # --- requests
 
     def foresee(self, lane: LaneKey, request: Request, now: float) -> tuple[Refusal | None, float]:
         """What `admit` would say now, and in how many seconds the answer would come. Counts nothing."""
@@ -123,8 +61,6 @@ class DeadlineScheduler(Generic[W]):
         verdict = on_arrival(state, entry, number, at)
         seconds = eta(state, state.fast, entry, number, at) - now if state.fast else 0.0
         return verdict if isinstance(verdict, Refusal) else None, seconds
-
-    # --- requests
 
     def admit(self, lane: LaneKey, request: Request, now: float) -> Refusal | None:
         """Ask at the gateway whether to accept a request. None accepts it and counts its rows until `settle`."""
@@ -272,12 +208,6 @@ class DeadlineScheduler(Generic[W]):
         if len(lane.seats) > 1:
             lane.rank_places()
 
-    def warmed(self, lane: LaneKey, device: str, rows: int, seconds: float, cores: int | None = None) -> None:
-        """Learn from a run outside of service. Raises KeyError for a lane or device that is not open."""
-        state = self._lanes[lane]
-        state.seats[device].warmed(rows, seconds, cores)
-        state.rank_places()
-
     # --- within
 
     def _note_overhead(self, seconds: float) -> None:
@@ -285,25 +215,6 @@ class DeadlineScheduler(Generic[W]):
         if seconds < _LONGEST_ANSWER:
             news = _NEWS if seconds > self._at.overhead else _NEWS / 10
             self._at.overhead += (seconds - self._at.overhead) * news
-
-    def _device(self, name: str) -> Device[W]:
-        device = self._devices.get(name)
-        if device is None:
-            device = self._devices[name] = Device(name, max(1, self._cores.get(name, 1)))
-        return device
-
-    def _attach(self, lane: Lane[W]) -> None:
-        """Make the devices know which lanes they serve."""
-        for device in self._devices.values():
-            here = device.name in lane.seats
-            if lane in device.lanes and not here:
-                device.lanes.remove(lane)
-            elif here and lane not in device.lanes:
-                device.lanes.append(lane)
-            for active in device.active:
-                if here and active.run.lane == lane.key:
-                    active.seat = lane.seats[device.name]
-        lane.rank_places()
 
     def _entry(self, lane: Lane[W], request: Request, enqueued: float, number: int) -> Entry[W]:
         rank = request.deadline
