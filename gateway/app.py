@@ -89,8 +89,10 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                 log_event("draining")
                 service.drain()
                 models.cancel()
-                await _drain(worker, settings.exit_timeout_secs)
-                queue.close()
+                try:
+                    await _drain(worker, settings.exit_timeout_secs)
+                finally:
+                    queue.close()
         working.cancel()
 
 

@@ -127,11 +127,20 @@ def _check_batching(proto: ModelConfigProto, source: Source) -> None:
             )
 
 
+_MOST_LEVELS = 900  # the scheduler numbers its own levels beyond these
+
+
 def _check_priorities(proto: ModelConfigProto, source: Source) -> None:
     batching = proto.dynamic_batching
     levels = batching.priority_levels
     if not levels:
         return
+    if levels > _MOST_LEVELS:
+        raise source.error(
+            f"priority_levels of {proto.name} is {levels}, and the most is {_MOST_LEVELS}. Use fewer levels",
+            "dynamic_batching",
+            "priority_levels",
+        )
     if not 1 <= batching.default_priority_level <= levels:
         raise source.error(
             f"default priority level must be in range [1, {levels}] for {proto.name}. Set default_priority_level to "

@@ -35,6 +35,7 @@ from gateway import __version__, errors
 from gateway.telemetry import log_event
 from gateway.types import DataType, Infer, InferRequest, InferResponse, Tensor
 
+_CLOSE_SECONDS = 10.0
 _MAX_WAITING = 4096  # requests that wait for the thread
 _MAX_WAITING_BYTES = 64 << 20  # and the bytes of their tensors, which live as long
 
@@ -184,15 +185,17 @@ class Recorder:
 
     def _close(self) -> None:
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)  # a disk that hangs must not hold up the stop
 
     def _write_all(self) -> None:
         with self._file:
             while (arrival := self._waiting.get()) is not None:
                 try:
                     self._write(arrival)
-                except Exception as problem:  # noqa: BLE001 - whatever it is, serving goes on without a recording
+                except OSError as problem:
                     self._stop("recording_failed", str(problem))
+                except Exception:  # noqa: BLE001 - what one request holds must not end the recording of the others
+                    self._lost += 1
                 self._released += arrival.size
 
     def _write(self, arrival: _Arrival) -> None:

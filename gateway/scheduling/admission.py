@@ -21,6 +21,7 @@ from gateway.scheduling.lanes import CRITICAL, DEFAULT, SHEDDABLE, SPILL, Device
 _BUSY = 0.8  # utilisation above which nothing sheddable is admitted
 _STANDING = 0.1  # seconds for which a queue must not have been empty to be a standing one (CoDel's interval)
 _SETTLED = 0.004  # seconds for which a lane's excess is taken as unchanged
+_LONGEST = 1 << 62  # microseconds; a client may send a number that no float can hold
 _STALE = 1.0  # seconds without a run after which the latency may be another one
 
 _rank = attrgetter("rank")
@@ -71,7 +72,7 @@ def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Re
     if refusal is not None:
         return refusal
     deadline = entry.request.deadline
-    if deadline is None or _surely(lane, entry, deadline, at):
+    if deadline is None or not lane.trusted or _surely(lane, entry, deadline, at):
         return "accept"
     service = min(seat.latency(entry.request).mean(entry.rows) for seat in lane.seats.values())
     idle = _is_idle(lane)
@@ -98,7 +99,8 @@ def _limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refus
         return Refusal("queue_full", "Exceeds maximum queue size")
     if entry.request.size > at.bytes_left:
         return Refusal("overload", "the requests that wait hold as many bytes as the server keeps", 1 + at.jitter())
-    if number == SHEDDABLE and not lane.limits.priority_levels and not _is_quiet(lane, at.now):
+    gives_way = number == SHEDDABLE and not lane.limits.priority_levels
+    if gives_way and not _is_idle(lane) and not _is_quiet(lane, at.now):
         return Refusal("overload", "the server is busy, and the request's priority is to give way", 1 + at.jitter())
     return None
 
@@ -259,7 +261,7 @@ def _is_idle(lane: Lane[W]) -> bool:
 def _is_quiet(lane: Lane[W], now: float) -> bool:
     """Whether there is room for work that gives way to any other."""
     for seat in lane.fast:
-        standing = any(now - other.standing_since > _STANDING for other in seat.device.lanes)
+        standing = any(other.waiting and now - other.standing_since > _STANDING for other in seat.device.lanes)
         if not standing and utilisation(seat.device, now) < _BUSY:
             return True
     return not lane.fast
@@ -272,9 +274,7 @@ def _refuse(reason: RefusalReason, needed: float, left: float, retry_after: floa
     return Refusal(reason, f"overloaded: the request {milliseconds}", retry_after)
 
 
-def _microseconds(request: Request) -> float:
+def _microseconds(request: Request) -> int:
+    """The request's own `timeout`; 0 for none and for what is no number of microseconds."""
     value = request.parameters.get("timeout", 0)
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0
+    return min(value, _LONGEST) if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

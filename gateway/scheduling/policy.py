@@ -35,6 +35,7 @@ class Outlook(Generic[W]):
     backlog: int = 0  # rows that wait at the head's level
     target: Callable[[], int] = lambda: 1  # rows of the smallest batch that sustains the load
     idle: bool = False  # nothing else wants the engine
+    shapes: bool = False  # requests of another shape wait too, and would wait for this one's delay
     probe: bool = False  # nothing ran for so long that the latency may be another one now
     fill: Fill[W] | None = None  # puts what stands behind the head in the order in which the batch is filled
     behind: Iterable[tuple[Iterable[W], int]] = ()  # lines of other levels to fill the batch from, and their rows
@@ -86,6 +87,8 @@ def on_free(
         if outlook.fill is not None:
             waiting = outlook.fill(waiting)
     decision = _gather(waiting, limits, most, "preferred" if patient else "share", _Room(now, outlook))
+    if patient and outlook is not None and outlook.shapes and decision.reason == "drained":
+        decision.reason = "shape"
     if patient:
         decision = on_timer(decision, limits, now, outlook)
     decision.dropped = dropped

@@ -54,8 +54,10 @@ class Registry(Generic[W]):
                 self._attach(state)
 
     def is_quiet(self, lane: LaneKey) -> bool:
-        """Whether no job of an open lane waits or runs."""
-        state = self._lanes[lane]
+        """Whether no job of a lane waits or runs."""
+        state = self._lanes.get(lane)
+        if state is None:
+            return True
         return not (state.running or state.refused or any(not entry.done for entry in state.entries()))
 
     def report(self, lane: LaneKey) -> LaneReport:

@@ -14,7 +14,7 @@ class LaneReport:
     """Counted since the lane was opened first. Seconds are of runs that did not fail and had a prediction."""
 
     admitted: int = 0
-    late: int = 0  # admitted, ran, and ended after their deadline
+    late: int = 0  # admitted, and not answered by their deadline
     batches: int = 0
     rows: int = 0
     failed: int = 0  # runs

@@ -20,7 +20,18 @@ from gateway.scheduling.base import (
     Run,
     W,
 )
-from gateway.scheduling.lanes import CRITICAL, DEFAULT, PATIENCE, SPILL, Active, Device, Entry, Lane, discount
+from gateway.scheduling.lanes import (
+    CRITICAL,
+    DEFAULT,
+    PATIENCE,
+    SHEDDABLE,
+    SPILL,
+    Active,
+    Device,
+    Entry,
+    Lane,
+    discount,
+)
 from gateway.scheduling.policy import Decision
 from gateway.scheduling.registry import Registry
 from gateway.scheduling.selection import Head, choose, is_alone, level_class, most_urgent, owed
@@ -67,12 +78,13 @@ class DeadlineScheduler(Registry[W]):
         state = self._lanes.get(lane)
         if state is None:
             return None
-        state.arrivals.add(request.rows, now)
         number = level_of(state.limits, request)
         entry = self._entry(state, request, now, number)
         at = self._at
         at.now = now
         verdict = on_arrival(state, entry, number, at)
+        if number < SHEDDABLE or not isinstance(verdict, Refusal):
+            state.arrivals.add(request.rows, now)  # what gives way to all others makes no load by being refused
         if isinstance(verdict, Refusal):
             state.report.refused[verdict.reason] += 1
             state.closed_until = max(state.closed_until, verdict.until)
@@ -107,7 +119,7 @@ class DeadlineScheduler(Registry[W]):
         if entry.counted:
             discount(entry)
             entry.lane.closed_until = -math.inf
-        if entry.level is None:
+        if entry.level is None and entry.lane.last_run > entry.departed:
             self._note_overhead(now - entry.lane.last_run)
         if request.deadline is not None and now > request.deadline:
             entry.lane.report.late += 1
@@ -199,6 +211,7 @@ class DeadlineScheduler(Registry[W]):
         lane.running -= run.rows
         lane.last_run = now
         lane.closed_until = -math.inf
+        lane.forget_levels()
         report = lane.report
         if failed:
             report.failed += 1
@@ -251,7 +264,7 @@ class DeadlineScheduler(Registry[W]):
     def _start(self, head: Head[W], decision: Decision[Entry[W]], now: float) -> Run[W]:
         lane, seat, device = head.lane, head.seat, head.seat.device
         jobs = [entry.job for entry in decision.jobs if entry.job is not None]
-        lane.depart(decision.jobs, decision.rows)
+        lane.depart(decision.jobs, decision.rows, now)
         if len(lane.tenants) > 1:
             lane.turns.charge(decision.jobs, lane.tenants)
         cores = seat.widest if is_alone(device) else seat.threads
@@ -276,7 +289,9 @@ class DeadlineScheduler(Registry[W]):
         assert level is not None
         if level.number < SPILL and lane.slow:
             number = level.number + SPILL
-            if eta(lane, lane.slow, entry, number, Situation(now, self._at.overhead)) <= entry.rank:
+            deadline = entry.request.deadline
+            end = eta(lane, lane.slow, entry, number, Situation(now, self._at.overhead))
+            if deadline is not None and end <= deadline:
                 level.remove(entry)
                 lane.move(entry, number)
                 lane.report.spilled += 1
@@ -290,13 +305,17 @@ class DeadlineScheduler(Registry[W]):
 
     def _displace(self, lane: Lane[W], now: float) -> None:
         """Shed the newest of the least urgent jobs if critical work has made the end of the queue late."""
-        least = next(reversed(lane.levels.values()))
-        last = least.newest() if least.number % SPILL != CRITICAL else None
-        if last is None or last.request.deadline is None or not lane.fast:
+        for least in reversed(lane.levels.values()):
+            last = least.newest()
+            if last is None:
+                continue
+            deadline = last.request.deadline
+            if least.number % SPILL == CRITICAL or deadline is None or not lane.fast or not lane.trusted:
+                return
+            if eta(lane, lane.fast, last, least.number, Situation(now, self._at.overhead)) > deadline:
+                least.remove(last)
+                self._refuse(lane, last, Refusal("shed", "more urgent requests took its place", 1 + self._jitter()))
             return
-        if eta(lane, lane.fast, last, least.number, Situation(now, self._at.overhead)) > last.rank:
-            least.remove(last)
-            self._refuse(lane, last, Refusal("shed", "more urgent requests took its place", 1 + self._jitter()))
 
     def _refuse(self, lane: Lane[W], entry: Entry[W], refusal: Refusal) -> None:
         discount(entry)
@@ -307,14 +326,16 @@ class DeadlineScheduler(Registry[W]):
 
     def _expire(self, lane: Lane[W], now: float) -> None:
         """Apply the queue policy to those who have waited too long: refuse them, or put them behind the others."""
-        for entry in [entry for entry in lane.entries() if entry.expires <= now]:
+        for entry in [entry for entry in lane.entries() if entry.counted and entry.expires <= now]:
             level = entry.level
             assert level is not None
             level.remove(entry)
             entry.expires = math.inf
             if not policy_of(lane.limits, level.number % SPILL).delays:
                 self._refuse(lane, entry, Refusal("queue_timeout", "Request timeout expired"))
-            elif not entry.done:
+            elif entry.done:
+                discount(entry)
+            else:
                 entry.rank += _BEHIND
                 level.push(entry)
-        lane.next_expiry = min((entry.expires for entry in lane.entries()), default=math.inf)
+        lane.next_expiry = min((entry.expires for entry in lane.entries() if entry.counted), default=math.inf)

@@ -93,13 +93,15 @@ def choose(head: Head[W], now: float, overhead: float) -> Decision[Entry[W]]:
         level.waiting,
         partial(target, lane, seat.device, now),
         idle=not contended,
+        shapes=len(level.lines) > 1,
         probe=now - lane.last_run > _STALE,
     )
     if len(lane.levels) > 1:
         outlook.behind = lane.behind(level, request.signature, SPILL if seat in lane.slow else 0)
     waiting = level.lines[request.signature]
     if len(lane.tenants) > 1:
-        outlook.fill = lane.turns.order
+        # One that has left the middle of the line must not cost its tenant a turn.
+        outlook.fill = lambda line: lane.turns.order(entry for entry in line if not entry.done)
     return on_free(waiting, lane.limits, _share(head, model, now), now, outlook)
 
 

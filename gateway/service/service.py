@@ -291,7 +291,7 @@ def _apply_parameters(request: InferRequest) -> None:
 
 
 def _natural(value: Parameter | None) -> int:
-    """A parameter that is a positive integer, at most what 64 bits hold; 0 for any other."""
+    """A parameter that is a positive integer, at most what 64 bits hold with a sign; 0 for any other."""
     if not isinstance(value, int) or isinstance(value, bool):
         return 0
-    return min(max(value, 0), 1 << 64)
+    return min(max(value, 0), (1 << 63) - 1)

@@ -71,7 +71,7 @@ def _requests(told: Mapping[str, Any]) -> Iterator[str]:
     yield "REQUESTS since the model was loaded"
     yield _line("answered", told["answered"])
     yield _line("accepted on condition", told["admitted"], "those with a deadline, a priority or a tenant")
-    yield _line("late", told["late"], f"{told['late_share']:.2%} of these ended after their deadline")
+    yield _line("late", told["late"], f"{told['late_share']:.2%} of these were not answered by their deadline")
     if told["spilled"]:
         yield _line("sent to a slower device", told["spilled"], "the fastest would have answered them late")
     yield _line("refused", sum(refused.values()))

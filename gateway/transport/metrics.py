@@ -122,7 +122,7 @@ def scheduling_metrics(pools: Sequence[PoolState]) -> list[Family]:
     def family(name: str, kind: Literal["counter", "gauge"], text: str, key: str) -> Family:
         return Family(name, kind, text, [(labels, float(each[key])) for labels, each in told])
 
-    late = "Number of accepted requests whose batch ended after their deadline"
+    late = "Number of accepted requests that were not answered by their deadline"
     error = "How far the predicted times of batches are off, as a part of them, on average lately"
     trusted = "1 while the predicted times of batches are relied on, 0 while they are too wrong"
     return [

@@ -59,9 +59,9 @@ class Host:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
-        self._lane = Lane(source.config.name, source.version)
+        self.lane = Lane(source.config.name, source.version)
         self._queue = queue
-        self._statistics = statistics.of(*self._lane)
+        self._statistics = statistics.of(*self.lane)
         self._slots = slots
         self._measures = measures and measurable(source.config)
         self._persists = persists
@@ -69,7 +69,7 @@ class Host:
         self.asks_all = False
         batching = source.config.batching
         orders = batching is not None and batching.preserve_ordering
-        self._order = slots.orders.setdefault(self._lane, Order()) if orders else None
+        self._order = slots.orders.setdefault(self.lane, Order()) if orders else None
         self._places: list[Place] = []
         self._row = 0.0  # seconds, when it was warmed up
         self._engines: list[tuple[Engine, Placement]] = []
@@ -97,7 +97,7 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        self._consumer = self._queue.consumer([self._lane])
+        self._consumer = self._queue.consumer([self.lane])
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -132,7 +132,8 @@ class Host:
                     instance = Instance(engine, self.source.config, self.source.version, self._statistics)
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
-                if self._measures:
+                # A measurement waits in line like a request, and would count against the model's own limit on that.
+                if self._measures and not self.asks_all:
                     self._measuring = tasks.create_task(self._measure())
                 await self._stopped.wait()
                 for task in serving:
@@ -144,7 +145,7 @@ class Host:
 
     async def drain(self) -> None:
         """Answer all that was accepted, then stop. The caller has stopped gateways from sending more."""
-        await self._queue.drained(self._lane)
+        await self._queue.drained(self.lane)
         await self.retire()
 
     async def retire(self) -> None:
@@ -153,7 +154,10 @@ class Host:
         self._consumer.close()
         if self._measuring is not None:
             self._measuring.cancel()
+            await asyncio.wait([self._measuring])
         await self._slots.settled(self)
+        if self._stopped.is_set():
+            return  # by another who waited for the same
         learned = self._learned()
         self._stopped.set()
         if self._priors is not None:
@@ -180,7 +184,7 @@ class Host:
     async def _measure(self) -> None:
         instances = sum(place.count for place in self._places)
         largest = await measure(self._slots, self, self.source.config, instances, self._row)
-        log_event("measured", logging.DEBUG, model=self._lane.model, version=self._lane.version, rows=largest)
+        log_event("measured", logging.DEBUG, model=self.lane.model, version=self.lane.version, rows=largest)
         if self._priors is not None:
             await self._priors.keep(self._learned())
 
@@ -209,7 +213,7 @@ class Host:
                     await engine.close()
             except TimeoutError:
                 # A thread that hangs inside a model cannot be ended; it is a daemon and dies with the process.
-                log_event("engine_hangs", logging.ERROR, model=self._lane.model, version=self._lane.version)
+                log_event("engine_hangs", logging.ERROR, model=self.lane.model, version=self.lane.version)
 
     def _spec(self, placement: Placement) -> EngineSpec:
         return EngineSpec(

@@ -89,8 +89,8 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
             break
         try:
             measured = await _measure_size(slots, lane, config, rows, instances)
-        except GatewayError as error:
-            log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=error.message)
+        except Exception as problem:  # noqa: BLE001 - a size may be more than memory holds; that ends the measuring only
+            log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=str(problem))
             break
         for device, seconds in measured.items():
             for _ in range(_TIMES):  # as often as the latency model asks for before it trusts a size by itself
@@ -108,12 +108,16 @@ async def _measure_size(slots: Slots, lane: object, config: ModelConfig, rows: i
     for _ in range(_TIMES):
         probes = [Probe(_request(config, rows)) for _ in range(instances)]
         slots.add(lane, probes)
-        for probe in probes:
-            if (error := await probe.answer) is not None:
-                raise error
-            if probe.run is None:
-                raise stopping()  # handed back: the version is on its way out
-            quickest[probe.run.device] = min(probe.seconds, quickest.get(probe.run.device, math.inf))
+        try:
+            for probe in probes:
+                if (error := await probe.answer) is not None:
+                    raise error
+                if probe.run is None:
+                    raise stopping()  # handed back: the version is on its way out
+                quickest[probe.run.device] = min(probe.seconds, quickest.get(probe.run.device, math.inf))
+        finally:
+            for probe in probes:
+                probe.release()  # given up, those that still wait: nobody is to wait for them
     return quickest
 
 

@@ -168,6 +168,8 @@ class Slots:
             self._start(dispatch.run)
         if dispatch.ask_at is not None:
             delay = max(dispatch.ask_at - now, 0.0)
+            if (timer := self._timers.pop(device, None)) is not None:
+                timer.cancel()  # set by a decision made within this one
             self._timers[device] = asyncio.get_running_loop().call_later(delay, self._wake, device)
         self._turn.set()
 

@@ -57,7 +57,8 @@ class Worker:
         self._queue = queue
         self._read = read
         self._devices = devices
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}))
+        # The bytes that wait are the service's to bound, which knows of all of them.
+        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
@@ -161,7 +162,7 @@ class Worker:
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(host.serve())
+        self._tasks.create_task(self._serve(model, host))
         version = host.source.version
         model.hosts[version] = host
         model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances, host)
@@ -172,6 +173,29 @@ class Worker:
             log_event(
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
+
+    async def _serve(self, model: _Model, host: Host) -> None:
+        try:
+            await host.serve()
+        except Exception as fault:  # noqa: BLE001 - a fault of ours in one version must not end the others
+            version = host.source.version
+            log_event("version_failed", logging.ERROR, fault, model=model.name, version=version)
+            if model.hosts.get(version) is host:
+                del model.hosts[version]
+                reason = "it stopped serving by a fault of the gateway; the server's log has it. Load the model again"
+                model.states[version] = VersionState(version, "UNAVAILABLE", reason)
+                self._publish(model)
+                await self._refuse_rest(host, reason)
+
+    async def _refuse_rest(self, host: Host, reason: str) -> None:
+        """Answer what was accepted for a version that will never run it."""
+        consumer = self._queue.consumer([host.lane])
+        async with asyncio.TaskGroup() as tasks:
+            drained = tasks.create_task(self._queue.drained(host.lane))
+            drained.add_done_callback(lambda _: consumer.close())
+            while jobs := await consumer.take(1 << 30):
+                for job in jobs:
+                    job.fail(errors.Unavailable(f"model '{host.lane.model}' version {host.lane.version}: {reason}"))
 
     def _report_failures(self, model: _Model, wanted: Mapping[str, Source]) -> None:
         failed = [

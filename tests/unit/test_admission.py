@@ -35,7 +35,7 @@ def test_the_level_of_a_priority(levels, default, priority, level):
         (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 10**6}, 1.0),
         (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 3 * 10**6}, 2.0),
         (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 0}, 2.0),
-        (QueuePolicy(allow_override=True), {"timeout": "1000000"}, 1.0),
+        (QueuePolicy(allow_override=True), {"timeout": 1000000}, 1.0),
         (QueuePolicy(allow_override=True), {"timeout": "soon"}, math.inf),
     ],
 )

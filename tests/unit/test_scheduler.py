@@ -293,7 +293,7 @@ def test_a_full_queue_is_exact(size):
         (QueuePolicy(timeout=0.001), {}, "queue_timeout"),
         (QueuePolicy(timeout=1.0), {}, "in_time"),
         (QueuePolicy(timeout=1.0, allow_override=True), {"timeout": 1000}, "queue_timeout"),
-        (QueuePolicy(allow_override=True), {"timeout": "1000"}, "queue_timeout"),
+        (QueuePolicy(allow_override=True), {"timeout": 1000}, "queue_timeout"),
         (QueuePolicy(timeout=1.0), {"timeout": 1000}, "in_time"),
         (QueuePolicy(timeout=0.001, allow_override=True), {"timeout": 10**6}, "queue_timeout"),
         (QueuePolicy(timeout=0.001, delays=True), {}, "in_time"),

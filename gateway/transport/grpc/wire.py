@@ -85,13 +85,14 @@ def _walk(payload: bytes) -> Parts:
         elif tag == _ID:
             heads.append(payload[kept:start])
             request_id = str(view[at:stop], "utf-8")
+            cuts += 2  # an id, be it empty, may stand between others
             kept = stop
         at = stop
         fields += 1
     if at > end:
         raise ValueError
     heads.append(payload[kept:])
-    ordered = bool(raw) and cuts == 1 and kept == end and not request_id
+    ordered = bool(raw) and cuts == 1 and kept == end
     return Parts(b"".join(heads), request_id, raw, ordered)
 
 

@@ -29,6 +29,7 @@ from gateway.transport.http.replies import Reply, error_reply, fault_reply
 from gateway.types import Infer
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
+_ARRIVED = 1 << 16  # such a body came with its head; a client that still sends a larger one might not read an answer
 _MODELS = "/v2/models/"
 _INFER = "/infer"
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
@@ -87,11 +88,11 @@ class HttpApp:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
-                deadline = self._endpoint.deadline(*target, headers.get, tenant)
-                size = headers.get("content-length")
+                declared = headers.get("content-length")
+                size = self._small + 1 if declared is None else int(declared)
+                deadline = self._endpoint.deadline(target, headers.get, may_refuse=not tenant and size <= _ARRIVED)
                 # Most bodies are small, and a coroutine of its own costs each of them 1 %.
-                small = size is not None and int(size) <= self._small
-                body = await protocol() if small else await self._body(headers, protocol)
+                body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
                 return health(self._service, word)

@@ -17,7 +17,7 @@ from gateway.transport.http.limits import HttpLimits
 from gateway.transport.lag import Lag
 from gateway.types import Infer
 
-_BEHIND = 0.01  # seconds; an event loop this far behind saves its time for requests that can be answered
+_BEHIND = 0.003  # seconds; an event loop this far behind saves its time for requests that can be answered
 
 
 class InferEndpoint:
@@ -30,17 +30,17 @@ class InferEndpoint:
         self._codec = Codec(limits)
         self._lag = Lag()
 
-    def deadline(self, model: str, version: str, header: Header, tenant: str) -> float | None:
+    def deadline(self, target: tuple[str, str], header: Header, *, may_refuse: bool = False) -> float | None:
         """When a request that came in just now must be answered, by its headers.
 
-        Raises `GatewayError` if it need not be read: the event loop is behind, and the request would be refused.
+        With `may_refuse` raises `GatewayError` if it need not be read: the event loop is behind, and it would be refused.
         """
         timeout = header("x-request-timeout-ms")
         if timeout is None:
             return None
         deadline = self._lag.arrived() + _seconds(timeout)
-        if self._lag.seconds > _BEHIND and not tenant:
-            self._service.turn_away(model, version, deadline)
+        if may_refuse and self._lag.seconds() > _BEHIND:
+            self._service.turn_away(*target, deadline)
         return deadline
 
     async def answer(

@@ -147,7 +147,7 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
 def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
         header, tenant = request.headers.get, request.state.tenant
-        deadline = endpoint.deadline(model, version, header, tenant)
+        deadline = endpoint.deadline((model, version), header)
         body = await read_body(request.stream(), limits.max_request_bytes)
         headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
         return _response((200, headers, content))
