@@ -111,6 +111,7 @@ class Run(Generic[W]):
     reason: str  # why the batch closed
     started: float
     predicted: float | None = None
+    ended: float = math.inf
 
 
 @dataclass(slots=True)

@@ -49,7 +49,7 @@ class Entry(msgspec.Struct, Generic[W], eq=False, gc=False):
     level: Level[W] | None = None
     counted: bool = False
     expires: float = math.inf  # when its queue policy times it out
-    departed: float = math.inf  # when its run began
+    run: Run[W] | None = None
 
     @property
     def done(self) -> bool:
@@ -308,7 +308,7 @@ class Lane(Generic[W]):
         level.requests += requests
         self.arrivals.add(rows, now)
 
-    def depart(self, entries: Sequence[Entry[W]], rows: int, now: float) -> None:
+    def depart(self, entries: Sequence[Entry[W]], rows: int) -> None:
         """These, which wait, run now."""
         self.rows -= rows
         self.waiting -= rows
@@ -318,7 +318,6 @@ class Lane(Generic[W]):
         for entry in entries:
             entry.counted = False
             entry.level = None
-            entry.departed = now
         if len(self.levels) == 1:
             (only,) = self.levels.values()
             only.rows -= rows
@@ -336,7 +335,7 @@ class Lane(Generic[W]):
 
     def forget_levels(self) -> None:
         """Drop the levels that nothing is at, so that a lane without priorities costs no more than it must."""
-        if len(self.levels) > 1:
+        if len(self.levels) > 1 or DEFAULT not in self.levels:
             self.levels = {number: level for number, level in self.levels.items() if level.requests or level.lines} or {
                 DEFAULT: Level(DEFAULT)
             }

@@ -119,8 +119,8 @@ class DeadlineScheduler(Registry[W]):
         if entry.counted:
             discount(entry)
             entry.lane.closed_until = -math.inf
-        if entry.level is None and entry.lane.last_run > entry.departed:
-            self._note_overhead(now - entry.lane.last_run)
+        if entry.run is not None and entry.run.ended < math.inf:
+            self._note_overhead(now - entry.run.ended)
         if request.deadline is not None and now > request.deadline:
             entry.lane.report.late += 1
         self._at.bytes_left += request.size
@@ -199,6 +199,7 @@ class DeadlineScheduler(Registry[W]):
         if active is None:
             return
         device.active.remove(active)
+        run.ended = now
         device.free += run.cores
         active.seat.running -= 1
         lane = self._lanes.get(run.lane)
@@ -264,7 +265,7 @@ class DeadlineScheduler(Registry[W]):
     def _start(self, head: Head[W], decision: Decision[Entry[W]], now: float) -> Run[W]:
         lane, seat, device = head.lane, head.seat, head.seat.device
         jobs = [entry.job for entry in decision.jobs if entry.job is not None]
-        lane.depart(decision.jobs, decision.rows, now)
+        lane.depart(decision.jobs, decision.rows)
         if len(lane.tenants) > 1:
             lane.turns.charge(decision.jobs, lane.tenants)
         cores = seat.widest if is_alone(device) else seat.threads
@@ -273,6 +274,8 @@ class DeadlineScheduler(Registry[W]):
             model = seat.latency(head.entry.request, cores)
         predicted = model.mean(decision.rows) if model.known else None
         run = Run(lane.key, device.name, jobs, decision.rows, cores, decision.reason, now, predicted)
+        for entry in decision.jobs:
+            entry.run = run
         device.active.append(Active(run, seat, model, level_class(lane, head.level), now + (predicted or 0.0)))
         device.free -= cores
         seat.running += 1

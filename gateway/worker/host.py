@@ -179,7 +179,12 @@ class Host:
 
     async def _read(self, consumer: Consumer) -> None:
         while jobs := await consumer.take(_CREDITS):
-            self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
+            try:
+                self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
+            except Exception:
+                for job in jobs:  # in nobody's hands now, and the fault ends this version
+                    job.fail(errors.Internal(f"model '{self.lane.model}' could not take the request"))
+                raise
 
     async def _measure(self) -> None:
         instances = sum(place.count for place in self._places)

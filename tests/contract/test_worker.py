@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from gateway import engines, errors
+from gateway.app import running
+from gateway.config.settings import Settings
 from gateway.engines.fake import Gate
 from gateway.placement import Device
 from gateway.queues.base import InstanceState, Load, Unload
@@ -24,7 +26,7 @@ from gateway.statistics import Statistics
 from gateway.worker import Worker
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits
-from gateway.worker.priors import NAME
+from gateway.worker.priors import NAME, Priors
 from gateway.worker.slots import Slots
 from tests.support import Callers, ask, background, model_config, refusal, request, settle, soon, until
 
@@ -266,6 +268,41 @@ async def test_a_broken_version_that_is_gone_is_forgotten(rig):
     assert rig.states() == {"1": ("READY", "")}
 
 
+async def test_a_fault_of_ours_in_one_version_costs_no_other(rig, folder, monkeypatch):
+    """What it had accepted is answered, it says why it is gone, and it can be loaded again."""
+    rig.write("good")
+    await rig.load("good")
+    calls = [refusal(rig.infer(value)) for value in (1.0, 2.0)]
+    async with held(rig, folder) as (_, run), background(*calls) as callers:
+        await queued(rig, *callers)
+        (state,) = rig.queue.pool("m").versions
+        with monkeypatch.context() as patch:
+            _break(patch, "take", lambda seat: seat.place[0] is state.admission)
+            run.release()  # and its instance asks for the next
+            told = await asyncio.gather(*callers)
+    assert {type(error) for error in told} == {errors.Unavailable}
+    assert "model 'm' version 1: it stopped serving by a fault of the gateway" in told[0].message
+    ((name, reason),) = rig.states().values()
+    assert name == "UNAVAILABLE"
+    assert "by a fault of the gateway" in reason
+    assert await rig.infer(4.0, model_name="good") == 4.0
+    rig.write()
+    await rig.load()
+    assert await rig.infer(5.0) == 5.0
+
+
+def _break(patch, method, where):
+    """Have a method of `Slots` raise where its first argument is such."""
+    real = getattr(Slots, method)
+
+    def faulty(slots, *arguments):
+        if where(arguments[0]):
+            raise ZeroDivisionError
+        return real(slots, *arguments)
+
+    patch.setattr(Slots, method, faulty)
+
+
 # --- reload
 
 
@@ -376,6 +413,63 @@ async def test_a_model_is_unloaded_though_its_folder_is_gone(folder):
         await rig.unload()
     assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
     assert list(rig.folder.iterdir()) == []
+
+
+# --- measured
+
+
+@asynccontextmanager
+async def measuring(folder):
+    """A rig that measures what it loads."""
+    rig = Rig(folder / "repository", measures=True)
+    async with background(rig.worker.run()):
+        yield rig
+
+
+async def test_a_batch_that_no_memory_holds_ends_the_measuring_only(folder, monkeypatch):
+    def too_large(config, rows):
+        tried.append(rows)
+        raise MemoryError
+
+    tried = []
+    monkeypatch.setattr("gateway.worker.probe.zeros", too_large)
+    async with measuring(folder) as rig:
+        rig.write()
+        await rig.load()
+        await until(lambda: bool(tried))
+        await settle()
+        assert rig.states() == {"1": ("READY", "")}
+        assert await rig.infer(4.0) == 4.0
+        assert tried == [1]
+
+
+async def test_an_unload_does_not_wait_for_a_measurement_that_has_no_turn(folder):
+    async with measuring(folder) as rig, Gate(folder / "gate") as gate:
+        rig.write("busy", gate=folder / "gate")
+        async with background(rig.load("busy")) as (loading,):
+            (await gate.arrival()).release()  # warm-up
+            await loading
+        await gate.arrival()  # a measurement, which keeps every core
+        rig.write()
+        await rig.load()
+        await settle()
+        await rig.unload()
+        assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
+
+
+async def test_a_model_with_a_bound_on_its_queue_is_not_measured(folder):
+    """A measurement that waits would count, and a client would be refused for it."""
+    async with measuring(folder) as rig, Gate(folder / "gate") as gate:
+        rig.write(gate=folder / "gate", batching="default_queue_policy { max_queue_size: 1 }")
+        async with background(rig.load()) as (loading,):
+            (await gate.arrival()).release()  # warm-up
+            await loading
+        async with background(rig.infer(2.0, rows=2)) as (first,):
+            assert (await gate.arrival()).rows == 2
+            async with background(rig.infer(3.0, rows=2)) as (second,):
+                await queued(rig, second)
+                first.cancel()
+                second.cancel()
 
 
 # --- batches
@@ -505,6 +599,15 @@ async def test_a_request_cancelled_while_it_runs_leaves_its_mates_untouched(rig,
         assert await asyncio.gather(*callers[1:]) == [2.0, 3.0]
 
 
+async def test_a_lone_request_is_accepted_however_large(rig):
+    rig.write()
+    await rig.load()
+    (state,) = rig.queue.pool("m").versions
+    large = request(size=(1 << 30) + 1, deadline=soon(60.0))
+    state.admission.admit(large)
+    state.admission.settle(large)
+
+
 async def test_a_deadline_is_kept_while_the_model_hangs(rig):
     rig.write(hang="13")
     await rig.load()
@@ -596,6 +699,29 @@ async def test_a_drain_waits_for_a_model_that_is_being_unloaded(rig, folder):
             await unloading
 
 
+async def test_a_drain_while_an_unload_keeps_what_was_learned(folder, monkeypatch):
+    writing, written, writes = asyncio.Event(), asyncio.Event(), []
+
+    async def keep(_, learned):
+        writes.append(learned)
+        writing.set()
+        await written.wait()
+
+    monkeypatch.setattr(Priors, "keep", keep)
+    rig = Rig(folder / "repository", persists=True)
+    async with background(rig.worker.run()):
+        rig.write()
+        await rig.load()
+        await rig.infer()
+        async with background(rig.unload()) as (unloading,):
+            await writing.wait()
+            await settle()  # the lane is closed
+            await rig.worker.drain()
+            written.set()
+            await unloading
+    assert len(writes) == 1
+
+
 async def test_a_forced_stop_tells_every_caller(folder):
     rig = Rig(folder / "repository")
     rig.write(gate=folder / "gate")
@@ -611,6 +737,36 @@ async def test_a_forced_stop_tells_every_caller(folder):
                 rig.queue.close()
                 told = await asyncio.gather(running, *waiting)
     assert [(type(error), error.message) for error in told] == [(errors.Unavailable, "Server not ready")] * 3
+
+
+async def test_a_drain_that_fails_tells_every_caller(folder, monkeypatch):
+    async def fail(_):
+        raise ZeroDivisionError
+
+    async def ask_and_stop():
+        async with running(settings) as gateway:
+            (await gate.arrival()).release()  # warm-up
+            await gateway.loaded.wait()
+            told.append(tasks.create_task(refused(gateway.service, await gate.arrival())))
+            await settle()
+
+    async def refused(service, measurement):
+        """The answer to a request that waits behind a measurement."""
+        async with aclosing(service.infer(request())) as responses:
+            error = await refusal(anext(responses))
+        measurement.release()
+        return error
+
+    told = []
+    monkeypatch.setattr(Worker, "drain", fail)
+    rig = Rig(folder / "repository")
+    rig.write(gate=folder / "gate")
+    settings = Settings(model_repository=(rig.folder,), http_port=0, allow_grpc=False, allow_metrics=False)
+    async with Gate(folder / "gate") as gate, asyncio.TaskGroup() as tasks:
+        with pytest.raises(ExceptionGroup) as problem:
+            await ask_and_stop()
+        assert problem.group_contains(ZeroDivisionError)
+        assert (await told[0]).message == "Server not ready"
 
 
 async def test_a_forced_stop_in_the_middle_of_a_retry_tells_every_caller(folder):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gateway.scheduling.admission import expiry, level_of
-from gateway.scheduling.base import Limits, QueuePolicy
+from gateway.scheduling.base import Limits, Place, QueuePolicy
 from gateway.types import InferRequest
 from tests.unit.scheduling_bench import Bench, affine
 
@@ -37,6 +37,9 @@ def test_the_level_of_a_priority(levels, default, priority, level):
         (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 0}, 2.0),
         (QueuePolicy(allow_override=True), {"timeout": 1000000}, 1.0),
         (QueuePolicy(allow_override=True), {"timeout": "soon"}, math.inf),
+        (QueuePolicy(allow_override=True), {"timeout": True}, math.inf),
+        (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": 10**400}, 2.0),
+        (QueuePolicy(timeout=2.0, allow_override=True), {"timeout": -(10**400)}, 2.0),
     ],
 )
 def test_when_a_queue_policy_times_out(policy, parameters, seconds):
@@ -70,6 +73,14 @@ def test_without_a_deadline_everything_is_admitted():
 
 def test_nothing_is_refused_before_anything_is_known():
     bench = Bench(warm=False)
+    assert not any(bench.ask(0.001, run=False).outcome for _ in range(100))
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_nothing_is_refused_by_predictions_that_are_too_wrong(places):
+    bench = busy(places=tuple(Place(f"gpu{number}", 1) for number in range(places)))
+    for number in range(places):
+        bench.scheduler.latency("m", f"gpu{number}").trusted = False
     assert not any(bench.ask(0.001, run=False).outcome for _ in range(100))
 
 
@@ -133,6 +144,17 @@ def test_what_is_like_a_refused_request_is_refused_unread():
 def test_a_later_deadline_is_looked_at():
     bench = overloaded()
     assert bench.scheduler.turn_away("m", bench.now + 5.0, bench.now) is None
+
+
+@pytest.mark.parametrize("priority", [1, 3])
+def test_where_priorities_met_once_requests_are_refused_unread_again(priority):
+    bench = Bench()
+    for each in (priority, 0):
+        bench.ask(5.0, priority=each)
+        bench.advance(1.0)
+    while not bench.ask(0.5, run=False).outcome:
+        pass
+    assert bench.scheduler.turn_away("m", bench.now + 0.5, bench.now).reason == "overload"
 
 
 def test_nothing_is_turned_away_before_the_first_refusal_nor_after_a_change():

@@ -292,6 +292,10 @@ def test_requests_are_joined_only_when_asked() -> None:
             "line 5: default priority level must be in range [1, 3] for m.",
         ),
         (
+            IO_TEXT + "dynamic_batching {\n priority_levels: 901 default_priority_level: 1 }",
+            "line 5: priority_levels of m is 901, and the most is 900. Use fewer levels",
+        ),
+        (
             IO_TEXT + "dynamic_batching { priority_levels: 1 default_priority_level: 1\n"
             "priority_queue_policy { key: 1 value { } }\n priority_queue_policy {\n key: 2 value { } } }",
             "line 7: priority queue policy must have priority level in range [1, 1] for m, got 2.",

@@ -76,9 +76,34 @@ def test_a_size_in_more_bytes_than_it_needs_is_not_remembered():
     assert layouts.request(odd) is None
 
 
-@pytest.mark.parametrize("payload", [message(4, id="a"), message(4, more=b"\x12\x011"), message()])
+def with_an_empty_id(between: int) -> bytes:
+    """A message of two tensors, with an empty id behind so many of them."""
+    usual = message(4, 4)
+    place = len(usual) - (2 + 4) * (2 - between)
+    return usual[:place] + b"\x1a\x00" + usual[place:]
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        message(4, id="a"),
+        message(4, more=b"\x12\x011"),
+        message(),
+        with_an_empty_id(0),
+        with_an_empty_id(1),
+        with_an_empty_id(2),
+    ],
+)
 def test_what_is_not_a_head_with_its_tensors_behind_is_not_remembered(payload):
     assert not split(payload).ordered
+
+
+def test_a_field_that_holds_what_looks_like_a_tensor_is_read_the_same_twice():
+    usual = message(4, 4)
+    head, first, second = usual[:-12], usual[-12:-6], usual[-6:]
+    payload = head + b"\x1a\x00" + first + b"\x0a\x08xx\x3a\x04evil" + second
+    for _ in range(2):
+        assert values(codec.decode(payload)) == {"IN0": [0] * 4, "IN1": [1] * 4}
 
 
 def test_parameters_are_read_each_time():

@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
+
+import pytest
 
 from gateway.transport.lag import Lag
 
@@ -40,3 +43,17 @@ async def test_one_measurement_is_under_way_at_a_time():
     assert lag._asked == asked
     await asyncio.sleep(0)
     assert lag._asked == 0.0
+
+
+async def test_what_was_measured_long_ago_is_not_used(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("gateway.transport.lag.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    lag = Lag()
+    lag.arrived()
+    clock[0] += 0.3
+    await asyncio.sleep(0)
+    assert lag.seconds() == pytest.approx(0.3)
+    assert lag.arrived() == pytest.approx(100.0)
+    clock[0] += 0.4
+    assert lag.seconds() == 0.0
+    assert lag.arrived() == clock[0]

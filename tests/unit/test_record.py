@@ -162,6 +162,12 @@ async def test_a_disk_that_fails_ends_the_recording_only(
     assert "No space left on device" in event.fields["reason"]
 
 
+async def test_what_cannot_be_written_down_is_dropped_alone(tmp_path: Path) -> None:
+    recorder = await record(tmp_path, request(tenant="a"), request(priority=1 << 64), request(tenant="b"))
+    assert (recorder.written, recorder.dropped) == (2, 1)
+    assert [line["tenant"] for line in lines(tmp_path)[1:]] == ["a", "b"]
+
+
 async def test_what_the_writer_has_no_time_for_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.middleware.record._MAX_WAITING", 3)
     async with Recorder(RecordOptions(tmp_path)) as recorder:

@@ -1,6 +1,7 @@
 """The deadline-aware scheduler by example: batches, drops, fairness, priorities, devices."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -117,6 +118,26 @@ def test_a_failed_run_teaches_nothing_and_its_jobs_may_come_back():
     assert bench.scheduler.report("m").failed == 1
 
 
+def test_how_long_answers_take_is_not_learned_from_who_leaves_while_his_run_lasts():
+    bench = Bench(true=lambda rows: 0.4)
+    bench.ask(None)
+    jobs = [bench.ask(None) for _ in range(20)]
+    bench.advance(0.7)  # 0.3 into the second run
+    for job in jobs[:10]:
+        bench.answer(job, "cancelled")
+    assert bench.scheduler._at.overhead == 0.0
+
+
+def test_how_long_answers_take_is_learned_from_who_waits_for_them():
+    bench = Bench()
+    job = bench.ask(None)
+    run = bench.runs.pop()
+    bench.scheduler.finished(run, 0.005, 0.005)
+    bench.now = 0.025
+    bench.answer(job, "in_time")
+    assert bench.scheduler._at.overhead == pytest.approx(0.002)
+
+
 def test_earlier_deadlines_go_first_whatever_came_first():
     bench = occupied(lanes={"m": Limits(2, joins=True)})
     jobs = [bench.ask(deadline) for deadline in (0.9, 0.5, 0.7, 0.3)]
@@ -209,6 +230,16 @@ def test_one_hot_tenant_leaves_the_others_their_share():
     assert share([job for job in jobs if job.request.tenant == "hot"]) >= 0.35
 
 
+def test_two_tenants_who_always_have_work_get_as_much():
+    bench = Bench(lanes={"m": Limits(8, joins=True)})
+    jobs = [bench.ask(None, tenant=tenant, run=False) for tenant in "ab" for _ in range(400)]
+    bench.dispatch()
+    bench.advance(0.006 * 40)
+    ran = Counter(job.request.tenant for job in jobs if job.outcome)
+    assert ran.total() >= 300
+    assert abs(ran["a"] - ran["b"]) <= 8  # a batch
+
+
 # --- priorities
 
 
@@ -226,6 +257,34 @@ def test_sheddable_work_is_admitted_while_there_is_room_only(load, least, most):
     chance = random.Random(1)
     jobs = bench.drive(chance, 3200 * load, 2.0, priority=lambda: 3 if chance.random() < 0.3 else 2)
     assert least <= share([job for job in jobs if job.request.priority == 3]) <= most
+
+
+def test_work_that_gives_way_is_never_refused_by_an_idle_engine():
+    bench = Bench(lanes={"m": Limits(1)}, true=lambda rows: 0.01)
+    jobs = []
+    for _ in range(2000):  # at twice what it can do
+        bench.advance(0.005)
+        idle = not bench.runs
+        jobs.append(bench.ask(None, priority=3))
+        assert not (idle and jobs[-1].outcome)
+    bench.advance(1.0)
+    assert share(jobs) >= 0.45
+
+
+def test_work_that_gives_way_does_not_keep_itself_out_by_being_refused():
+    jobs = Bench().drive(random.Random(1), 6400, 2.0, priority=3, deadline=None)
+    assert share(jobs) >= 0.35
+
+
+def test_a_queue_of_cancelled_jobs_does_not_stand_in_the_way():
+    bench = Bench(lanes={"a": Limits(1), "b": Limits(1)})
+    _, left = (bench.ask(None, "a", run=False) for _ in range(2))
+    bench.dispatch()
+    bench.answer(left, "cancelled")
+    bench.advance(1.0)
+    bench.ask(None, "b")
+    assert len(bench.runs) == 1
+    assert bench.ask(None, "b", priority=3).outcome == ""
 
 
 def test_default_work_ages_and_gets_some_of_the_time_of_critical_work():
@@ -250,6 +309,40 @@ def test_critical_work_displaces_what_waits():
     assert share(critical) == 1.0
 
 
+@pytest.mark.parametrize("left", ["ran", "cancelled"])
+def test_critical_work_displaces_what_waits_though_there_was_less_urgent_work_once(left):
+    bench = Bench()
+    if left == "ran":
+        bench.ask(None, priority=3)
+        bench.advance(1.0)
+    bench.ask(1.0, rows=64)
+    if left == "cancelled":
+        bench.answer(bench.ask(None, priority=3), "cancelled")
+    lower = [bench.ask(0.0415) for _ in range(64)]
+    for _ in range(40):
+        bench.ask(0.05, priority=1)
+    assert share(lower, "shed") > 0
+
+
+def test_who_is_served_first_in_first_out_displaces_nobody():
+    bench = Bench()
+    bench.ask(1.0, rows=64)
+    bench.scheduler.latency("m", "gpu").trusted = False
+    jobs = [bench.ask(deadline) for deadline in (100.0, 0.0415) for _ in range(64)]
+    jobs += [bench.ask(0.05, priority=1) for _ in range(40)]
+    assert not any(job.outcome for job in jobs)
+
+
+def test_what_a_policy_put_behind_the_others_is_displaced_by_its_own_deadline():
+    bench = Bench(lanes={"m": Limits(64, joins=True, queue=QueuePolicy(timeout=0.001, delays=True))})
+    bench.ask(1.0, rows=64)
+    lower = [bench.ask(0.0415) for _ in range(32)]
+    bench.advance(0.002)
+    for _ in range(80):
+        bench.ask(0.06, priority=1)
+    assert share(lower, "shed") > 0
+
+
 # --- Triton's knobs
 
 
@@ -267,6 +360,14 @@ def test_a_delay_does_not_outlast_the_time_that_the_run_needs():
     job = bench.ask(0.04)
     bench.advance(1.0)
     assert job.outcome == "in_time"
+
+
+def test_a_delay_ends_when_a_request_of_another_shape_comes():
+    bench = Bench(lanes={"m": Limits(8, joins=True, delay=5.0)})
+    for signature in "ab":
+        assert rows(bench) == []
+        bench.ask(10.0, signature=signature)
+    assert (rows(bench), closed(bench)) == ([1], ["shape"])
 
 
 def test_a_preferred_size_is_run_at_once():
@@ -319,6 +420,25 @@ def test_the_delayed_go_behind_the_others():
     assert bench.batches[0].jobs == others
     bench.advance(1.0)
     assert first.outcome == "in_time"
+
+
+def test_a_queue_timeout_passes_over_those_who_left_the_middle_of_the_line():
+    bench = Bench(lanes={"m": Limits(4, joins=True, queue=QueuePolicy(timeout=0.1))}, true=lambda rows: 0.2)
+    jobs = [bench.ask(None, tenant=tenant, run=False) for tenant in "ab" for _ in range(10)]
+    bench.dispatch()
+    assert sorted(job.request.tenant for job in bench.runs[0].jobs) == ["a", "a", "b", "b"]
+    bench.advance(1.0)
+    assert (share(jobs), share(jobs, "queue_timeout")) == (0.2, 0.8)
+
+
+def test_a_cancelled_job_that_would_be_put_behind_the_others_is_not_counted():
+    bench = occupied(lanes={"m": Limits(1, queue=QueuePolicy(timeout=0.001, delays=True))})
+    job = bench.ask(None, admit=False)
+    bench.answer(job, "cancelled")
+    bench.advance(1.0)
+    lane = bench.scheduler._lanes["m"]
+    assert (lane.rows, lane.requests, lane.waiting) == (0, 0, 0)
+    assert bench.scheduler.is_quiet("m")
 
 
 def test_strict_priority_levels():

@@ -5,6 +5,7 @@ import time
 from contextlib import aclosing
 from dataclasses import replace
 
+import orjson
 import pytest
 
 from gateway import errors
@@ -157,6 +158,12 @@ async def test_other_parameters_and_priority_pass_through(rig):
     async with background(rig.infer(request(parameters={"priority": 2, "mine": "x"}))):
         asked = (await rig.job()).request
         assert (asked.priority, asked.parameters["mine"]) == (2, "x")
+
+
+async def test_a_priority_beyond_all_measure_can_be_written_down(rig):
+    async with background(rig.infer(request(parameters={"priority": 10**30}))):
+        asked = (await rig.job()).request
+        assert orjson.loads(orjson.dumps(asked.priority)) == asked.priority > 1 << 60
 
 
 async def test_parameters_of_tritons_name_space_are_refused(rig):
