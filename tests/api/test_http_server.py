@@ -47,7 +47,10 @@ async def get(port: int, **more: Any) -> bytes:
 
 
 async def test_a_free_port_is_taken_and_told() -> None:
-    async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as first, HttpServer(Counted(App().answer), "localhost", 0) as second:
+    async with (
+        HttpServer(Counted(App().answer), "127.0.0.1", 0) as first,
+        HttpServer(Counted(App().answer), "localhost", 0) as second,
+    ):
         assert first.port != second.port
         assert (await get(first.port)).startswith(b"HTTP/1.1 200")
 

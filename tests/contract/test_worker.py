@@ -291,6 +291,18 @@ async def test_a_fault_of_ours_in_one_version_costs_no_other(rig, folder, monkey
     assert await rig.infer(5.0) == 5.0
 
 
+async def test_a_fault_of_ours_while_requests_are_taken_in_tells_every_caller(rig, monkeypatch):
+    rig.write()
+    await rig.load()
+    (state,) = rig.queue.pool("m").versions
+    _break(monkeypatch, "add", lambda lane: lane is state.admission)
+    told = await asyncio.gather(*(refusal(rig.infer()) for _ in range(3)))
+    assert {type(error) for error in told} <= {errors.Internal, errors.Unavailable}
+    await until(lambda: rig.states()["1"][0] == "UNAVAILABLE")
+    await rig.load()
+    assert await rig.infer(5.0) == 5.0
+
+
 def _break(patch, method, where):
     """Have a method of `Slots` raise where its first argument is such."""
     real = getattr(Slots, method)
@@ -747,26 +759,26 @@ async def test_a_drain_that_fails_tells_every_caller(folder, monkeypatch):
         async with running(settings) as gateway:
             (await gate.arrival()).release()  # warm-up
             await gateway.loaded.wait()
-            told.append(tasks.create_task(refused(gateway.service, await gate.arrival())))
+            told.append(tasks.create_task(refused(gateway.service)))
+            run = await gate.arrival()
+            told.append(tasks.create_task(refused(gateway.service)))  # waits for that run
+            told[1].add_done_callback(lambda _: run.release())
             await settle()
 
-    async def refused(service, measurement):
-        """The answer to a request that waits behind a measurement."""
+    async def refused(service):
         async with aclosing(service.infer(request())) as responses:
-            error = await refusal(anext(responses))
-        measurement.release()
-        return error
+            return await refusal(anext(responses))
 
     told = []
     monkeypatch.setattr(Worker, "drain", fail)
     rig = Rig(folder / "repository")
-    rig.write(gate=folder / "gate")
+    rig.write(gate=folder / "gate", batching="default_queue_policy { max_queue_size: 9 }")  # not measured
     settings = Settings(model_repository=(rig.folder,), http_port=0, allow_grpc=False, allow_metrics=False)
     async with Gate(folder / "gate") as gate, asyncio.TaskGroup() as tasks:
         with pytest.raises(ExceptionGroup) as problem:
             await ask_and_stop()
         assert problem.group_contains(ZeroDivisionError)
-        assert (await told[0]).message == "Server not ready"
+        assert {(await each).message for each in told} == {"Server not ready"}
 
 
 async def test_a_forced_stop_in_the_middle_of_a_retry_tells_every_caller(folder):

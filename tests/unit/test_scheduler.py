@@ -128,6 +128,15 @@ def test_how_long_answers_take_is_not_learned_from_who_leaves_while_his_run_last
     assert bench.scheduler._at.overhead == 0.0
 
 
+def test_how_long_answers_take_is_not_learned_from_the_end_of_another_run():
+    bench = Bench(places=(Place("gpu", 2),), cores={"gpu": 2}, true=lambda rows: 0.1 if rows == 1 else 0.4)
+    long, _ = (bench.ask(None, rows=rows) for rows in (8, 1))
+    bench.advance(0.35)  # the short one is over
+    assert len(bench.runs) == 1
+    bench.answer(long, "cancelled")
+    assert bench.scheduler._at.overhead == 0.0
+
+
 def test_how_long_answers_take_is_learned_from_who_waits_for_them():
     bench = Bench()
     job = bench.ask(None)
