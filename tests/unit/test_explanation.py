@@ -56,7 +56,7 @@ def test_the_whole_text():
         "REQUESTS since the model was loaded",
         "  answered                         900",
         "  accepted on condition           1000  those with a deadline, a priority or a tenant",
-        "  late                               5  0.50% of these ended after their deadline",
+        "  late                               5  0.50% of these were not answered by their deadline",
         "  refused                          100",
         f"    overload                        98  {REMEDIES['overload']}",
         f"    shed                             2  {REMEDIES['shed']}",
