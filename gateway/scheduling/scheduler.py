@@ -192,8 +192,8 @@ class DeadlineScheduler(Registry[W]):
         answer.ask_at = asks if asks < math.inf else None
         return answer
 
-    def finished(self, run: Run[W], seconds: float, now: float, *, failed: bool = False) -> None:
-        """A run is over: its cores are free, and its duration is learned from unless it failed."""
+    def finished(self, run: Run[W], seconds: float, now: float, *, failed: bool = False, learn: bool = True) -> None:
+        """A run is over: its cores are free, and its duration is learned from unless it failed or is no typical one."""
         device = self._devices[run.device]
         active = next((each for each in device.active if each.run is run), None)
         if active is None:
@@ -216,6 +216,7 @@ class DeadlineScheduler(Registry[W]):
         report = lane.report
         if failed:
             report.failed += 1
+        if failed or not learn:
             return
         active.model.observe(run.rows, seconds)
         report.record(run, seconds, active.model)

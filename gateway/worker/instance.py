@@ -41,20 +41,21 @@ class Instance:
         """Run batches until cancelled. A batch that has begun is finished first."""
         while True:
             run = await seat.next()
+            failed = False
             try:
-                await self._run(run, seat)
+                failed = not await self._run(run, seat)
             except asyncio.CancelledError:
                 for job in run.jobs:  # a forced stop: the engine is let go, the callers are told
                     job.fail(errors.stopping())
                 raise
             finally:
-                seat.release(run, learn=False)
+                seat.release(run, learn=False, failed=failed)
 
-    async def _run(self, run: Run[Job], seat: Seat) -> None:
-        """Answer every job of a run, and release it as soon as it has been computed."""
+    async def _run(self, run: Run[Job], seat: Seat) -> bool:
+        """Answer every job of a run, and release it as soon as it has been computed. False when the batch failed."""
         jobs = [job for job in run.jobs if not job.done]
         if not jobs:
-            return
+            return True
         whole = len(jobs) == len(run.jobs)
         # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
         hurry = not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE
@@ -63,13 +64,15 @@ class Instance:
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             if len(jobs) == 1:
                 jobs[0].fail(self._explain(problem))
-                return
+                return False
             log_event(
                 "batch_failed", logging.WARNING, model=self._config.name, version=self._version, requests=len(jobs),
                 reason=str(problem), action="running them one by one",
             )  # fmt: skip
             for job in jobs:
                 await self._retry(job, run.cores)
+            return False
+        return True
 
     def _computed(self, run: Run[Job], seat: Seat, whole: bool) -> None:
         probe = run.jobs[0]

@@ -49,12 +49,12 @@ class Seat:
         finally:
             self._slots.leave(self)
 
-    def release(self, run: Run[Job], *, learn: bool) -> None:
+    def release(self, run: Run[Job], *, learn: bool, failed: bool = False) -> None:
         """The run is over; its slots are free. What is no measurement of a whole run is not to be learned from.
 
         Saying it again changes nothing.
         """
-        self._slots.finished(run, learn=learn)
+        self._slots.finished(run, learn=learn, failed=failed)
 
 
 class Slots:
@@ -135,10 +135,10 @@ class Slots:
             job.release()
         self.finished(run, learn=False)
 
-    def finished(self, run: Run[Job], *, learn: bool) -> None:
+    def finished(self, run: Run[Job], *, learn: bool, failed: bool = False) -> None:
         """A run is over."""
         now = time.monotonic()
-        self.scheduler.finished(run, now - run.started, now, failed=not learn)
+        self.scheduler.finished(run, now - run.started, now, failed=failed, learn=learn)
         # At once: what is decided at the end of the turn begins behind the answers to this run's jobs.
         self._assign(run.device)
 

@@ -831,3 +831,27 @@ async def test_an_engine_that_gives_no_answer_is_an_error_not_a_hang():
         await settle()
         slots.add("lane", await callers.consumer.take(2))
         assert [(await each).message for each in told] == ["model 'm' ran and gave no answer"] * 2
+
+
+async def test_only_batches_that_failed_count_as_failed(rig):
+    rig.write(poison="13")
+    await rig.load()
+    assert await rig.infer(1.0) == 1.0
+    assert isinstance(await refusal_or(rig.infer(13.0)), errors.Internal)
+    (version,) = rig.queue.pool("m").versions
+    assert version.admission.explain(0.0)["failed_batches"] == 1
+
+
+async def test_a_measurement_is_no_failed_batch(folder):
+    rig = Rig(folder / "repository", measures=True)
+    async with background(rig.worker.run()):
+        rig.write()
+        await rig.load()
+        await until(lambda: rig.worker._slots.scheduler.latency(*_place(rig)).largest == 8)
+        (version,) = rig.queue.pool("m").versions
+        assert version.admission.explain(0.0)["failed_batches"] == 0
+
+
+def _place(rig):
+    host = rig.worker._models["m"].hosts["1"]
+    return host, host._places[0].device
