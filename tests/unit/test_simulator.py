@@ -15,6 +15,8 @@ from gateway.scheduling.simulator.scenario import Arrival, Clients, Device, Late
 from gateway.scheduling.simulator.simulation import warm_up_sizes
 from gateway.scheduling.simulator.workloads import build, capacity
 
+pytestmark = pytest.mark.slow  # whole simulations: `make test` has them, `make quick` has not
+
 SHORT = Setup(Latency(0.016, 0.001), deadline=0.2, seconds=0.3)
 MODEL = Model("m", Latency(0.004, 0.00025))
 OPEN = sorted(set(WORKLOADS) - {"closed-loop"})

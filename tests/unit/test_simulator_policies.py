@@ -13,6 +13,8 @@ from gateway.scheduling.simulator.scenario import Arrival, Device, Latency, Mode
 from gateway.scheduling.simulator.trials import best_timeout, compare
 from gateway.scheduling.simulator.workloads import build
 
+pytestmark = pytest.mark.slow  # whole simulations: `make test` has them, `make quick` has not
+
 SETUP = Setup(seconds=1.2)
 SMALL = Setup(Latency(0.016, 0.001), deadline=0.2, seconds=0.8)  # a quarter of the requests
 
