@@ -6,7 +6,6 @@ configuration and the devices. Nothing here loads anything.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +14,14 @@ from pathlib import Path
 from gateway import errors
 from gateway.config.model import InstanceGroup, ModelConfig
 
-# What a batch saves is a fixed cost: some 0.1 ms, and at both ends of a run a wait for Python's lock. A core computes
-# the rows in turn, so they share nothing else, and large batches of images leave its caches. EfficientNet at 32
-# connections, requests/s with runs of at most 0.02, 0.06, 0.15 s and of any length: 74, 84, 84, 79.
-_LONG_CPU_RUN = 0.12
-
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What batches compete for: `kind` is `cpu` or `gpu`; `cores` is how many one-core runs fit at once.
-
-    A run of `long_run` seconds gains nothing from more rows; infinite where rows are computed side by side.
-    """
+    """What batches compete for: `kind` is `cpu` or `gpu`; `cores` is how many one-core runs fit at once."""
 
     name: str  # "cpu", "gpu:0", ...
     kind: str
     cores: int
-    long_run: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +39,7 @@ class Placement:
 
 def devices() -> list[Device]:
     """The devices of this process: its share of the CPU. GPUs are not looked for yet."""
-    return [Device("cpu", "cpu", cpu_cores(), _LONG_CPU_RUN)]
+    return [Device("cpu", "cpu", cpu_cores())]
 
 
 def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:

@@ -2,7 +2,7 @@
 
 A `Tensor` is wire bytes and a numpy array at once, each made from the other only when asked for, so a
 binary request reaches an engine without a copy. What is made for each request is a `msgspec.Struct`, which is made
-in a third of a dataclass's time. Nothing here validates against a model: that is
+in less than half a dataclass's time. Nothing here validates against a model: that is
 `service.py`. Nothing here imports the rest of the package.
 """
 
@@ -140,7 +140,7 @@ class Tensor(msgspec.Struct, eq=False, gc=False):
 
 
 def wires(tensors: Iterable[Tensor]) -> list[Buffer]:
-    """The wire bytes of each; a property read for each would take three times as long where they are at hand."""
+    """The wire bytes of each, without the 600 instructions that reading a property costs where they are at hand."""
     return [tensor.wire if tensor._wire is None else tensor._wire for tensor in tensors]  # noqa: SLF001 - this module's
 
 

@@ -101,7 +101,7 @@ class EngineThread:
 
 def _let_others_run() -> None:
     # The thread is awake and waits for the interpreter's lock, which a busy event loop keeps for 5 ms. With 64 answers
-    # to write that was the gap between two runs; with this it is 1.5 ms (python -m loadtest.overload).
+    # to write that was the gap between two runs; with this it was 1.5 ms (traced under loadtest.overload at 1.5x).
     time.sleep(_PAUSE)
 
 

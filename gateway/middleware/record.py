@@ -194,7 +194,9 @@ class Recorder:
                     self._write(arrival)
                 except OSError as problem:
                     self._stop("recording_failed", str(problem))
-                except Exception:  # noqa: BLE001 - what one request holds must not end the recording of the others
+                except Exception as problem:  # noqa: BLE001 - what one request holds must not end the recording of the others
+                    if not self._lost:
+                        log_event("arrival_not_recorded", logging.WARNING, problem, file=self._name)
                     self._lost += 1
                 self._released += arrival.size
 

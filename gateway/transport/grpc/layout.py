@@ -1,7 +1,7 @@
 """Request messages met before: one that differs from them in the bytes of its raw tensors alone is not parsed.
 
 Clients send the same message again and again with other data in it, and a message of equal length whose other
-bytes are all equal has its tensors in the same places. Taking such a message apart costs a fifth of parsing it.
+bytes are all equal has its tensors in the same places. Reading such a message takes a quarter of the time of parsing it.
 """
 
 from __future__ import annotations

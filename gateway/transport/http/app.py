@@ -91,7 +91,7 @@ class HttpApp:
                 declared = headers.get("content-length")
                 size = self._small + 1 if declared is None else int(declared)
                 deadline = self._endpoint.deadline(target, headers.get, may_refuse=not tenant and size <= _ARRIVED)
-                # Most bodies are small, and a coroutine of its own costs each of them 1 %.
+                # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
             if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
