@@ -7,14 +7,13 @@ step. A job holds its own answers; whoever closes it first (answer, cancel, dead
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from typing import Self
 
 from gateway import errors
+from gateway.queues.answers import Answers
 from gateway.queues.base import Command, Job, Lane, PoolState
-from gateway.types import InferRequest, InferResponse
+from gateway.types import InferRequest
 
 
 class MemoryQueue:
@@ -113,98 +112,24 @@ class MemoryOrder:
             self.reported.set_exception(error)
 
 
-class MemoryJob:
-    """One request and the answers on their way back to it: `Job` for the worker, `Responses` for the gateway.
+class MemoryJob(Answers):
+    """One request: `Job` for the worker, `Responses` for the gateway."""
 
-    An answer goes straight into the future that the gateway waits on, because a generator and a queue between
-    the two cost a tenth of all that a small request costs.
-    """
-
-    __slots__ = ("_answers", "_lane", "_timer", "_waiter", "done", "enqueued", "request")
+    __slots__ = ("_lane",)
 
     def __init__(self, request: InferRequest, lane: _LaneState) -> None:
-        self.request = request
-        self.enqueued = time.monotonic()
-        self.done = False
+        super().__init__(request)
         self._lane: _LaneState | None = lane  # None once the gateway has seen the last of it
-        self._answers: deque[InferResponse | errors.GatewayError] | None = None  # those nobody waited for yet
-        self._waiter: asyncio.Future[InferResponse] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    # --- the worker's side
-
-    def reply(self, response: InferResponse) -> bool:
-        """See `Job.reply`."""
-        if self.done:
-            return False
-        self.done = response.final
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(response)
-        else:
-            self._keep(response)
-        return True
-
-    def fail(self, error: errors.GatewayError) -> bool:
-        """See `Job.fail`."""
-        if self.done:
-            return False
-        self.done = True
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            _raise_in(waiter, error)
-        else:
-            self._keep(error)
-        return True
 
     def release(self) -> None:
         """See `Job.release`."""
         if not self.done and self._lane is not None:
             self._lane.put_back(self)
 
-    # --- the gateway's side
-
-    def __aiter__(self) -> Self:
-        return self
-
-    def __anext__(self) -> asyncio.Future[InferResponse]:
-        """The next answer, or the error."""
-        if not self._answers and self.done:
-            self._leave()
-            raise StopAsyncIteration
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
-        if self._answers:
-            answer = self._answers.popleft()
-            if isinstance(answer, errors.GatewayError):
-                _raise_in(waiter, answer)
-            else:
-                waiter.set_result(answer)
-        return waiter
-
-    async def aclose(self) -> None:
-        """Nobody waits any more."""
-        self.done = True
-        self._answers = None
-        self._leave()
-
-    def expire_at(self, deadline: float) -> None:
-        """Fail at this time. Raises `DeadlineExceeded` when it is over already."""
-        left = deadline - self.enqueued
-        if left <= 0:
-            raise errors.deadline_passed()
-        self._timer = asyncio.get_running_loop().call_later(left, self.fail, errors.deadline_passed())
-
-    def _keep(self, answer: InferResponse | errors.GatewayError) -> None:
-        if self._answers is None:
-            self._answers = deque()
-        self._answers.append(answer)
-
     def _leave(self) -> None:
         if self._lane is not None:
             self._lane.remove(self)
             self._lane = None
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 class MemoryConsumer:
@@ -307,11 +232,6 @@ class _LaneState:
         while self.unanswered:
             self._emptied.clear()
             await self._emptied.wait()
-
-
-def _raise_in(waiter: asyncio.Future[InferResponse], error: errors.GatewayError) -> None:
-    waiter.set_exception(error)
-    waiter.exception()  # seen: a caller cancelled in this very turn never looks, and asyncio would complain
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:
