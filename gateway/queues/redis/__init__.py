@@ -1,0 +1,1 @@
+"""`RedisQueue`: gateways and workers in many processes, on many hosts, meet in Redis streams."""

@@ -1,0 +1,331 @@
+"""What travels between a gateway and a worker: requests, responses and errors as bytes, and the seal on them.
+
+A message is a header and a payload. The payload is the wire bytes of all tensors, one after another. The header is one
+byte with the version, one with the kind, and a msgpack array of everything else. Within a version fields are only
+added, at the end and with a default, and a reader passes over those it does not know. A message of a greater version
+is not read at all, because what its fields mean may have changed.
+
+Whoever reads a message gets what was packed, or `BadMessage`. The tensors of a message are views of its payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import struct
+from collections.abc import Callable
+from typing import Annotated, Any, TypeAlias, TypeVar, cast
+
+import msgspec
+from msgspec.structs import astuple
+
+from gateway import errors
+from gateway.types import (
+    NO_PARAMETERS,
+    Buffer,
+    DataType,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    RequestedOutput,
+    Tensor,
+    Timings,
+    wires,
+)
+
+VERSION = 1
+
+_REQUEST, _RESPONSE, _ERROR = (bytes((VERSION, kind)) for kind in b"qre")
+_KINDS = {ord("q"): "request", ord("r"): "response", ord("e"): "error"}
+_MAX_ELEMENTS = 1 << 48  # what numpy can address in any type, and the most the service accepts
+_MAX_DIMS = 64
+
+_Dim = Annotated[int, msgspec.Meta(ge=0, le=_MAX_ELEMENTS)]
+_Shape = Annotated[tuple[_Dim, ...], msgspec.Meta(max_length=_MAX_DIMS)]
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+_Tensors: TypeAlias = tuple[tuple[str, DataType, _Shape, _Size], ...]
+_Parameters: TypeAlias = dict[str, Parameter]
+_Packed: TypeAlias = tuple[bytes, list[Buffer]]
+
+
+class BadMessage(errors.Internal):
+    """A message that cannot be read: damaged, forged, or written by a newer release. The text is the operator's."""
+
+
+class _Request(msgspec.Struct, array_like=True, gc=False):
+    model: str
+    model_version: str
+    id: str
+    tensors: _Tensors
+    outputs: tuple[tuple[str, int], ...]
+    parameters: _Parameters
+    priority: int
+    tenant: str
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    size: _Size
+    signature: frozenset[Any]  # of the signature alone: msgspec makes what is in a set hashable, arrays into tuples
+
+
+class _Response(msgspec.Struct, array_like=True, gc=False):
+    model: str
+    model_version: str
+    id: str
+    tensors: _Tensors
+    parameters: _Parameters
+    timings: tuple[int, int, int, int, int] | None
+    final: bool
+
+
+class _Error(msgspec.Struct, array_like=True, gc=False):
+    name: str
+    message: str
+    retry_after: float | None
+    more: dict[str, Any]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_request = msgspec.msgpack.Decoder(_Request).decode
+_decode_response = msgspec.msgpack.Decoder(_Response).decode
+_decode_error = msgspec.msgpack.Decoder(_Error).decode
+_T = TypeVar("_T")
+_CLASSES: dict[str, type[errors.GatewayError]] = {
+    name: each
+    for name, each in vars(errors).items()
+    if isinstance(each, type) and issubclass(each, errors.GatewayError)
+}
+_OWN = vars(errors.GatewayError("")).keys()
+
+
+def version_of(header: Buffer) -> int:
+    """The version a header was written in, whatever else it holds. Raises `BadMessage` when it is empty."""
+    if not header:
+        raise BadMessage("a message has an empty header")
+    return header[0]
+
+
+def pack_request(request: InferRequest) -> _Packed:
+    """The header and the parts of the payload, which are not copied: views of the request's tensors where they can be.
+
+    Not in it: form, admitted and deadline. Raises `InvalidArgument` for what msgpack cannot carry, such as a parameter
+    of more than 64 bits.
+    """
+    parts = wires(request.inputs.values())
+    try:
+        body = _encode(
+            (
+                request.model_name,
+                request.model_version,
+                request.id,
+                _described(request.inputs, parts),
+                [(output.name, output.classification) for output in request.outputs],
+                dict(request.parameters) if request.parameters else {},
+                request.priority,
+                request.tenant,
+                request.rows,
+                request.size,
+                (request.signature,),
+            )
+        )
+    except (OverflowError, TypeError, ValueError) as problem:
+        raise errors.InvalidArgument(
+            f"{errors.request_prefix(request.id)}the request cannot be queued: {problem}"
+        ) from None
+    return _REQUEST + body, parts
+
+
+def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
+    """The request of a message, its tensors views of `payload`. Raises `BadMessage`, and nothing else.
+
+    The elements of BYTES tensors are read now, because an engine needs them all and only reading shows damage.
+    """
+    read = _read(header, _REQUEST, _decode_request)
+    inputs = _tensors(read.tensors, payload)
+    for name, tensor in inputs.items():
+        if tensor.datatype is DataType.BYTES:
+            try:
+                _ = tensor.array
+            except ValueError as problem:
+                raise BadMessage(f"tensor '{name}' of a request to model '{read.model}': {problem}") from None
+    if len(read.signature) != 1:
+        raise BadMessage(f"a request to model '{read.model}' has {len(read.signature)} signatures instead of one")
+    (signature,) = read.signature
+    return InferRequest(
+        read.model,
+        inputs,
+        read.model_version,
+        read.id,
+        tuple([RequestedOutput(*output) for output in read.outputs]) if read.outputs else (),
+        read.parameters or NO_PARAMETERS,
+        None,
+        read.priority,
+        read.tenant,
+        None,
+        read.rows,
+        read.size,
+        signature,
+    )
+
+
+def pack_response(response: InferResponse) -> _Packed:
+    """As `pack_request`. Raises `Internal` for what msgpack cannot carry."""
+    parts = wires(response.outputs.values())
+    timings = response.timings
+    try:
+        body = _encode(
+            (
+                response.model_name,
+                response.model_version,
+                response.id,
+                _described(response.outputs, parts),
+                dict(response.parameters) if response.parameters else {},
+                None if timings is None else astuple(timings),
+                response.final,
+            )
+        )
+    except (OverflowError, TypeError, ValueError) as problem:
+        raise errors.Internal(
+            f"{errors.request_prefix(response.id)}the response cannot be sent back: {problem}"
+        ) from None
+    return _RESPONSE + body, parts
+
+
+def unpack_response(header: Buffer, payload: Buffer) -> InferResponse:
+    """As `unpack_request`, but that the elements of BYTES tensors are not looked at: who wants them reads them."""
+    read = _read(header, _RESPONSE, _decode_response)
+    return InferResponse(
+        read.model,
+        read.model_version,
+        _tensors(read.tensors, payload),
+        read.id,
+        read.parameters or NO_PARAMETERS,
+        None if read.timings is None else Timings(*read.timings),
+        read.final,
+    )
+
+
+def pack_error(error: errors.GatewayError) -> bytes:
+    """The header of an error, which has no payload: its class, message, `retry_after` and other plain attributes.
+
+    A class that is not in errors.py goes as the nearest of its bases that is.
+    """
+    name = next(each.__name__ for each in type(error).__mro__ if _CLASSES.get(each.__name__) is each)
+    more = {key: value for key, value in vars(error).items() if key not in _OWN}
+    try:
+        return _ERROR + _encode((name, error.message, error.retry_after, more))
+    except (OverflowError, TypeError, ValueError):
+        # An error always has a way home, if not with all that it carried.
+        return _ERROR + _encode((name, error.message.encode(errors="replace").decode(), error.retry_after, {}))
+
+
+def unpack_error(header: Buffer) -> errors.GatewayError:
+    """The error of a message; `Internal` where this release does not know its class. Raises `BadMessage`."""
+    read = _read(header, _ERROR, _decode_error)
+    kind = _CLASSES.get(read.name, errors.Internal)
+    error = kind(read.message, read.retry_after)
+    # Nothing that comes over the network changes what a class answers with.
+    vars(error).update({key: value for key, value in read.more.items() if not hasattr(kind, key)})
+    return error
+
+
+class Seal:
+    """Tells messages of this deployment from others: HMAC-SHA256 under a key that all its processes have.
+
+    Without a key nothing is signed and everything passes. HMAC-SHA256 seals 600 KB in a third of keyed BLAKE2b's time
+    (0.61 ms against 1.77) where the processor has SHA instructions.
+    """
+
+    def __init__(self, key: bytes | None) -> None:
+        """Raises `ValueError` for a key of fewer than 16 bytes."""
+        self._states: tuple[Any, Any] | None = None
+        if key is None:
+            return
+        if len(key) < _LEAST_KEY:
+            raise ValueError(f"the key has {len(key)} bytes; it needs {_LEAST_KEY} or more, and best 32 random ones")
+        # The key's own two blocks are hashed once, as RFC 2104 section 4 suggests: 2 us of 6 for a small message.
+        block = (hashlib.sha256(key).digest() if len(key) > _BLOCK else key).ljust(_BLOCK, b"\0")
+        inner, outer = (bytes(byte ^ mask for byte in block) for mask in (0x36, 0x5C))
+        self._states = hashlib.sha256(inner), hashlib.sha256(outer)
+
+    def sign(self, *parts: Buffer) -> bytes:
+        """The signature of these parts, in this order and division; empty without a key."""
+        if self._states is None:
+            return b""
+        inner, outer = self._states[0].copy(), self._states[1].copy()
+        inner.update(struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts)))
+        for part in parts:
+            inner.update(part)
+        outer.update(inner.digest())
+        return cast("bytes", outer.digest())
+
+    def verify(self, signature: Buffer, *parts: Buffer) -> None:
+        """Raises `BadMessage` unless `sign` gave this signature for these parts, under the same key."""
+        if self._states is not None and not hmac.compare_digest(signature, self.sign(*parts)):
+            raise BadMessage(
+                "a message is not signed with this deployment's key; give all processes the same --queue-key-file, and "
+                "let nobody else write to the queue's Redis"
+            )
+
+
+_BLOCK = 64  # bytes of SHA-256
+_LEAST_KEY = 16
+
+
+def _described(tensors: dict[str, Tensor], parts: list[Buffer]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    return [
+        (name, _NAMES[tensor.datatype], tensor.shape, len(part))
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    ]
+
+
+_NAMES = {datatype: datatype.value for datatype in DataType}  # `value` itself is a property written in Python
+
+
+def _read(header: Buffer, kind: bytes, decode: Callable[[Buffer], _T]) -> _T:
+    if header[:2] != kind:
+        raise _misdirected(header, kind)
+    try:
+        return decode(header[2:])
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as problem:
+        raise BadMessage(f"the header of a {_KINDS[kind[1]]} cannot be read: {problem}") from None
+
+
+def _misdirected(header: Buffer, kind: bytes) -> BadMessage:
+    version = version_of(header)
+    if version != VERSION:
+        return BadMessage(
+            f"a {_KINDS[kind[1]]} is written in version {version}, this release reads version {VERSION}; "
+            "run the same release in all processes"
+        )
+    found = _KINDS.get(header[1], "message of an unknown kind") if len(header) > 1 else "cut header"
+    return BadMessage(f"expected a {_KINDS[kind[1]]}, got a {found}")
+
+
+def _tensors(described: _Tensors, payload: Buffer) -> dict[str, Tensor]:
+    view = memoryview(payload)
+    tensors: dict[str, Tensor] = {}
+    at = 0
+    for name, datatype, shape, size in described:
+        if not size or size != math.prod(shape) * datatype.itemsize:
+            _check_size(name, datatype, shape, size)
+        tensors[name] = Tensor(datatype, shape, view[at : at + size])
+        at += size
+    if at != len(view):
+        raise BadMessage(f"the tensors of a message have {at} bytes, its payload has {len(view)}")
+    if len(tensors) != len(described):
+        raise BadMessage(f"a message has {len(described)} tensors, but only {len(tensors)} names for them")
+    return tensors
+
+
+def _check_size(name: str, datatype: DataType, shape: tuple[int, ...], size: int) -> None:
+    """Raise `BadMessage` unless a tensor of this type and shape can have so many bytes."""
+    count = math.prod(shape)
+    fits = (
+        count * 4 <= size and bool(count or not size)
+        if datatype is DataType.BYTES
+        else count * datatype.itemsize == size
+    )
+    if not fits:
+        raise BadMessage(f"tensor '{name}' has {size} bytes, which is not {datatype.name} of shape {list(shape)}")
+    if math.prod([dim or 1 for dim in shape]) > _MAX_ELEMENTS:  # a dimension of 0 hides the others
+        raise BadMessage(f"tensor '{name}' has the shape {list(shape)}, which is more than an array can have")
