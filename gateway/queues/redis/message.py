@@ -238,8 +238,10 @@ class Seal:
     def __init__(self, key: bytes | None) -> None:
         """Raises `ValueError` for a key of fewer than 16 bytes."""
         self._states: tuple[Any, Any] | None = None
+        self.size = 0  # bytes of a signature
         if key is None:
             return
+        self.size = hashlib.sha256().digest_size
         if len(key) < _LEAST_KEY:
             raise ValueError(f"the key has {len(key)} bytes; it needs {_LEAST_KEY} or more, and best 32 random ones")
         # The key's own two blocks are hashed once, as RFC 2104 section 4 suggests: 2 us of 6 for a small message.

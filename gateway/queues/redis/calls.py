@@ -1,0 +1,259 @@
+"""The gateway's end: requests that were sent and are not answered yet.
+
+Redis is not the record, this is: a request is kept until its caller has seen the last of it, and is sent again under
+the same id when the queue has lost it. How that is noticed: `audit` looks whether an entry is still in its stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from redis.exceptions import RedisError, ResponseError
+
+from gateway import errors
+from gateway.queues.answers import Answers
+from gateway.queues.base import Lane
+from gateway.queues.redis import wire
+from gateway.queues.redis.beside import INLINE
+from gateway.queues.redis.link import Link
+from gateway.queues.redis.message import BadMessage, pack_request, unpack_error, unpack_response
+from gateway.redis_client import Disconnected
+from gateway.redis_client.keys import GROUP
+from gateway.telemetry import log_event
+from gateway.types import Buffer, InferRequest
+
+_PATIENCE = 30.0  # seconds that a request without a deadline waits for a Redis that is away
+_YOUNG = 1.0  # seconds in which nothing is looked for: the usual wait is shorter, and looking costs a round trip
+_FOREVER = 3600.0  # seconds that the tensors of a request without a deadline are kept
+_MOST = 10_000  # pending entries asked for at once
+
+
+class RedisCall(Answers):
+    """One request: the `Responses` of `RedisQueue.submit`."""
+
+    __slots__ = ("answered", "calls", "entries", "id", "lane", "missing", "reference", "sending", "sent", "stream")
+
+    def __init__(self, request: InferRequest, lane: Lane, stream: str, identity: bytes, calls: Calls) -> None:
+        super().__init__(request)
+        self.lane = lane
+        self.stream = stream
+        self.id = identity
+        self.calls: Calls | None = calls
+        self.sent = self.enqueued
+        self.entries: list[bytes] = []  # where it is in the stream; more than once after it was sent again
+        self.sending = False
+        self.missing = False  # it was not found the last time
+        self.answered = False
+        self.reference = ""  # of tensors that lie beside the stream
+
+    def _leave(self) -> None:
+        if self.calls is not None:
+            self.calls.left(self)
+            self.calls = None
+
+
+class Calls:
+    """All calls of one gateway process."""
+
+    def __init__(self, link: Link, cancel: Callable[[bytes], None], share: Callable[[Lane], bool]) -> None:
+        """`cancel` tells workers of a call whose caller has gone; `share` says whether those of a lane share /dev/shm."""
+        self._link = link
+        self._cancel = cancel
+        self._share = share
+        self._calls: dict[bytes, RedisCall] = {}
+        self._unanswered: dict[Lane, set[RedisCall]] = defaultdict(set)
+        self._emptied = asyncio.Event()
+        self._down_since: float | None = None
+
+    def submit(self, lane: Lane, request: InferRequest, klass: int) -> RedisCall:
+        """Send a request. Raises `DeadlineExceeded` when its deadline is over."""
+        stream = self._link.client.keys.requests(lane.model, lane.version, klass)
+        call = RedisCall(request, lane, stream, next(self._link.ids), self)
+        if request.deadline is not None:
+            call.expire_at(request.deadline)
+        self._calls[call.id] = call
+        self._unanswered[lane].add(call)
+        self._send(call)
+        return call
+
+    def left(self, call: RedisCall) -> None:
+        """The caller has seen the last of it."""
+        self._calls.pop(call.id, None)
+        waiting = self._unanswered[call.lane]
+        waiting.discard(call)
+        if not waiting:
+            del self._unanswered[call.lane]
+            self._emptied.set()
+        if call.reference:
+            self._link.payloads.remove(call.reference)
+        if not call.answered and not self._expired(call):
+            self._cancel(call.id)
+
+    def rows(self) -> dict[Lane, int]:
+        """Rows of the unanswered requests of each lane."""
+        return {lane: sum(call.request.rows for call in calls) for lane, calls in self._unanswered.items()}
+
+    async def empty(self, lane: Lane) -> None:
+        """Wait until no call of the lane is unanswered."""
+        while self._unanswered.get(lane):
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def close(self) -> None:
+        """Answer all that still waits."""
+        for call in list(self._calls.values()):
+            call.fail(errors.stopping())
+
+    # --- answers
+
+    async def deliver(self, frame: wire.Frame) -> None:
+        """An answer has come."""
+        call = self._calls.get(frame.call)
+        if call is None or call.done:
+            self._link.counts.duplicates += 1
+            return
+        if frame.kind == wire.ERROR:
+            call.answered = True
+            call.fail(unpack_error(frame.header))
+            return
+        payload: Buffer = frame.rest
+        if frame.kind == wire.ELSEWHERE:
+            reference = bytes(frame.rest).decode()
+            try:
+                payload = await self._link.payloads.get(reference)
+            except (errors.GatewayError, RedisError) as problem:
+                call.fail(errors.Unavailable(f"the answer was lost on its way: {problem}"))
+                return
+            self._link.payloads.remove(reference)
+        try:
+            response = unpack_response(frame.header, payload)
+        except BadMessage as problem:
+            self._link.damaged(problem, "an answer")
+            call.fail(errors.Internal("the answer was damaged on its way; the server's log has the details"))
+            return
+        call.answered = response.final
+        call.reply(response)
+
+    # --- sending
+
+    def _expired(self, call: RedisCall) -> bool:
+        deadline = call.request.deadline
+        return deadline is not None and time.monotonic() >= deadline
+
+    def _send(self, call: RedisCall) -> None:
+        call.sending = True
+        header, parts = pack_request(call.request)
+        if sum(map(len, parts)) > INLINE:
+            self._link.tasks.create_task(self._send_large(call, header, parts))
+        else:
+            payload = parts[0] if len(parts) == 1 else b"".join(parts)
+            self._add(call, header, wire.PAYLOAD, payload, (payload,))
+
+    async def _send_large(self, call: RedisCall, header: bytes, parts: Sequence[Buffer]) -> None:
+        try:
+            if not call.reference:
+                ttl = _FOREVER if call.request.deadline is None else call.request.deadline - time.monotonic() + 10
+                name = call.id.hex()
+                call.reference = await self._link.payloads.put(
+                    name, parts, same_host=self._share(call.lane), ttl=max(ttl, 1)
+                )
+        except (Disconnected, RedisError, errors.GatewayError) as problem:
+            self._refused(call, problem)
+            return
+        if call.done:
+            self._link.payloads.remove(call.reference)  # gone while it was being written
+            return
+        self._add(call, header, wire.REFERENCE, call.reference.encode(), parts)
+
+    def _add(self, call: RedisCall, header: bytes, name: bytes, value: Buffer, parts: Sequence[Buffer]) -> None:
+        deadline = call.request.deadline
+        now = call.sent = time.monotonic()
+        budget = 0 if deadline is None else max(int((deadline - now) * 1000), 1)
+        envelope = wire.encode(wire.Envelope(call.id, self._link.process, budget))
+        fields: tuple[Any, ...] = (wire.ENVELOPE, envelope, wire.HEADER, header, name, value)
+        if self._link.seal.size:
+            signature = self._link.seal.sign(envelope, header, b"".join(parts))
+            fields += (wire.SIGNATURE, signature)
+        sent = self._link.client.call("XADD", call.stream, "*", *fields)
+        sent.add_done_callback(partial(self._sent, call))
+
+    def _sent(self, call: RedisCall, sent: asyncio.Future[bytes]) -> None:
+        call.sending = False
+        problem = asyncio.CancelledError() if sent.cancelled() else sent.exception()
+        if problem is None:
+            call.entries.append(sent.result())
+        else:
+            self._refused(call, problem)
+
+    def _refused(self, call: RedisCall, problem: BaseException) -> None:
+        call.sending = False
+        if isinstance(problem, ResponseError):
+            log_event("request_not_stored", reason=str(problem), model=call.lane.model)
+            call.fail(errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)"))
+        else:
+            call.missing = True  # it may be there or not: `audit` sends it once Redis is back
+
+    # --- what the queue has lost
+
+    async def audit(self, *, suspicious: bool = False) -> None:
+        """Send again what is neither waiting nor being worked on any more; `suspicious` after Redis was away."""
+        now = time.monotonic()
+        streams: dict[str, list[RedisCall]] = defaultdict(list)
+        for call in self._calls.values():
+            if not call.done and (suspicious or call.missing or now - call.sent > _YOUNG):
+                streams[call.stream].append(call)
+        if not self._link.client.connected:
+            self._wait_for_redis(now)
+            return
+        self._down_since = None
+        for stream, calls in streams.items():
+            there = await self._present(stream, [call for call in calls if call.entries], suspicious=suspicious)
+            for call in calls:
+                self._judge(call, there, suspicious=suspicious)
+
+    def _judge(self, call: RedisCall, there: set[bytes], *, suspicious: bool) -> None:
+        if call.done:
+            return
+        if any(entry in there for entry in call.entries):
+            call.missing = False
+        elif not (call.missing or suspicious):
+            call.missing = True  # its answer may be on the way: look once more
+        elif not call.sending:
+            self._link.counts.resubmitted += 1
+            call.missing = False
+            call.entries.clear()
+            self._send(call)
+
+    def _wait_for_redis(self, now: float) -> None:
+        self._down_since = self._down_since or now
+        if now - self._down_since > _PATIENCE:
+            for call in list(self._calls.values()):
+                if call.request.deadline is None:
+                    call.fail(errors.Unavailable("the queue's Redis cannot be reached; try again later"))
+
+    async def _present(self, stream: str, calls: list[RedisCall], *, suspicious: bool) -> set[bytes]:
+        """Which entries of these calls are waiting or being worked on. Raises `Disconnected`."""
+        found: set[bytes] = set()
+        if not calls:
+            return found
+        entries = sorted((entry for call in calls for entry in call.entries), key=wire.order)
+        try:
+            groups = await self._link.client.call("XINFO", "GROUPS", stream)
+        except ResponseError:
+            return found  # no such stream
+        ours = [group for group in map(wire.fields, groups) if group[b"name"] == GROUP.encode()]
+        delivered = wire.order(ours[0][b"last-delivered-id"]) if ours else (0, 0)
+        if ours:
+            pending = await self._link.client.call("XPENDING", stream, GROUP, entries[0], entries[-1], _MOST)
+            found = {each[0] for each in pending}
+        for entry in entries:
+            if entry in found or wire.order(entry) <= delivered:
+                continue
+            if not suspicious or await self._link.client.call("XRANGE", stream, entry, entry):
+                found.add(entry)
+        return found

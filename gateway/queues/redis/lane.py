@@ -1,0 +1,329 @@
+"""The worker's end of one lane: one task reads its streams, the consumers of this process share what it brings.
+
+An entry that was read is this process's until it is acknowledged: it waits here, is in a consumer's hands, or its
+answer is on the way. No more than the consumers' credits are read, so that a busy worker leaves the rest to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from redis.exceptions import ResponseError
+
+from gateway import errors
+from gateway.queues.base import Job, Lane
+from gateway.queues.redis import wire
+from gateway.queues.redis.cancelled import Cancelled
+from gateway.queues.redis.jobs import RedisJob
+from gateway.queues.redis.link import Link
+from gateway.queues.redis.message import VERSION, BadMessage, pack_request, unpack_request, version_of
+from gateway.queues.redis.outbox import Outbox
+from gateway.redis_client import Disconnected
+from gateway.redis_client.keys import GROUP
+from gateway.telemetry import log_event
+from gateway.types import Buffer, InferRequest
+
+CLASSES = (1, 2, 3)
+_BLOCK = 1.0  # seconds; also how long a stop may have to wait for the reader
+_TRIES = 2  # deliveries; what was lost with each of its workers is not run again
+_DEAD_KEPT = 1000  # dead letters of a lane
+
+
+class LaneReader:
+    """Reads a lane while it has consumers."""
+
+    def __init__(
+        self, link: Link, lane: Lane, outbox: Outbox, cancelled: Cancelled, gone: Callable[[str], bool]
+    ) -> None:
+        """`gone` says whether a gateway is known to be dead."""
+        self.lane = lane
+        self.outbox = outbox
+        self.streams = [link.client.keys.requests(lane.model, lane.version, each) for each in CLASSES]
+        self.held: dict[bytes, RedisJob] = {}  # by entry
+        self.foreign: set[bytes] = set()  # entries of ours that only a newer worker can read
+        self._calls: dict[bytes, RedisJob] = {}
+        self._link = link
+        self._cancelled = cancelled
+        self._gone = gone
+        self._waiting: deque[RedisJob] = deque()
+        self._consumers: list[RedisConsumer] = []
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._room = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    # --- consumers
+
+    def attach(self, consumer: RedisConsumer) -> None:
+        """A consumer takes from this lane from now on."""
+        self._consumers.append(consumer)
+        self._room.set()
+        if self._task is None or self._task.done():
+            self._task = self._link.tasks.create_task(self._read(), name=f"lane:{self.lane.model}/{self.lane.version}")
+
+    def detach(self, consumer: RedisConsumer) -> None:
+        """A consumer takes no more."""
+        self._consumers.remove(consumer)
+        self._room.set()
+        while self._waiters:
+            self._wake()
+
+    @property
+    def served(self) -> bool:
+        """Whether anybody takes from this lane here."""
+        return bool(self._consumers)
+
+    async def stopped(self) -> None:
+        """Wait until the reader has ended, after the last consumer has left."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def idle(self) -> list[RedisJob]:
+        """Jobs that wait here and that nobody will take; the caller hands them to another worker."""
+        if self._consumers:
+            return []
+        left = [job for job in self._waiting if not job.done]
+        self._waiting.clear()
+        return left
+
+    # --- jobs
+
+    def collect(self, limit: int) -> list[Job]:
+        """Up to so many of the jobs that wait."""
+        jobs: list[Job] = []
+        while self._waiting and len(jobs) < limit:
+            job = self._waiting.popleft()
+            if not job.done:
+                jobs.append(job)
+        return jobs
+
+    def waiter(self) -> asyncio.Future[None]:
+        """Done once there may be jobs, or no more to wait for. `leave` it."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        if self._waiting:
+            self._wake()
+        return waiter
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        """Wait no more; whoever was woken for jobs that are still there passes it on."""
+        if not waiter.done():
+            self._waiters.remove(waiter)
+        elif self._waiting:
+            self._wake()
+
+    def put_back(self, job: RedisJob) -> None:
+        """See `Holder`."""
+        self._waiting.appendleft(job)
+        self._wake()
+
+    def forget(self, job: RedisJob) -> None:
+        """See `Holder`."""
+        self.held.pop(job.entry, None)
+        self._calls.pop(job.call, None)
+        self._room.set()
+
+    def cancel(self, call: bytes) -> bool:
+        """Its caller has gone. False when it is not held here."""
+        job = self._calls.get(call)
+        if job is None:
+            return False
+        job.give_up()
+        return True
+
+    def give_up_orphans(self, now: float) -> None:
+        """Let go of jobs whose deadline has passed, and of those whose gateway has died."""
+        for job in list(self.held.values()):
+            if job.expired(now):
+                job.give_up()
+            elif self._gone(job.reply_to):
+                self._link.counts.orphans += 1
+                job.give_up()
+
+    def disown(self, jobs: Iterable[RedisJob]) -> None:
+        """These are another worker's from now on."""
+        for job in jobs:
+            self.forget(job)
+
+    # --- reading
+
+    async def _read(self) -> None:
+        client, reader = self._link.client, self._link.client.reader()
+        try:
+            while self._consumers:
+                room = await self._room_left()
+                if not room:
+                    continue
+                try:
+                    reply = await reader.call(
+                        "XREADGROUP", "GROUP", GROUP, self._link.process, "COUNT", room, "BLOCK", int(_BLOCK * 1000),
+                        "STREAMS", *self.streams, *[">"] * len(self.streams), seconds=_BLOCK,
+                    )  # fmt: skip
+                except Disconnected:
+                    await client.online()
+                except ResponseError as problem:
+                    await self._repair(problem)
+                else:
+                    for stream, entry, fields in wire.entries(reply):
+                        await self.enter(stream.decode(), entry, fields)
+        finally:
+            await reader.close()
+
+    async def _room_left(self) -> int:
+        """How many entries to ask for; 0 when the consumers may have changed meanwhile."""
+        credit = sum(consumer.credits for consumer in self._consumers)
+        room = credit - len(self.held)
+        if room > credit // 4:  # a few at a time would cost a round trip each
+            return room
+        self._room.clear()
+        await self._room.wait()
+        return 0
+
+    async def _repair(self, problem: ResponseError) -> None:
+        """The group is missing when the lane is new, and after Redis has lost it."""
+        if not str(problem).startswith("NOGROUP"):
+            log_event("lane_unreadable", logging.ERROR, model=self.lane.model, reason=str(problem))
+            await asyncio.sleep(_BLOCK)  # e.g. no permission: an operator has to see to it
+        for stream in self.streams:
+            try:
+                await self._link.client.call("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")
+            except (Disconnected, ResponseError):  # also that another worker was quicker
+                continue
+
+    async def enter(self, stream: str, entry: bytes, fields: dict[bytes, bytes], deliveries: int = 1) -> None:
+        """Hold an entry that is this process's now, or see it off. It may have been pending: `deliveries` counts."""
+        if entry in self.held:
+            return
+        stub = Stub(stream, entry)
+        try:
+            header = fields[wire.HEADER]
+            if version_of(header) > VERSION:
+                self.foreign.add(entry)
+                return
+            envelope = wire.read_envelope(fields[wire.ENVELOPE])
+            if self._unwanted(envelope):
+                self.outbox.done(stub)
+                return
+            request = await self._request(header, fields)
+        except (BadMessage, KeyError) as problem:
+            self._link.damaged(problem, stream)
+            self.outbox.done(stub)
+            return
+        except errors.GatewayError as problem:  # its payload is gone, or Redis is: the gateway sends it again
+            log_event("payload_missing", logging.WARNING, stream=stream, reason=problem.message)
+            return
+        self._hold(RedisJob(self, stream, entry, envelope, request), deliveries)
+
+    def _unwanted(self, envelope: wire.Envelope) -> bool:
+        counts = self._link.counts
+        if envelope.call in self._calls:
+            counts.duplicates += 1
+        elif envelope.call in self._cancelled or self._gone(envelope.reply_to):
+            counts.orphans += 1
+        else:
+            return False
+        return True
+
+    async def _request(self, header: bytes, fields: dict[bytes, bytes]) -> InferRequest:
+        payload: Buffer
+        if (reference := fields.get(wire.REFERENCE)) is not None:
+            payload = await self._link.payloads.get(reference.decode())
+        else:
+            payload = fields[wire.PAYLOAD]
+        self._link.seal.verify(fields.get(wire.SIGNATURE, b""), fields[wire.ENVELOPE], header, payload)
+        return unpack_request(header, payload)
+
+    def _hold(self, job: RedisJob, deliveries: int) -> None:
+        request = job.request
+        now = time.monotonic()
+        job.enqueued = now - max(self._link.client.clock() - wire.milliseconds(job.entry) / 1000, 0.0)
+        if job.budget:
+            request.deadline = job.enqueued + job.budget
+        self.held[job.entry] = job
+        self._calls[job.call] = job
+        if deliveries > _TRIES:
+            self._bury(job, deliveries)
+            return
+        if deliveries > 1:
+            request.signature = object()  # equal to no other: it may have killed its worker, so it runs alone
+        self._waiting.append(job)
+        self._wake()
+
+    def _bury(self, job: RedisJob, deliveries: int) -> None:
+        """A request that has outlived its workers is kept for the operator, and answered."""
+        self._link.counts.dead_letters += 1
+        client = self._link.client
+        lane, reason = self.lane, f"delivered {deliveries} times and never answered: its worker died each time"
+        log_event("dead_letter", logging.ERROR, model=lane.model, id=job.request.id, reason=reason)
+        key = client.keys.dead(lane.model, lane.version)
+        header, parts = pack_request(job.request)
+        buried = client.call(
+            "XADD", key, "MAXLEN", "~", _DEAD_KEPT, "*", "id", job.request.id, "reason", reason, "h", header,
+            "p", b"".join(parts),
+        )  # fmt: skip
+        buried.add_done_callback(lambda done: done.cancelled() or done.exception())
+        job.fail(
+            errors.Internal(
+                f"the request was given up: {self.lane.model} has lost {deliveries - 1} workers that were running it"
+            )
+        )
+
+    def _wake(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+
+@dataclass(slots=True)
+class Stub:
+    """An entry that is no job: it is acknowledged as it is."""
+
+    stream: str
+    entry: bytes
+    call: bytes = b""
+    reply_to: str = ""
+
+
+class RedisConsumer:
+    """The `Consumer` protocol over lanes of a Redis queue."""
+
+    def __init__(self, lanes: Sequence[LaneReader], limit: int) -> None:
+        """Together with what it was given and has not answered, `limit` requests of a lane are read."""
+        self.credits = limit
+        self._lanes = lanes
+        self._closed = asyncio.Event()
+        for lane in lanes:
+            lane.attach(self)
+
+    async def take(self, limit: int) -> list[Job]:
+        """See `Consumer.take`."""
+        while not self._closed.is_set():
+            jobs: list[Job] = []
+            for lane in self._lanes:
+                jobs += lane.collect(limit - len(jobs))
+            if jobs:
+                return jobs
+            await self._arrival()
+        return []
+
+    def close(self) -> None:
+        """See `Consumer.close`."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        for lane in self._lanes:
+            lane.detach(self)
+
+    async def _arrival(self) -> None:
+        waiters = [lane.waiter() for lane in self._lanes]
+        try:
+            await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for lane, waiter in zip(self._lanes, waiters, strict=True):
+                lane.leave(waiter)

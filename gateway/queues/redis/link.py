@@ -1,0 +1,44 @@
+"""What the parts of a `RedisQueue` share: the connection, who we are, and what was counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gateway.queues.redis import wire
+from gateway.queues.redis.beside import Payloads
+from gateway.queues.redis.message import Seal
+from gateway.redis_client import RedisClient
+from gateway.telemetry import log_event
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened on this process that its users may ask about."""
+
+    resubmitted: int = 0  # requests the queue had lost
+    duplicates: int = 0  # entries of requests that are in hand already, and answers to what was answered
+    orphans: int = 0  # requests and answers whose gateway or caller is gone
+    dead_letters: int = 0
+    recovered: int = 0  # requests taken over from a worker that died
+    damaged: int = 0  # messages that could not be read, or bore the wrong signature
+
+
+@dataclass(slots=True)
+class Link:
+    """The connection of one process and its name in the fleet. `tasks` ends with the queue."""
+
+    client: RedisClient
+    process: str
+    seal: Seal
+    payloads: Payloads
+    tasks: asyncio.TaskGroup
+    counts: Counts = field(default_factory=Counts)
+    ids: Iterator[bytes] = field(default_factory=wire.ids)
+
+    def damaged(self, problem: Exception, where: str) -> None:
+        """A message that is no use is counted and logged, and nothing else suffers from it."""
+        self.counts.damaged += 1
+        log_event("message_damaged", logging.ERROR, where=where, reason=str(problem))
