@@ -19,7 +19,7 @@ from loadtest import overload_figures as figures
 from loadtest.bench import servers
 from loadtest.bench.meter import Meter
 from loadtest.overload_client import ANSWERED, LOST, MODEL, UNANSWERED, UNSENT, WRONG, Attempts, Plan
-from loadtest.overload_figures import Figures, SlowDown
+from loadtest.overload_figures import PUBLISHED, Figures, Pace, SlowDown
 from loadtest.record import ROOT
 
 _POLL = 0.1  # seconds between looks at the number of batches, while the device is slow and after
@@ -46,6 +46,7 @@ class Spec:
     seconds: float
     retries: bool = False
     slow: Interval | None = None  # when the device is slow
+    pace: Pace = PUBLISHED  # of the gateway that it is sent to
 
     @property
     def window(self) -> Interval:
@@ -54,7 +55,7 @@ class Spec:
 
     def scenario(self) -> Scenario:
         """What is offered."""
-        return figures.scenario(self.load, self.window[1], retries=self.retries, slow=self.slow)
+        return figures.scenario(self.load, self.window[1], retries=self.retries, slow=self.slow, pace=self.pace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,12 @@ def read_counts(text: str) -> Counter[str]:
 
 
 @contextmanager
-def fake_gateway(command: Sequence[str]) -> Iterator[Fake]:
+def fake_gateway(command: Sequence[str], pace: Pace = PUBLISHED) -> Iterator[Fake]:
     """Start a gateway with a repository of its own; it has measured its batches when this enters."""
     with tempfile.TemporaryDirectory() as folder:
         slow_file, model = Path(folder) / "slow", Path(folder) / "models" / MODEL
         (model / "1").mkdir(parents=True)
-        latency = figures.LATENCY
+        latency = pace.latency
         config = _CONFIG.format(
             rows=figures.MAX_ROWS, base=1e6 * latency.base, per_row=1e6 * latency.per_row, slow_file=slow_file
         )
@@ -145,29 +146,29 @@ def measure(fake: Fake, spec: Spec, seed: int) -> Cell:
     made = spec.scenario()
     record = figures.simulated(made, seed)
     simulation = figures.attempts_of(record)
+    deadline = spec.pace.deadline
     plan = Plan(
         fake.ports.http,
         figures.arrivals(made, seed),
-        1e3 * figures.DEADLINE_SECONDS,
+        1e3 * deadline,
         figures.RETRIES if spec.retries else 0,
     )
     before, late_before = fake.counts(), fake.late()
     run = _send(fake, plan, spec)
     counted, late = fake.counts(), fake.late()
     counted.subtract(before)
-    attempts, real = run.attempts, figures.figures(run.attempts, spec.window)
+    attempts, real = run.attempts, figures.figures(run.attempts, spec.window, deadline)
     batches = max(run.counted[_BATCHES], 1)
     slow = simulated_slow = None
     if spec.slow is not None:
-        end = spec.window[1]
-        slow = figures.slow_down(attempts, spec.slow, end, spec.warm, run.batches)
+        slow = figures.slow_down(attempts, spec.slow, spec.window, run.batches, deadline)
         ended = [each.ended for each in record.runs]
-        simulated_slow = figures.slow_down(simulation, spec.slow, end, spec.warm, ended)
+        simulated_slow = figures.slow_down(simulation, spec.slow, spec.window, ended, deadline)
     return Cell(
         spec,
         seed,
         real,
-        figures.figures(simulation, spec.window),
+        figures.figures(simulation, spec.window, deadline),
         run.counted[_ROWS] / batches,
         figures.mean_batch(record, spec.window),
         run.counted[_COMPUTE] / max(run.counted[_ROWS], 1) * batches / 1e6 / run.wall,

@@ -31,16 +31,34 @@ from loadtest.overload_client import (
     Attempts,
 )
 
-LATENCY = Latency(0.016, 0.001)
 MAX_ROWS = 64
-DEADLINE_SECONDS = 0.2
-CAPACITY = LATENCY.rate(MAX_ROWS, DEADLINE_SECONDS)  # 800 requests a second
 SLOWER = 10.0
 RETRIES = 5
 
 STATUS = {OVERLOAD: "429", SHED: "429", DEADLINE: "504", EXPIRED: "504", UNAVAILABLE: "503"}
 AT_ADMISSION = (OVERLOAD, DEADLINE, UNAVAILABLE)
 BROKEN = (WRONG, LOST, UNANSWERED)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a batch takes, and a request's deadline in seconds."""
+
+    latency: Latency
+    deadline: float
+
+    @property
+    def capacity(self) -> float:
+        """Requests a second."""
+        return self.latency.rate(MAX_ROWS, self.deadline)
+
+    def slower(self, times: float) -> Pace:
+        """The same proportions at a part of the requests a second, for a host that is slow itself."""
+        latency = Latency(times * self.latency.base, times * self.latency.per_row)
+        return Pace(latency, times * self.deadline)
+
+
+PUBLISHED = Pace(Latency(0.016, 0.001), 0.2)  # 800 requests a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +85,8 @@ class Figures:
     broken: int = 0  # attempts with no answer or a wrong one
 
 
-def figures(attempts: Attempts, window: Interval) -> Figures:
-    """The figures of the requests whose first attempt was due in a window."""
+def figures(attempts: Attempts, window: Interval, deadline: float = PUBLISHED.deadline) -> Figures:
+    """The figures of the requests whose first attempt was due in a window; each attempt has a deadline in seconds."""
     first: dict[int, float] = {}
     good: dict[int, bool] = {}
     once: dict[int, bool] = {}
@@ -80,15 +98,15 @@ def figures(attempts: Attempts, window: Interval) -> Figures:
             continue
         rows.append(row)
         answered = attempts.kind[row] == ANSWERED
-        good[call] = good.get(call, False) or (answered and in_time(attempts, row))
-        once[call] = once.get(call, False) or (answered and attempts.answered[row] - begun <= DEADLINE_SECONDS)
+        good[call] = good.get(call, False) or (answered and attempts.answered[row] - due <= deadline)
+        once[call] = once.get(call, False) or (answered and attempts.answered[row] - begun <= deadline)
     kinds = Counter(attempts.kind[row] for row in rows)
     taken = [1e3 * (attempts.answered[row] - attempts.due[row]) for row in rows if attempts.kind[row] == ANSWERED]
     refusals = [
         1e3 * (attempts.answered[row] - attempts.due[row]) for row in rows if attempts.kind[row] in AT_ADMISSION
     ]
     accepted = kinds[ANSWERED] + kinds[EXPIRED] + kinds[SHED]
-    late = sum(milliseconds > 1e3 * DEADLINE_SECONDS for milliseconds in taken) + kinds[EXPIRED]
+    late = sum(milliseconds > 1e3 * deadline for milliseconds in taken) + kinds[EXPIRED]
     statuses: Counter[str] = Counter()
     for kind, count in kinds.items():
         statuses["200" if kind == ANSWERED else STATUS.get(kind, kind)] += count
@@ -116,11 +134,6 @@ def figures(attempts: Attempts, window: Interval) -> Figures:
     )
 
 
-def in_time(attempts: Attempts, row: int) -> bool:
-    """Whether an attempt was over by its deadline."""
-    return attempts.answered[row] - attempts.due[row] <= DEADLINE_SECONDS
-
-
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
@@ -132,9 +145,11 @@ def _rank(values: Iterable[float], rank: float) -> float:
 # --- the simulation
 
 
-def scenario(load: float, seconds: float, *, retries: bool = False, slow: Interval | None = None) -> Scenario:
+def scenario(
+    load: float, seconds: float, *, retries: bool = False, slow: Interval | None = None, pace: Pace = PUBLISHED
+) -> Scenario:
     """What is offered: Poisson arrivals at a load, the same to the server and to the simulation of it."""
-    setup = Setup(LATENCY, MAX_ROWS, DEADLINE_SECONDS, seconds)
+    setup = Setup(pace.latency, MAX_ROWS, pace.deadline, seconds)
     made = build("poisson", setup, load)
     if slow is not None:
         made = replace(made, devices=(replace(DEVICE, slow=slow, slow_factor=SLOWER),))
@@ -193,23 +208,29 @@ _BIN = 0.25
 _BACK = 0.9  # of the goodput before
 
 
-def slow_down(attempts: Attempts, slow: Interval, end: float, warm: float, batches: Sequence[float]) -> SlowDown:
-    """Judge it; `batches` are the moments when batches ended."""
+def slow_down(
+    attempts: Attempts,
+    slow: Interval,
+    window: Interval,
+    batches: Sequence[float],
+    deadline: float = PUBLISHED.deadline,
+) -> SlowDown:
+    """Judge it by the requests due in a window; `batches` are the moments when batches ended."""
     ended = sorted(moment for moment in batches if slow[0] <= moment < slow[1])
     settled = ended[SETTLING - 1] if len(ended) >= SETTLING else slow[1]
     # A request that was due before the device recovered may have been answered by the recovered device.
-    before = figures(attempts, (warm, slow[0] - DEADLINE_SECONDS))
-    back = slow[1]
+    before = figures(attempts, (window[0], slow[0] - deadline), deadline)
+    back, end = slow[1], window[1]
     while back < end:
-        part = figures(attempts, (back, min(back + _BIN, end)))
+        part = figures(attempts, (back, min(back + _BIN, end)), deadline)
         if part.goodput >= _BACK * before.goodput:
             break
         back += _BIN
     return SlowDown(
         before,
-        figures(attempts, (slow[0] - DEADLINE_SECONDS, settled)),
-        figures(attempts, (settled, slow[1])),
-        figures(attempts, (slow[1], end)),
+        figures(attempts, (slow[0] - deadline, settled), deadline),
+        figures(attempts, (settled, slow[1]), deadline),
+        figures(attempts, (slow[1], end), deadline),
         settled - slow[0],
         len(ended),
         back - slow[1],

@@ -10,7 +10,7 @@ import pytest
 
 from loadtest import overload, overload_cells, overload_figures, overload_report
 from loadtest.overload_client import Attempt, Attempts, Connection, kind_of
-from loadtest.overload_figures import CAPACITY, Figures
+from loadtest.overload_figures import PUBLISHED, Figures
 
 
 def attempts(*rows: tuple[int, int, float, float, str]) -> Attempts:
@@ -92,14 +92,29 @@ def test_a_simulation_gets_the_arrivals_that_are_sent():
     made = overload_figures.scenario(1.5, 0.5)
     record = overload_figures.simulated(made, 7)
     assert overload_figures.attempts_of(record).due == overload_figures.arrivals(made, 7)
-    assert pytest.approx(800) == CAPACITY
+    assert pytest.approx(800) == PUBLISHED.capacity
+
+
+def test_a_slower_pace_has_the_same_proportions():
+    slow = PUBLISHED.slower(4)
+    assert slow.capacity == pytest.approx(PUBLISHED.capacity / 4)
+    assert slow.latency(32) / slow.deadline == pytest.approx(PUBLISHED.latency(32) / PUBLISHED.deadline)
+    usual, slowed = (
+        overload_figures.scenario(1.5, seconds, pace=pace) for seconds, pace in ((2, PUBLISHED), (8, slow))
+    )
+    simulated = [overload_figures.attempts_of(overload_figures.simulated(made, 7)) for made in (usual, slowed)]
+    found = [
+        overload_figures.figures(each, (0, 8), pace.deadline)
+        for each, pace in zip(simulated, (PUBLISHED, slow), strict=True)
+    ]
+    assert found[1].goodput == pytest.approx(found[0].goodput, abs=0.05)
 
 
 def test_a_slow_down_is_settled_after_twenty_batches_and_over_when_goodput_is_back():
     late = [(call, 0, 1 + call / 10, 2 + call / 10, "answered") for call in range(20, 30)]
     right = [(call, 0, 1 + call / 10, 1.1 + call / 10, "answered") for call in (*range(20), *range(30, 60))]
     batches = [3.0 + n / 20 for n in range(30)]
-    found = overload_figures.slow_down(attempts(*right, *late), (3.0, 4.5), 7.0, 1.0, batches)
+    found = overload_figures.slow_down(attempts(*right, *late), (3.0, 4.5), (1.0, 7.0), batches)
     assert (found.before.goodput, found.batches, found.settled_after) == (1.0, 30, pytest.approx(0.95))
     assert found.first_batches.late > 0.7
     assert found.settled.late == pytest.approx(0.0, abs=0.2)

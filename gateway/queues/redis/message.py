@@ -14,7 +14,8 @@ import hashlib
 import hmac
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache
 from typing import Annotated, Any, TypeAlias, TypeVar, cast
 
 import msgspec
@@ -40,6 +41,9 @@ _REQUEST, _RESPONSE, _ERROR = (bytes((VERSION, kind)) for kind in b"qre")
 _KINDS = {ord("q"): "request", ord("r"): "response", ord("e"): "error"}
 _MAX_ELEMENTS = 1 << 48  # what numpy can address in any type, and the most the service accepts
 _MAX_DIMS = 64
+_REMEMBERED = 512  # forms
+_SMALL = 4096
+_NONE: dict[str, Parameter] = {}
 
 _Dim = Annotated[int, msgspec.Meta(ge=0, le=_MAX_ELEMENTS)]
 _Shape = Annotated[tuple[_Dim, ...], msgspec.Meta(max_length=_MAX_DIMS)]
@@ -53,25 +57,33 @@ class BadMessage(errors.Internal):
     """A message that cannot be read: damaged, forged, or written by a newer release. The text is the operator's."""
 
 
-class _Request(msgspec.Struct, array_like=True, gc=False):
+class _RequestForm(msgspec.Struct, array_like=True, gc=False):
     model: str
     model_version: str
-    id: str
     tensors: _Tensors
     outputs: tuple[tuple[str, int], ...]
-    parameters: _Parameters
-    priority: int
-    tenant: str
     rows: Annotated[int, msgspec.Meta(ge=1)]
     size: _Size
     signature: frozenset[Any]  # of the signature alone: msgspec makes what is in a set hashable, arrays into tuples
 
 
-class _Response(msgspec.Struct, array_like=True, gc=False):
+class _Request(msgspec.Struct, array_like=True, gc=False):
+    form: bytes
+    id: str
+    parameters: _Parameters
+    priority: int
+    tenant: str
+
+
+class _ResponseForm(msgspec.Struct, array_like=True, gc=False):
     model: str
     model_version: str
-    id: str
     tensors: _Tensors
+
+
+class _Response(msgspec.Struct, array_like=True, gc=False):
+    form: bytes
+    id: str
     parameters: _Parameters
     timings: tuple[int, int, int, int, int] | None
     final: bool
@@ -87,6 +99,8 @@ class _Error(msgspec.Struct, array_like=True, gc=False):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_request = msgspec.msgpack.Decoder(_Request).decode
 _decode_response = msgspec.msgpack.Decoder(_Response).decode
+_decode_request_form = msgspec.msgpack.Decoder(_RequestForm).decode
+_decode_response_form = msgspec.msgpack.Decoder(_ResponseForm).decode
 _decode_error = msgspec.msgpack.Decoder(_Error).decode
 _T = TypeVar("_T")
 _CLASSES: dict[str, type[errors.GatewayError]] = {
@@ -112,26 +126,23 @@ def pack_request(request: InferRequest) -> _Packed:
     """
     parts = wires(request.inputs.values())
     try:
-        body = _encode(
+        form = _encode(
             (
                 request.model_name,
                 request.model_version,
-                request.id,
                 _described(request.inputs, parts),
-                [(output.name, output.classification) for output in request.outputs],
-                dict(request.parameters) if request.parameters else {},
-                request.priority,
-                request.tenant,
+                [(output.name, output.classification) for output in request.outputs] if request.outputs else (),
                 request.rows,
                 request.size,
                 (request.signature,),
             )
         )
+        parameters = dict(request.parameters) if request.parameters else _NONE
+        return _REQUEST + _encode((form, request.id, parameters, request.priority, request.tenant)), parts
     except (OverflowError, TypeError, ValueError) as problem:
         raise errors.InvalidArgument(
             f"{errors.request_prefix(request.id)}the request cannot be queued: {problem}"
         ) from None
-    return _REQUEST + body, parts
 
 
 def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
@@ -140,30 +151,24 @@ def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
     The elements of BYTES tensors are read now, because an engine needs them all and only reading shows damage.
     """
     read = _read(header, _REQUEST, _decode_request)
-    inputs = _tensors(read.tensors, payload)
-    for name, tensor in inputs.items():
-        if tensor.datatype is DataType.BYTES:
-            try:
-                _ = tensor.array
-            except ValueError as problem:
-                raise BadMessage(f"tensor '{name}' of a request to model '{read.model}': {problem}") from None
-    if len(read.signature) != 1:
-        raise BadMessage(f"a request to model '{read.model}' has {len(read.signature)} signatures instead of one")
-    (signature,) = read.signature
+    form = _request_form(read.form)
+    inputs = _tensors(form.layout, payload)
+    if form.layout.strings:
+        _read_elements(inputs)
     return InferRequest(
-        read.model,
+        form.model,
         inputs,
-        read.model_version,
+        form.model_version,
         read.id,
-        tuple([RequestedOutput(*output) for output in read.outputs]) if read.outputs else (),
+        form.outputs,
         read.parameters or NO_PARAMETERS,
         None,
         read.priority,
         read.tenant,
         None,
-        read.rows,
-        read.size,
-        signature,
+        form.rows,
+        form.size,
+        form.signature,
     )
 
 
@@ -172,31 +177,24 @@ def pack_response(response: InferResponse) -> _Packed:
     parts = wires(response.outputs.values())
     timings = response.timings
     try:
-        body = _encode(
-            (
-                response.model_name,
-                response.model_version,
-                response.id,
-                _described(response.outputs, parts),
-                dict(response.parameters) if response.parameters else {},
-                None if timings is None else astuple(timings),
-                response.final,
-            )
-        )
+        form = _encode((response.model_name, response.model_version, _described(response.outputs, parts)))
+        parameters = dict(response.parameters) if response.parameters else _NONE
+        times = None if timings is None else astuple(timings)
+        return _RESPONSE + _encode((form, response.id, parameters, times, response.final)), parts
     except (OverflowError, TypeError, ValueError) as problem:
         raise errors.Internal(
             f"{errors.request_prefix(response.id)}the response cannot be sent back: {problem}"
         ) from None
-    return _RESPONSE + body, parts
 
 
 def unpack_response(header: Buffer, payload: Buffer) -> InferResponse:
     """As `unpack_request`, but that the elements of BYTES tensors are not looked at: who wants them reads them."""
     read = _read(header, _RESPONSE, _decode_response)
+    form = _response_form(read.form)
     return InferResponse(
-        read.model,
-        read.model_version,
-        _tensors(read.tensors, payload),
+        form.model,
+        form.model_version,
+        _tensors(form.layout, payload),
         read.id,
         read.parameters or NO_PARAMETERS,
         None if read.timings is None else Timings(*read.timings),
@@ -286,8 +284,12 @@ _NAMES = {datatype: datatype.value for datatype in DataType}  # `value` itself i
 def _read(header: Buffer, kind: bytes, decode: Callable[[Buffer], _T]) -> _T:
     if header[:2] != kind:
         raise _misdirected(header, kind)
+    return _decoded(header[2:], kind, decode)
+
+
+def _decoded(body: Buffer, kind: bytes, decode: Callable[[Buffer], _T]) -> _T:
     try:
-        return decode(header[2:])
+        return decode(body)
     except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as problem:
         raise BadMessage(f"the header of a {_KINDS[kind[1]]} cannot be read: {problem}") from None
 
@@ -303,31 +305,88 @@ def _misdirected(header: Buffer, kind: bytes) -> BadMessage:
     return BadMessage(f"expected a {_KINDS[kind[1]]}, got a {found}")
 
 
-def _tensors(described: _Tensors, payload: Buffer) -> dict[str, Tensor]:
-    view = memoryview(payload)
-    tensors: dict[str, Tensor] = {}
+class _Layout(msgspec.Struct, frozen=True, gc=False):
+    """Where in a payload of `size` bytes the tensors lie: name, type, shape, begin and end of each."""
+
+    cuts: tuple[tuple[str, DataType, tuple[int, ...], int, int], ...]
+    size: int
+    strings: bool  # whether there is a BYTES tensor
+
+
+class _RequestLayout(msgspec.Struct, frozen=True, gc=False):
+    model: str
+    model_version: str
+    layout: _Layout
+    outputs: tuple[RequestedOutput, ...]
+    rows: int
+    size: int
+    signature: Hashable
+
+
+class _ResponseLayout(msgspec.Struct, frozen=True, gc=False):
+    model: str
+    model_version: str
+    layout: _Layout
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _request_form(form: bytes) -> _RequestLayout:
+    read = _decoded(form, _REQUEST, _decode_request_form)
+    if len(read.signature) != 1:
+        raise BadMessage(f"a request to model '{read.model}' has {len(read.signature)} signatures instead of one")
+    (signature,) = read.signature
+    outputs = tuple([RequestedOutput(*output) for output in read.outputs])
+    return _RequestLayout(
+        read.model, read.model_version, _layout(read.tensors), outputs, read.rows, read.size, signature
+    )
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _response_form(form: bytes) -> _ResponseLayout:
+    read = _decoded(form, _RESPONSE, _decode_response_form)
+    return _ResponseLayout(read.model, read.model_version, _layout(read.tensors))
+
+
+def _layout(described: _Tensors) -> _Layout:
+    """Check that these tensors can be."""
     at = 0
+    cuts: dict[str, tuple[str, DataType, tuple[int, ...], int, int]] = {}
     for name, datatype, shape, size in described:
-        if not size or size != math.prod(shape) * datatype.itemsize:
-            _check_size(name, datatype, shape, size)
-        tensors[name] = Tensor(datatype, shape, view[at : at + size])
+        _check_size(name, datatype, shape, size)
+        cuts[name] = (name, datatype, shape, at, at + size)
         at += size
-    if at != len(view):
-        raise BadMessage(f"the tensors of a message have {at} bytes, its payload has {len(view)}")
-    if len(tensors) != len(described):
-        raise BadMessage(f"a message has {len(described)} tensors, but only {len(tensors)} names for them")
-    return tensors
+    if len(cuts) != len(described):
+        raise BadMessage(f"a message has {len(described)} tensors, but only {len(cuts)} names for them")
+    strings = any(datatype is DataType.BYTES for _, datatype, _, _ in described)
+    return _Layout(tuple(cuts.values()), at, strings)
 
 
 def _check_size(name: str, datatype: DataType, shape: tuple[int, ...], size: int) -> None:
     """Raise `BadMessage` unless a tensor of this type and shape can have so many bytes."""
     count = math.prod(shape)
-    fits = (
-        count * 4 <= size and bool(count or not size)
-        if datatype is DataType.BYTES
-        else count * datatype.itemsize == size
-    )
+    if datatype is DataType.BYTES:
+        fits = count * 4 <= size and (count > 0 or size == 0)
+    else:
+        fits = count * datatype.itemsize == size
     if not fits:
         raise BadMessage(f"tensor '{name}' has {size} bytes, which is not {datatype.name} of shape {list(shape)}")
     if math.prod([dim or 1 for dim in shape]) > _MAX_ELEMENTS:  # a dimension of 0 hides the others
         raise BadMessage(f"tensor '{name}' has the shape {list(shape)}, which is more than an array can have")
+
+
+def _tensors(layout: _Layout, payload: Buffer) -> dict[str, Tensor]:
+    if len(payload) != layout.size:
+        raise BadMessage(f"the tensors of a message have {layout.size} bytes, its payload has {len(payload)}")
+    # Copying a few bytes is quicker than making a view of them.
+    source = payload if layout.size <= _SMALL else memoryview(payload)
+    return {name: Tensor(datatype, shape, source[start:end]) for name, datatype, shape, start, end in layout.cuts}
+
+
+def _read_elements(inputs: dict[str, Tensor]) -> None:
+    """Read the elements of BYTES tensors, which stay with them. Raises `BadMessage`."""
+    for name, tensor in inputs.items():
+        if tensor.datatype is DataType.BYTES:
+            try:
+                _ = tensor.array
+            except ValueError as problem:
+                raise BadMessage(f"tensor '{name}' of a request: {problem}") from None

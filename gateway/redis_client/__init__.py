@@ -1,0 +1,32 @@
+"""Redis: connections, timeouts, and every key name. The only package that knows any of them.
+
+Keys and what is in them. P is the prefix (`--queue-prefix`); a hash tag, in braces, puts keys on one shard of a Redis
+Cluster. Ids and field names are UTF-8.
+
+| key                           | type   | what                                                                             |
+|-------------------------------|--------|----------------------------------------------------------------------------------|
+| `{P}:p:<process>`             | string | announcement of one process, msgpack; 2 s to live, refreshed every 500 ms        |
+| `{P}:processes`               | hash   | process id to role; whoever notices that one is dead removes it                  |
+| `{P}:models`                  | hash   | every model announced and not withdrawn by a repository, to the process; no TTL  |
+| `{P}:events`                  | stream | broadcasts to every process: commands, cancels, questions; MAXLEN ~ 10000        |
+| `{P}:stats`                   | hash   | process id to its last statistics, msgpack                                       |
+| `P:q:{<model>/<version>}:1..3`| stream | requests of a lane by class, 1 first; consumer group `workers`                   |
+| `P:d:{<model>/<version>}`     | stream | dead letters of a lane                                                           |
+| `P:r:<process>`               | stream | replies to one gateway process; MAXLEN ~ 10000, lives as long as its heartbeat   |
+| `P:b:<id>`                    | string | a payload beside the stream; lives as long as its request                        |
+| `P:i:<digest>`                | string | idempotency record; has a TTL                                                    |
+| `P:c:<digest>`                | string | response cache entry; has a TTL                                                  |
+| `P:j:<job>`                   | hash   | one async job; has a TTL                                                         |
+| `P:jobs:<state>`              | zset   | async jobs by state                                                              |
+
+`RedisClient` promises: commands go out in the order they were called, in as few pipelines as there are loop turns; a
+command is sent at most once, so a lost connection fails it with `Disconnected` and says nothing of whether it ran;
+one caller's failure or cancellation is nobody else's. Replies are RESP2's: bytes, int, None and lists of those.
+"""
+
+from gateway.redis_client.client import Reader, RedisClient
+from gateway.redis_client.keys import Keys
+from gateway.redis_client.options import RedisOptions
+from gateway.redis_client.wire import Disconnected
+
+__all__ = ["Disconnected", "Keys", "Reader", "RedisClient", "RedisOptions"]

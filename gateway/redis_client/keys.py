@@ -1,0 +1,59 @@
+"""Every key's name; the table at the head of `gateway.redis_client` says what is in it."""
+
+from __future__ import annotations
+
+GROUP = "workers"
+
+
+class Keys:
+    """The keys of one fleet. `prefix` has no braces: Redis Cluster would read them as a hash tag."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self._fleet = f"{{{prefix}}}"
+        self.processes = f"{self._fleet}:processes"
+        self.models = f"{self._fleet}:models"
+        self.events = f"{self._fleet}:events"
+        self.stats = f"{self._fleet}:stats"
+
+    def process(self, process: str) -> str:
+        """The announcement of one process."""
+        return f"{self._fleet}:p:{process}"
+
+    def requests(self, model: str, version: str, klass: int) -> str:
+        """The request stream of one class of a lane."""
+        return f"{self.prefix}:q:{_lane(model, version)}:{klass}"
+
+    def dead(self, model: str, version: str) -> str:
+        """The dead letters of a lane."""
+        return f"{self.prefix}:d:{_lane(model, version)}"
+
+    def replies(self, process: str) -> str:
+        """The reply stream of one gateway process."""
+        return f"{self.prefix}:r:{process}"
+
+    def payload(self, identity: str) -> str:
+        """A payload kept beside the stream."""
+        return f"{self.prefix}:b:{identity}"
+
+    def idempotency(self, digest: str) -> str:
+        """The record of one idempotency key."""
+        return f"{self.prefix}:i:{digest}"
+
+    def cached(self, digest: str) -> str:
+        """One entry of the response cache."""
+        return f"{self.prefix}:c:{digest}"
+
+    def job(self, job: str) -> str:
+        """The record of one async job."""
+        return f"{self.prefix}:j:{job}"
+
+    def jobs(self, state: str) -> str:
+        """The index of the async jobs in one state."""
+        return f"{self.prefix}:jobs:{state}"
+
+
+def _lane(model: str, version: str) -> str:
+    # A brace inside a name would end the hash tag early, and spread the lane over shards.
+    name = model.replace("%", "%25").replace("{", "%7B").replace("}", "%7D")
+    return f"{{{name}/{version}}}"
