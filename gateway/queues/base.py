@@ -17,6 +17,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from gateway.config.model import ModelConfig
 from gateway.errors import GatewayError
 from gateway.types import InferRequest, InferResponse, Responses
@@ -67,6 +69,20 @@ class InstanceState:
     provider: str
 
 
+class Capacity(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What a worker can do of one version: `places` batches at once, each of best `rows` rows. Times are seconds."""
+
+    per_batch: float
+    per_row: float
+    tail: float  # a bound over the mean
+    rows: int
+    places: int
+
+    def seconds(self, rows: int) -> float:
+        """The expected time of a batch."""
+        return self.per_batch + self.per_row * rows
+
+
 class Admission(Protocol):
     """Where a gateway asks whether a version can answer a request in time.
 
@@ -84,6 +100,9 @@ class Admission(Protocol):
 
     def settle(self, request: InferRequest) -> None:
         """An accepted request is answered or given up."""
+
+    def capacity(self) -> Capacity | None:
+        """What this worker can do; None while nothing is known, and for what is no worker."""
 
     def explain(self, seconds: float) -> Mapping[str, Any]:
         """What was decided and why, as plain values, and what a request with so long until its deadline would be told;
@@ -148,8 +167,11 @@ class Queue(Protocol):
         Close it, whatever happens: until then the request counts as unanswered. Raises `GatewayError`.
         """
 
-    def consumer(self, lanes: Sequence[Lane]) -> Consumer:
-        """Open a worker's end of these lanes."""
+    def consumer(self, lanes: Sequence[Lane], limit: int = 1 << 30) -> Consumer:
+        """Open a worker's end of these lanes.
+
+        Where others may take what this one leaves, no more than `limit` jobs of a lane are in its hands.
+        """
 
     async def drained(self, lane: Lane) -> None:
         """Wait until no accepted request of the lane is unanswered."""

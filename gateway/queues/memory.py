@@ -37,7 +37,7 @@ class MemoryQueue:
         state.add(job)
         return job
 
-    def consumer(self, lanes: Sequence[Lane]) -> MemoryConsumer:
+    def consumer(self, lanes: Sequence[Lane], limit: int = 0) -> MemoryConsumer:  # noqa: ARG002 - nobody else would take them
         """See `Queue.consumer`."""
         return MemoryConsumer([self._lane(lane) for lane in lanes])
 

@@ -75,6 +75,10 @@ class RedisClient:
         """Wait until the generation is another one than `since`, and return it."""
         return await self._link.changed(since)
 
+    async def online(self) -> None:
+        """Wait until there is a connection."""
+        await self._link.online()
+
     @property
     def connected(self) -> bool:
         """Whether a call has a connection to go out on."""

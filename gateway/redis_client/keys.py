@@ -20,6 +20,10 @@ class Keys:
         """The announcement of one process."""
         return f"{self._fleet}:p:{process}"
 
+    def holding(self, process: str) -> str:
+        """What one worker holds."""
+        return f"{self._fleet}:h:{process}"
+
     def requests(self, model: str, version: str, klass: int) -> str:
         """The request stream of one class of a lane."""
         return f"{self.prefix}:q:{_lane(model, version)}:{klass}"

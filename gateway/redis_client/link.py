@@ -30,6 +30,7 @@ class Link:
         self._wire: Wire | None = None
         self._why = "not connected to Redis yet"
         self._news = asyncio.Event()
+        self._up = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -73,6 +74,10 @@ class Link:
             await self._news.wait()
         return self.generation
 
+    async def online(self) -> None:
+        """See `RedisClient.online`."""
+        await self._up.wait()
+
     async def _connect(self) -> None:
         wire = await dial(self._options, self._options.target.addresses[0])
         try:
@@ -84,6 +89,7 @@ class Link:
             wire.close("")
             raise
         self._wire = wire
+        self._up.set()
         if server.identity != self._identity:
             self._identity = server.identity
             self.generation += 1
@@ -126,6 +132,7 @@ class Link:
 
     def _lost(self, why: str) -> None:
         self._wire = None
+        self._up.clear()
         self._why = why
         log_event("redis_lost", logging.WARNING, reason=why)
 

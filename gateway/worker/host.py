@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
-from gateway.queues.base import Consumer, InstanceState, Lane, Queue
+from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
 from gateway.scheduling.refusals import refused
 from gateway.statistics import Statistics
@@ -36,7 +38,9 @@ from gateway.worker.warmup import warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
 _FEW = 3  # runs
-_CREDITS = 1 << 30  # in one process the scheduler is the queue: taking all costs nothing, and it sees all
+_ALL = 1 << 30  # what the queue lets this worker have costs nothing to take, and the scheduler sees all of it
+_AHEAD = 3  # batches for each that runs: one runs, one is ready, one comes
+_LEAST = 16  # requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        self._consumer = self._queue.consumer([self.lane])
+        self._consumer = self._queue.consumer([self.lane], self._credits())
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -121,6 +125,18 @@ class Host:
         devices = [place.device for place in self._places]
         told = explain(self._slots.scheduler, self, devices, self._statistics)
         return {**told, "next": foresee(self._slots.scheduler, self, self.source.config, seconds)}
+
+    def capacity(self) -> Capacity | None:
+        """See `Admission.capacity`: as the place that answers most has it, for all of them."""
+        found: list[Capacity] = []
+        for place in self._places:
+            model = self._slots.scheduler.latency(self, place.device)
+            if model.known:
+                found.append(Capacity(*model.fit, model.tail, model.efficient, place.count))
+        if not found:
+            return None
+        best = max(found, key=lambda each: each.places * each.rows / each.seconds(each.rows))
+        return replace(best, places=sum(each.places for each in found))
 
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
@@ -177,8 +193,13 @@ class Host:
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
 
+    def _credits(self) -> int:
+        """How many requests to have here: enough that no instance waits for the next, few enough for others to help."""
+        rows = max(self.source.config.max_batch_size, 1) if self.source.config.batching is not None else 1
+        return max(_LEAST, _AHEAD * rows * sum(place.count for place in self._places))
+
     async def _read(self, consumer: Consumer) -> None:
-        while jobs := await consumer.take(_CREDITS):
+        while jobs := await consumer.take(_ALL):
             try:
                 self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
             except Exception:

@@ -94,6 +94,9 @@ class Calls:
         if not call.answered and not self._expired(call):
             self._cancel(call.id)
 
+    def __contains__(self, call: object) -> bool:
+        return call in self._calls
+
     def rows(self) -> dict[Lane, int]:
         """Rows of the unanswered requests of each lane."""
         return {lane: sum(call.request.rows for call in calls) for lane, calls in self._unanswered.items()}
@@ -194,7 +197,9 @@ class Calls:
         call.sending = False
         if isinstance(problem, ResponseError):
             log_event("request_not_stored", reason=str(problem), model=call.lane.model)
-            call.fail(errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)"))
+            call.fail(
+                errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)")
+            )
         else:
             call.missing = True  # it may be there or not: `audit` sends it once Redis is back
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from redis.exceptions import ResponseError
@@ -77,10 +77,17 @@ class LaneReader:
         """Whether anybody takes from this lane here."""
         return bool(self._consumers)
 
-    async def stopped(self) -> None:
-        """Wait until the reader has ended, after the last consumer has left."""
+    async def stop(self) -> None:
+        """Close the consumers and wait until the reader has ended."""
+        for consumer in list(self._consumers):
+            consumer.close()
         if self._task is not None:
             await asyncio.wait([self._task])
+
+    def cancel(self) -> None:
+        """End the reader at once: what it was given stays pending."""
+        if self._task is not None:
+            self._task.cancel()
 
     def idle(self) -> list[RedisJob]:
         """Jobs that wait here and that nobody will take; the caller hands them to another worker."""
@@ -127,7 +134,7 @@ class LaneReader:
         self._calls.pop(job.call, None)
         self._room.set()
 
-    def cancel(self, call: bytes) -> bool:
+    def drop(self, call: bytes) -> bool:
         """Its caller has gone. False when it is not held here."""
         job = self._calls.get(call)
         if job is None:
@@ -142,6 +149,12 @@ class LaneReader:
                 job.give_up()
             elif self._gone(job.reply_to):
                 self._link.counts.orphans += 1
+                job.give_up()
+
+    def abandon(self, calls: Container[bytes]) -> None:
+        """This process answers these calls no more."""
+        for call, job in list(self._calls.items()):
+            if call in calls:
                 job.give_up()
 
     def disown(self, jobs: Iterable[RedisJob]) -> None:
@@ -175,13 +188,19 @@ class LaneReader:
 
     async def _room_left(self) -> int:
         """How many entries to ask for; 0 when the consumers may have changed meanwhile."""
-        credit = sum(consumer.credits for consumer in self._consumers)
-        room = credit - len(self.held)
-        if room > credit // 4:  # a few at a time would cost a round trip each
+        room = self.room()
+        if room > self._credits() // 4:  # a few at a time would cost a round trip each
             return room
         self._room.clear()
         await self._room.wait()
         return 0
+
+    def room(self) -> int:
+        """How many more requests may be held here."""
+        return self._credits() - len(self.held)
+
+    def _credits(self) -> int:
+        return sum(consumer.credits for consumer in self._consumers)
 
     async def _repair(self, problem: ResponseError) -> None:
         """The group is missing when the lane is new, and after Redis has lost it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from gateway.queues.redis import wire
@@ -24,6 +25,24 @@ class Counts:
     dead_letters: int = 0
     recovered: int = 0  # requests taken over from a worker that died
     damaged: int = 0  # messages that could not be read, or bore the wrong signature
+
+
+class Bell:
+    """Wakes whoever waits for the next beat before it is due."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self) -> None:
+        """There is something to do now."""
+        self._rung.set()
+
+    async def wait(self, seconds: float) -> None:
+        """Wait so long at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._rung.wait()
+        self._rung.clear()
 
 
 @dataclass(slots=True)

@@ -74,7 +74,7 @@ class Outbox:
 
     def tell(self, process: str, call: bytes, kind: bytes, header: bytes) -> None:
         """Answer another process's command or question."""
-        self._put(process, call, kind, header, ())
+        self._put(process, call, kind, header, (self._link.process.encode(),))
 
     def done(self, job: Answered) -> None:
         """Acknowledge a job that nobody waits for."""

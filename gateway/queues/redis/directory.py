@@ -1,0 +1,320 @@
+"""Who is alive, who holds what: every process announces itself and reads the others' announcements.
+
+A process that is silent for two seconds is dead to the others. After Redis was away nobody is declared dead for as
+long, because nobody could announce anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+from redis.exceptions import RedisError
+
+from gateway.queues.base import Capacity, Lane, PoolState, VersionState
+from gateway.queues.redis import announce
+from gateway.queues.redis.admission import FleetAdmission
+from gateway.queues.redis.announce import Announcement
+from gateway.queues.redis.link import Bell, Link
+from gateway.queues.redis.message import VERSION
+from gateway.redis_client import Disconnected
+from gateway.telemetry import log_event
+
+BEAT = 0.5  # seconds
+_LIVES = 2.0  # seconds from an announcement to the death of who made it
+_HOLDING_LIVES = 600.0  # seconds; written anew in half of that
+NO_WORKER = "no live worker holds it"
+
+
+@dataclass(slots=True)
+class Member:
+    """Another process."""
+
+    announcement: Announcement
+    pools: dict[str, PoolState] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    digest: bytes = b""
+    seen: float = 0.0
+
+    def serves(self, lane: Lane) -> bool:
+        """Whether it takes requests of this lane."""
+        pool = None if self.announcement.leaving else self.pools.get(lane.model)
+        return pool is not None and any(
+            state.version == lane.version and state.state == "READY" for state in pool.versions
+        )
+
+
+class Directory:
+    """The fleet as this process knows it, itself included."""
+
+    def __init__(
+        self,
+        link: Link,
+        role: str,
+        rows: Callable[[], dict[Lane, int]],
+        died: Callable[[str], None],
+        news: Callable[[], None],
+    ) -> None:
+        """`rows` says what this process waits for. `died` is told of each process that is dead, `news` that others
+        should look what this one holds now.
+        """
+        self.members: dict[str, Member] = {}
+        self.dead: dict[str, None] = {}
+        self.leaving = False
+        self.names: Collection[str] = ()
+        self._link = link
+        self._role = role
+        self._rows = rows
+        self._died = died
+        self._news = news
+        self._own: dict[str, PoolState] = {}
+        self._pools: dict[str, PoolState] = {}
+        self._known: set[str] = set()  # models that somebody held once
+        self._admissions: dict[Lane, FleetAdmission] = {}
+        self._bell = Bell()
+        self._holding = b""
+        self._written: tuple[bytes, float] = (b"", 0.0)
+        self._calm = 0.0  # nobody is dead before this time
+
+    # --- what this process holds
+
+    def publish(self, state: PoolState) -> None:
+        """See `Queue.publish`."""
+        self._own[state.model] = state
+        self._renew(state.model)
+
+    def withdraw(self, model: str) -> None:
+        """See `Queue.withdraw`."""
+        if self._own.pop(model, None) is not None and not any(model in each.pools for each in self.members.values()):
+            self._known.discard(model)
+            self._forget(model)
+        self._renew(model)
+
+    def leave(self) -> None:
+        """This worker takes no more requests."""
+        self.leaving = True
+        for model in self._own:
+            self._merge(model)
+        self._bell.ring()
+
+    # --- what the fleet holds
+
+    def pool(self, model: str) -> PoolState | None:
+        """See `Queue.pool`."""
+        return self._pools.get(model)
+
+    def pools(self) -> list[PoolState]:
+        """See `Queue.pools`."""
+        return [self._pools[name] for name in sorted(self._pools)]
+
+    def repository_names(self) -> set[str]:
+        """The names of what the workers could load."""
+        return {name for member in self.members.values() for name in member.names} | set(self.names)
+
+    def others(self, lane: Lane) -> Iterator[str]:
+        """The other workers that take requests of this lane."""
+        return (process for process, member in self.members.items() if member.serves(lane))
+
+    def newer(self, lane: Lane) -> str | None:
+        """A worker of this lane that reads newer messages than this process does."""
+        others = self.others(lane)
+        return next((each for each in others if self.members[each].announcement.reads > VERSION), None)
+
+    def workers(self) -> set[str]:
+        """Every live worker that carries out commands."""
+        found = {
+            process
+            for process, member in self.members.items()
+            if member.announcement.role != "gateway" and not member.announcement.leaving
+        }
+        return found if self._role == "gateway" or self.leaving else found | {self._link.process}
+
+    def shares_memory(self, lane: Lane) -> bool:
+        """Whether every worker of a lane reads the same /dev/shm as this process."""
+        host = self._link.payloads.host
+        return bool(host) and all(self.members[each].announcement.host == host for each in self.others(lane))
+
+    def is_dead(self, process: str) -> bool:
+        """Whether a process is known to have died."""
+        return process in self.dead
+
+    # --- the beat
+
+    async def run(self) -> None:
+        """Announce and look around until cancelled."""
+        while True:
+            try:
+                await self.announce()
+                await self.refresh()
+            except Disconnected:
+                self._calm = time.monotonic() + _LIVES + BEAT
+            except RedisError as problem:  # e.g. no memory left: the others think that this process has died
+                log_event("not_announced", logging.ERROR, reason=str(problem))
+            await self._bell.wait(BEAT)
+
+    def wake(self) -> None:
+        """Somebody has news."""
+        self._bell.ring()
+
+    async def announce(self) -> None:
+        """Tell the others of this process. Raises `Disconnected`."""
+        client, process, now = self._link.client, self._link.process, time.monotonic()
+        holding = announce.pack_holding(self._own.values(), self.names)
+        digest = announce.digest(holding)
+        written, at = self._written
+        news = digest != written
+        if news or now - at > _HOLDING_LIVES / 2:
+            await client.call("SET", client.keys.holding(process), holding, "PX", int(_HOLDING_LIVES * 1000))
+            if self._own:
+                known = [word for model in self._own for word in (model, process)]
+                await client.call("HSET", client.keys.models, *known)
+            self._written = digest, now
+        own = Announcement(
+            self._role,
+            self._link.payloads.host,
+            VERSION,
+            self.leaving,
+            digest,
+            self._capacities(),
+            {f"{lane.model}/{lane.version}": rows for lane, rows in self._rows().items()},
+        )
+        announced = client.call("SET", client.keys.process(process), announce.encode(own), "PX", int(_LIVES * 1000))
+        client.call("HSET", client.keys.processes, process, self._role).add_done_callback(_seen)
+        await announced
+        if news:
+            self._news()
+
+    async def refresh(self) -> None:
+        """Read who is there. Raises `Disconnected`."""
+        client = self._link.client
+        roles, known = await asyncio.gather(
+            client.call("HGETALL", client.keys.processes), client.call("HKEYS", client.keys.models)
+        )
+        names = [name.decode() for name in roles[::2] if name.decode() != self._link.process]
+        found = await client.call("MGET", *map(client.keys.process, names)) if names else []
+        now = time.monotonic()
+        for process, data in zip(names, found, strict=True):
+            own = None if data is None else announce.read_announcement(data)
+            if own is not None:
+                await self._see(process, own, now)
+        self._bury(set(names), now)
+        self._learn(known)
+        self._weigh()
+
+    async def _see(self, process: str, own: Announcement, now: float) -> None:
+        member = self.members.get(process)
+        if member is None:
+            member = self.members[process] = Member(own)
+            self.dead.pop(process, None)
+        left = own.leaving and not member.announcement.leaving
+        member.announcement, member.seen = own, now
+        if own.digest != member.digest:
+            data = await self._link.client.call("GET", self._link.client.keys.holding(process))
+            holding = None if data is None else announce.read_holding(data)
+            if holding is None:
+                return
+            touched = set(member.pools)
+            member.pools, member.names = holding
+            member.digest = announce.digest(data)
+            for model in touched | set(member.pools):
+                self._merge(model)
+        elif left:
+            for model in member.pools:
+                self._merge(model)
+
+    def _bury(self, listed: set[str], now: float) -> None:
+        for process, member in list(self.members.items()):
+            gone = process not in listed  # it said good-bye, or the fleet's list was lost
+            if now - member.seen > (BEAT if gone else _LIVES) and now > self._calm:
+                del self.members[process]
+                self.dead[process] = None
+                if len(self.dead) > 10_000:
+                    self.dead.pop(next(iter(self.dead)))
+                log_event("process_gone", logging.WARNING, process=process)
+                client = self._link.client
+                client.call("HDEL", client.keys.processes, process).add_done_callback(_seen)
+                for model in member.pools:
+                    self._merge(model)
+                self._died(process)
+
+    def disturbed(self) -> None:
+        """Redis was away or has lost its data: silence means nothing for a while."""
+        self._calm = time.monotonic() + _LIVES + BEAT
+        self._written = (b"", 0.0)
+        self._bell.ring()
+
+    # --- merging
+
+    def _renew(self, model: str) -> None:
+        self._merge(model)
+        self._bell.ring()
+
+    def _learn(self, known: list[bytes]) -> None:
+        names = {name.decode() for name in known}
+        for model in names ^ self._known:
+            self._known = self._known | {model} if model in names else self._known - {model}
+            self._merge(model)
+
+    def _merge(self, model: str) -> None:
+        pools = {
+            process: member.pools[model]
+            for process, member in self.members.items()
+            if model in member.pools and not member.announcement.leaving
+        }
+        if model in self._own and not self.leaving:
+            pools[self._link.process] = self._own[model]
+        if not pools:
+            if model in self._known:
+                self._pools[model] = PoolState(model, reason=NO_WORKER)
+            else:
+                self._pools.pop(model, None)
+            return
+        merged = announce.merge(model, pools)
+        merged = replace(merged, versions=tuple(self._admitting(model, state) for state in merged.versions))
+        if merged != self._pools.get(model):
+            self._pools[model] = merged
+
+    def _admitting(self, model: str, state: VersionState) -> VersionState:
+        if state.state != "READY":
+            return state
+        lane = Lane(model, state.version)
+        admission = self._admissions.setdefault(lane, FleetAdmission(lane))
+        if state.config is not None:
+            admission.configure(state.config)
+        return replace(state, admission=admission)
+
+    def _weigh(self) -> None:
+        """Tell each lane's admission what its workers can do and what other gateways wait for."""
+        own_capacities = self._capacities()
+        for lane, admission in self._admissions.items():
+            name = f"{lane.model}/{lane.version}"
+            capacities = [
+                member.announcement.capacity[name]
+                for member in self.members.values()
+                if name in member.announcement.capacity and not member.announcement.leaving
+            ]
+            own = own_capacities.get(name)
+            elsewhere = sum(member.announcement.rows.get(name, 0) for member in self.members.values())
+            admission.weigh([*capacities, *([own] if own else [])], elsewhere)
+
+    def _capacities(self) -> dict[str, Capacity]:
+        found = {}
+        for pool in self._own.values():
+            for state in pool.versions:
+                capacity = state.admission.capacity() if state.admission is not None else None
+                if capacity is not None:
+                    found[f"{pool.model}/{state.version}"] = capacity
+        return found
+
+    def _forget(self, model: str) -> None:
+        client = self._link.client
+        client.call("HDEL", client.keys.models, model).add_done_callback(_seen)
+
+
+def _seen(done: asyncio.Future[object]) -> None:
+    """What fails here is done again at the next beat."""
+    if not done.cancelled():
+        done.exception()

@@ -1,0 +1,257 @@
+"""What processes tell each other besides requests: commands, questions, cancelled calls, and that something changed.
+
+Every process reads the fleet's event stream. Whoever asked is answered in its reply stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Collection
+
+from redis.exceptions import RedisError
+
+from gateway import errors
+from gateway.queues.base import Command, Load, Unload
+from gateway.queues.redis import wire
+from gateway.queues.redis.link import Link
+from gateway.queues.redis.message import BadMessage, pack_error, unpack_error
+from gateway.queues.redis.outbox import Outbox
+from gateway.redis_client import Disconnected
+from gateway.telemetry import log_event
+
+_KEPT = 10_000  # events
+_BLOCK = 1.0  # seconds
+_ANSWERED = 1.0  # seconds within which a live process answers a question
+
+LOAD, UNLOAD, QUESTION, CANCEL, NEWS, GIVEN = "load", "unload", "question", "cancel", "news", "given"
+
+
+class RedisOrder:
+    """The `Order` protocol: a command from some gateway."""
+
+    def __init__(self, command: Command, sender: str, identity: bytes, outbox: Outbox) -> None:
+        self.command = command
+        self._sender = sender
+        self._id = identity
+        self._outbox: Outbox | None = outbox
+
+    def finish(self, error: errors.GatewayError | None) -> None:
+        """See `Order.finish`."""
+        outbox, self._outbox = self._outbox, None
+        if outbox is not None:
+            outbox.tell(self._sender, self._id, wire.REPORT, b"" if error is None else pack_error(error))
+
+
+class _Asked:
+    """What several processes were asked, and what they said."""
+
+    def __init__(self, expected: Collection[str]) -> None:
+        self.expected = set(expected)
+        self.said: list[bytes] = []
+        self.changed = asyncio.Event()
+
+    async def complete(self) -> None:
+        """Wait until all have answered that live."""
+        while self.expected:
+            self.changed.clear()
+            await self.changed.wait()
+
+
+class Events:
+    """The event stream of the fleet, seen from one process."""
+
+    def __init__(
+        self, link: Link, outbox: Outbox, on: dict[str, Callable[[wire.Broadcast], None]], *, takes_orders: bool
+    ) -> None:
+        """`on` is told of cancelled calls, news and entries given to this process."""
+        self.answers: dict[str, Callable[[str], bytes]] = {}
+        """What this process answers to a question: by its first word, called with the rest."""
+        self._link = link
+        self._outbox = outbox
+        self._on = on
+        self._asked: dict[bytes, _Asked] = {}
+        self._orders: deque[RedisOrder] = deque()
+        self._order_waiter: asyncio.Future[None] | None = None
+        self._cancelled: list[bytes] = []
+        self._closed = False
+        self._takes_orders = takes_orders
+        self._last = b""
+
+    # --- asking
+
+    async def command(self, command: Command, workers: Collection[str]) -> None:
+        """Have these workers carry out a command. Raises what one of them reported."""
+        if self._closed:
+            raise errors.stopping()
+        if not workers:
+            raise errors.Unavailable("no worker is alive to carry this out; start one, or look at its log")
+        kind = LOAD if isinstance(command, Load) else UNLOAD
+        parameters = command.parameters if isinstance(command, Load) else {}
+        asked = await self._ask(kind, command.model, workers, parameters)
+        try:
+            await asked.complete()
+        finally:
+            self._forget(asked)
+        reports = [None if not said else unpack_error(said) for said in asked.said]
+        if None not in reports:
+            raise reports[0] or errors.Unavailable("every worker died that was to carry this out")
+        # A worker whose repository has no such model has nothing to report where another has it.
+        if failed := [error for error in reports if error is not None and not _has_no_such_model(error)]:
+            raise failed[0]
+
+    async def question(self, question: str, processes: Collection[str]) -> list[bytes]:
+        """What these processes answer; those that are silent for a second are left out."""
+        if not processes:
+            return []
+        asked = await self._ask(QUESTION, question, processes, {})
+        try:
+            async with asyncio.timeout(_ANSWERED):
+                await asked.complete()
+        except TimeoutError:
+            log_event("question_unanswered", logging.WARNING, question=question, processes=len(asked.expected))
+        finally:
+            self._forget(asked)
+        return asked.said
+
+    async def orders(self) -> AsyncGenerator[RedisOrder, None]:
+        """See `Queue.commands`."""
+        while True:
+            while self._orders:
+                yield self._orders.popleft()
+            self._order_waiter = asyncio.get_running_loop().create_future()
+            await self._order_waiter
+
+    # --- telling
+
+    def cancel(self, call: bytes) -> None:
+        """Tell every worker that nobody waits for a call; all of one turn in one event."""
+        if not self._cancelled:
+            asyncio.get_running_loop().call_soon(self._tell_cancelled)
+        self._cancelled.append(call)
+
+    def tell(self, kind: str, text: str = "", ids: list[bytes] | None = None) -> asyncio.Future[bytes]:
+        """Send an event. What comes of it is the caller's to look at, or nobody's."""
+        event = wire.Broadcast(kind, self._link.process, text=text, ids=ids or [])
+        return self._send(event)
+
+    def _tell_cancelled(self) -> None:
+        calls, self._cancelled = self._cancelled, []
+        # Without it the workers run what nobody waits for; nothing else is lost.
+        self.tell(CANCEL, ids=calls).add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    # --- hearing
+
+    def deliver(self, frame: wire.Frame) -> None:
+        """An answer to what was asked. Its text begins with who says it."""
+        asked = self._asked.get(frame.call)
+        if asked is None:
+            return
+        asked.said.append(frame.header)
+        process = bytes(frame.rest).decode()
+        asked.expected.discard(process)
+        asked.changed.set()
+
+    def died(self, process: str) -> None:
+        """Nobody waits for what a dead process would say."""
+        for asked in self._asked.values():
+            asked.expected.discard(process)
+            asked.changed.set()
+
+    def close(self) -> None:
+        """Answer those that still wait."""
+        self._closed = True
+        for asked in self._asked.values():
+            asked.said.append(pack_error(errors.stopping()))
+            asked.expected.clear()
+            asked.changed.set()
+
+    async def start(self) -> None:
+        """What is sent from now on concerns this process. Raises `Disconnected`."""
+        newest = await self._link.client.call("XREVRANGE", self._link.client.keys.events, "+", "-", "COUNT", 1)
+        self._last = newest[0][0] if newest else b"0-0"
+
+    async def run(self) -> None:
+        """Read the events until cancelled."""
+        client = self._link.client
+        reader = client.reader()
+        try:
+            while True:
+                try:
+                    if not self._last:
+                        await self.start()
+                    reply = await reader.call(
+                        "XREAD", "COUNT", 256, "BLOCK", int(_BLOCK * 1000), "STREAMS", client.keys.events, self._last,
+                        seconds=_BLOCK,
+                    )  # fmt: skip
+                except Disconnected:
+                    await client.online()
+                except RedisError as problem:
+                    log_event("events_unreadable", logging.ERROR, reason=str(problem))
+                    await asyncio.sleep(_BLOCK)
+                else:
+                    for _, self._last, fields in wire.entries(reply):
+                        self._hear(fields)
+        finally:
+            await reader.close()
+
+    def _hear(self, fields: dict[bytes, bytes]) -> None:
+        try:
+            data = fields[wire.HEADER]
+            self._link.seal.verify(fields.get(wire.SIGNATURE, b""), data)
+            event = wire.read_broadcast(data)
+        except (BadMessage, KeyError) as problem:
+            self._link.damaged(problem, "an event")
+            return
+        if event.kind in (LOAD, UNLOAD):
+            if self._takes_orders:
+                command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
+                self._orders.append(RedisOrder(command, event.sender, event.id, self._outbox))
+                if self._order_waiter is not None and not self._order_waiter.done():
+                    self._order_waiter.set_result(None)
+        elif event.kind == QUESTION:
+            self._answer(event)
+        elif (told := self._on.get(event.kind)) is not None:
+            told(event)
+
+    def _answer(self, event: wire.Broadcast) -> None:
+        word, _, rest = event.text.partition(":")
+        answer = self.answers.get(word)
+        if answer is None or event.sender == self._link.process:
+            return
+        try:
+            said = answer(rest)
+        except (errors.GatewayError, KeyError):  # e.g. it holds no such model
+            said = b""
+        self._outbox.tell(event.sender, event.id, wire.TOLD, said)
+
+    # --- sending
+
+    async def _ask(self, kind: str, text: str, processes: Collection[str], parameters: dict[str, str]) -> _Asked:
+        identity, asked = next(self._link.ids), _Asked(processes)
+        self._asked[identity] = asked
+        try:
+            await self._send(wire.Broadcast(kind, self._link.process, identity, text, parameters))
+        except RedisError as problem:
+            self._forget(asked)
+            raise errors.Unavailable(f"the queue's Redis does not take commands now: {problem}") from None
+        except BaseException:
+            self._forget(asked)
+            raise
+        return asked
+
+    def _forget(self, asked: _Asked) -> None:
+        self._asked = {identity: each for identity, each in self._asked.items() if each is not asked}
+
+    def _send(self, event: wire.Broadcast) -> asyncio.Future[bytes]:
+        data = wire.encode(event)
+        fields = [wire.HEADER, data]
+        if self._link.seal.size:
+            fields += [wire.SIGNATURE, self._link.seal.sign(data)]
+        client = self._link.client
+        return client.call("XADD", client.keys.events, "MAXLEN", "~", _KEPT, "*", *fields)
+
+
+def _has_no_such_model(error: errors.GatewayError) -> bool:
+    return "failed to poll from model repository" in error.message

@@ -1,0 +1,329 @@
+"""`RedisQueue`: gateways and workers in any number of processes meet in Redis Streams.
+
+The parts, each in its module: `calls` the gateway's end, `lane` and `outbox` the worker's, `directory` who is alive and
+holds what, `events` commands and what else processes tell each other, `recovery` what dead workers left behind. What is
+promised beyond `Queue`: a request is run at least once and answered at most once, whichever process or server
+dies, as long as its gateway lives and its deadline has not passed. The keys are described in `gateway.redis_client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Literal, Self, TypeAlias
+
+from redis.exceptions import RedisError
+
+from gateway import errors
+from gateway.queues.base import Command, Lane, Order, PoolState
+from gateway.queues.redis import wire
+from gateway.queues.redis.beside import Payloads
+from gateway.queues.redis.calls import Calls, RedisCall
+from gateway.queues.redis.cancelled import Cancelled
+from gateway.queues.redis.directory import BEAT, Directory
+from gateway.queues.redis.events import CANCEL, GIVEN, NEWS, Events
+from gateway.queues.redis.lane import LaneReader, RedisConsumer
+from gateway.queues.redis.link import Bell, Counts, Link
+from gateway.queues.redis.message import BadMessage, Seal
+from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.recovery import Recovery
+from gateway.redis_client import Disconnected, RedisClient
+from gateway.telemetry import log_event
+from gateway.types import InferRequest
+
+Role: TypeAlias = Literal["all", "gateway", "worker"]
+
+_REPLIES_LIVE = 10.0  # seconds that the answers of a gateway outlive its last beat
+_BLOCK = 1.0  # seconds
+_FLUSH = 2.0  # seconds that a stop gives the last answers and acknowledgements
+
+
+class RedisQueue:
+    """The `Queue` protocol over Redis, an async context manager. Enter it before anything is submitted or consumed."""
+
+    def __init__(self, client: RedisClient, role: Role = "all", *, key: bytes | None = None) -> None:
+        """`client` is entered and left by the caller. With `key` messages are signed, and none is read that is not."""
+        self.process = f"{role}-{secrets.token_hex(16)}"
+        self._client = client
+        self._role = role
+        self._seal = Seal(key)
+        self._lanes: dict[Lane, LaneReader] = {}
+        self._cancelled = Cancelled()
+        self._tasks = asyncio.TaskGroup()
+        self._background: list[asyncio.Task[None]] = []
+        self._closed = False
+        self._bell = Bell()
+        self._beat = asyncio.Event()
+        self._last_reply = b"0-0"
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        payloads = Payloads(self._client, self.process)
+        link = self._link = Link(self._client, self.process, self._seal, payloads, self._tasks)
+        self._outbox = Outbox(link)
+        self._calls = Calls(link, self._cancel, lambda lane: self._directory.shares_memory(lane))
+        self._directory = Directory(link, self._role, self._calls.rows, self._died, self._tell_news)
+        on: dict[str, Callable[[wire.Broadcast], None]] = {
+            CANCEL: self._on_cancelled,
+            NEWS: lambda _: self._directory.wake(),
+            GIVEN: self._on_given,
+        }
+        self._events = Events(link, self._outbox, on, takes_orders=self._role != "gateway")
+        self._recovery = Recovery(link, self._directory, self._events)
+        with suppress(Disconnected, RedisError):  # it comes up later, or refuses and says so then
+            await self._events.start()
+            await self._open_replies()
+            await self._directory.announce()
+            await self._directory.refresh()
+        for run in (self._directory.run, self._events.run, self._read_replies, self._look_after, self._watch):
+            self._background.append(self._tasks.create_task(run(), name=f"queue:{run.__name__}"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        try:
+            async with asyncio.timeout(_FLUSH):
+                await self._sign_off()
+        except (TimeoutError, Disconnected, RedisError) as problem:
+            log_event("sign_off_failed", logging.WARNING, reason=str(problem) or "Redis did not answer in time")
+        for task in (*self._background, *self._lanes.values()):
+            task.cancel()
+        if not isinstance(error, asyncio.CancelledError):
+            kind = error = trace = None  # the group would wrap an error of the block, which is none of its business
+        await self._tasks.__aexit__(kind, error, trace)
+
+    # --- Queue: requests
+
+    def submit(self, lane: Lane, request: InferRequest) -> RedisCall:
+        """See `Queue.submit`."""
+        if self._closed:
+            raise errors.stopping()
+        return self._calls.submit(lane, request, _class_of(request))
+
+    def consumer(self, lanes: Sequence[Lane], limit: int = 1024) -> RedisConsumer:
+        """See `Queue.consumer`."""
+        return RedisConsumer([self._lane(lane) for lane in lanes], limit)
+
+    async def drained(self, lane: Lane) -> None:
+        """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""
+        await self._calls.empty(lane)
+        reader = self._lanes.get(lane)
+        while reader is not None and reader.served and not any(self._directory.others(lane)):
+            lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in reader.streams))
+            if not sum(lengths):
+                return
+            await self._beat.wait()
+
+    # --- Queue: pools
+
+    def publish(self, state: PoolState) -> None:
+        """See `Queue.publish`."""
+        self._directory.publish(state)
+
+    def withdraw(self, model: str) -> None:
+        """See `Queue.withdraw`."""
+        self._directory.withdraw(model)
+
+    def pool(self, model: str) -> PoolState | None:
+        """See `Queue.pool`."""
+        return self._directory.pool(model)
+
+    def pools(self) -> list[PoolState]:
+        """See `Queue.pools`."""
+        return self._directory.pools()
+
+    # --- Queue: commands
+
+    async def send(self, command: Command) -> None:
+        """See `Queue.send`."""
+        await self._events.command(command, self._directory.workers())
+
+    def commands(self) -> AsyncIterator[Order]:
+        """See `Queue.commands`."""
+        return self._events.orders()
+
+    def close(self) -> None:
+        """See `Queue.close`."""
+        self._closed = True
+        self._calls.close()
+        self._events.close()
+        for lane in self._lanes.values():
+            lane.abandon(self._calls)
+
+    # --- what a fleet has besides
+
+    @property
+    def counts(self) -> Counts:
+        """What happened here that operators may ask about."""
+        return self._link.counts
+
+    @property
+    def answers(self) -> dict[str, Callable[[str], bytes]]:
+        """What this process answers to `ask`: by the question's first word, called with what follows the colon."""
+        return self._events.answers
+
+    async def ask(self, question: str) -> list[bytes]:
+        """Put a question to every other live process. Those that are silent for a second are left out."""
+        return [said for said in await self._events.question(question, list(self._directory.members)) if said]
+
+    def repository_names(self, own: Collection[str] = ()) -> set[str]:
+        """What the workers could load; `own` is what this one could."""
+        self._directory.names = own or self._directory.names
+        return self._directory.repository_names()
+
+    def leave(self) -> None:
+        """This worker takes no new requests; tell gateways at once."""
+        self._directory.leave()
+
+    # --- requests
+
+    def _lane(self, lane: Lane) -> LaneReader:
+        reader = self._lanes.get(lane)
+        if reader is None:
+            reader = LaneReader(self._link, lane, self._outbox, self._cancelled, self._directory.is_dead)
+            self._lanes[lane] = reader
+        return reader
+
+    def _cancel(self, call: bytes) -> None:
+        """A caller of this process has gone."""
+        if not any(lane.drop(call) for lane in self._lanes.values()):
+            self._cancelled.add(call, time.monotonic())
+            self._events.cancel(call)
+
+    def _on_cancelled(self, event: wire.Broadcast) -> None:
+        now = time.monotonic()
+        for call in event.ids:
+            if event.sender != self.process and not any(lane.drop(call) for lane in self._lanes.values()):
+                self._cancelled.add(call, now)
+
+    def _on_given(self, event: wire.Broadcast) -> None:
+        if event.text == self.process:
+            self._bell.ring()
+
+    def _tell_news(self) -> None:
+        self._events.tell(NEWS).add_done_callback(_seen)
+
+    def _died(self, process: str) -> None:
+        self._events.died(process)
+        self._bell.ring()
+
+    # --- tasks
+
+    async def _open_replies(self) -> None:
+        """Make the reply stream, without which answers to this process are dropped."""
+        key = self._client.keys.replies(self.process)
+        opened = self._client.call("XADD", key, "MAXLEN", "~", 10_000, "*", "opened", self._role)
+        self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)).add_done_callback(_seen)
+        self._last_reply = b"0-0"
+        await opened
+
+    async def _read_replies(self) -> None:
+        reader = self._client.reader()
+        key = self._client.keys.replies(self.process)
+        try:
+            while True:
+                try:
+                    reply = await reader.call(
+                        "XREAD", "COUNT", 64, "BLOCK", int(_BLOCK * 1000), "STREAMS", key, self._last_reply,
+                        seconds=_BLOCK,
+                    )  # fmt: skip
+                except Disconnected:
+                    await self._client.online()
+                except RedisError as problem:
+                    log_event("replies_unreadable", logging.ERROR, reason=str(problem))
+                    await asyncio.sleep(_BLOCK)
+                else:
+                    for _, self._last_reply, fields in wire.entries(reply):
+                        await self._deliver(fields)
+        finally:
+            await reader.close()
+
+    async def _deliver(self, fields: dict[bytes, bytes]) -> None:
+        for name, value in fields.items():
+            if name == b"opened":
+                continue
+            try:
+                frame = wire.read_frame(name, value, self._seal)
+                if frame.kind in (wire.REPORT, wire.TOLD):
+                    self._events.deliver(frame)
+                else:
+                    await self._calls.deliver(frame)
+            except BadMessage as problem:
+                self._link.damaged(problem, "the replies")
+
+    async def _look_after(self) -> None:
+        """What is to be done from time to time: nothing here is waited for by a request that goes well."""
+        while True:
+            await self._bell.wait(BEAT)
+            try:
+                await self._tidy()
+            except Disconnected:
+                await self._calls.audit()  # it says so to those who have waited long enough
+            except RedisError as problem:
+                log_event("queue_untended", logging.ERROR, reason=str(problem))
+            self._beat.set()
+            self._beat.clear()
+
+    async def _tidy(self) -> None:
+        now = time.monotonic()
+        self._outbox.retry()
+        for lane in list(self._lanes.values()):
+            lane.give_up_orphans(now)
+            if lane.served:
+                await self._recovery.look(lane)
+            await self._recovery.hand_over(lane, lane.idle())
+        await self._calls.audit()
+        await self._keep_replies()
+        self._link.payloads.sweep()
+
+    async def _keep_replies(self) -> None:
+        key = self._client.keys.replies(self.process)
+        if not await self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)):
+            await self._open_replies()
+        await self._client.call("XTRIM", key, "MINID", "~", self._last_reply)
+
+    async def _watch(self) -> None:
+        """Another server answers, or the same one after a loss: nothing that was stored is sure to be there."""
+        generation = self._client.generation
+        while True:
+            generation = await self._client.changed(generation)
+            self._directory.disturbed()
+            with suppress(Disconnected, RedisError):
+                await self._open_replies()
+                await self._calls.audit(suspicious=True)
+
+    async def _sign_off(self) -> None:
+        """Hand over what is left, and tell the others that this process ends and did not die."""
+        self._directory.leave()
+        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+        for lane in self._lanes.values():
+            await self._recovery.hand_over(lane, lane.idle())
+        await self._outbox.flushed()
+        for lane in self._lanes.values():
+            await self._recovery.sign_off(lane)
+        client, keys = self._client, self._client.keys
+        await asyncio.gather(
+            client.call("DEL", keys.process(self.process)),
+            client.call("DEL", keys.holding(self.process)),
+            client.call("HDEL", keys.processes, self.process),
+            client.call("DEL", keys.replies(self.process)),
+        )
+        await self._events.tell(NEWS)
+
+
+def _class_of(request: InferRequest) -> int:
+    """The stream of its lane: 1 for Triton's highest priority, 3 for what may wait longest."""
+    return 1 if request.priority == 1 else 3 if request.priority >= 3 else 2
+
+
+def _seen(done: asyncio.Future[Any]) -> None:
+    """What fails here is done again at the next beat."""
+    if not done.cancelled():
+        done.exception()

@@ -1,0 +1,148 @@
+"""What dead workers left behind, and what live ones cannot use: pending entries change hands.
+
+A worker whose announcement is gone is dead; its entries are claimed and count one delivery more. An entry that is
+given, by a worker that stops or is too old for it, keeps its count. Nothing is decided by how long an entry has been
+pending: a long batch is no death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from redis.exceptions import RedisError
+
+from gateway.queues.redis import wire
+from gateway.queues.redis.directory import Directory
+from gateway.queues.redis.events import GIVEN, Events
+from gateway.queues.redis.jobs import RedisJob
+from gateway.queues.redis.lane import LaneReader
+from gateway.queues.redis.link import Link
+from gateway.redis_client import Disconnected
+from gateway.redis_client.keys import GROUP
+from gateway.telemetry import log_event
+
+_AT_ONCE = 1000  # entries looked at
+_STRANGE = 1000  # ms that an entry of a worker nobody has seen must be pending to be taken from it
+
+
+class _Pending(NamedTuple):
+    """An entry that was delivered so many times, the last `idle` ms ago."""
+
+    entry: bytes
+    idle: int
+    deliveries: int
+
+
+class Recovery:
+    """Looks after the pending entries of this process's lanes."""
+
+    def __init__(self, link: Link, directory: Directory, events: Events) -> None:
+        self._link = link
+        self._directory = directory
+        self._events = events
+
+    async def look(self, lane: LaneReader) -> None:
+        """Take over what dead workers held of a lane, and what was given to this one. Raises `Disconnected`."""
+        for stream in lane.streams:
+            try:
+                await self._look(lane, stream)
+            except Disconnected:
+                raise
+            except RedisError as problem:  # the group is not made yet, or is gone; the reader makes it
+                if not str(problem).startswith("NOGROUP"):
+                    log_event("recovery_failed", logging.ERROR, stream=stream, reason=str(problem))
+
+    async def hand_over(self, lane: LaneReader, jobs: Sequence[RedisJob]) -> None:
+        """Give jobs that nobody here will run to another worker. Without one they stay, until somebody claims them."""
+        heir = next(self._directory.others(lane.lane), None)
+        if heir is None or not jobs:
+            return
+        for stream in lane.streams:
+            entries = [job.entry for job in jobs if job.stream == stream]
+            if entries:
+                await self._link.client.call("XCLAIM", stream, GROUP, heir, 0, *entries, "JUSTID")
+        lane.disown(jobs)
+        self._tell(heir)
+
+    async def sign_off(self, lane: LaneReader) -> None:
+        """Leave the group, unless entries would be lost with the name: what is pending is another's to claim."""
+        for stream in lane.streams:
+            try:
+                mine = await self._link.client.call("XPENDING", stream, GROUP, "-", "+", 1, self._link.process)
+                if not mine:
+                    await self._link.client.call("XGROUP", "DELCONSUMER", stream, GROUP, self._link.process)
+            except RedisError:
+                continue  # no group, no name in it
+
+    async def _look(self, lane: LaneReader, stream: str) -> None:
+        total, _, _, consumers = await self._link.client.call("XPENDING", stream, GROUP)
+        if not total:
+            return
+        for name, count in consumers:
+            process = name.decode()
+            if process == self._link.process:
+                held = sum(job.stream == stream for job in lane.held.values())
+                if int(count) > held + len(lane.outbox.unacknowledged[stream]):
+                    await self._adopt_own(lane, stream)
+            elif process not in self._directory.members:
+                await self._take_over(lane, stream, process)
+
+    async def _adopt_own(self, lane: LaneReader, stream: str) -> None:
+        """Entries of ours that we do not hold: given to us, or read when a connection broke."""
+        done = lane.outbox.unacknowledged[stream]
+        pending = await self._pending(stream, self._link.process)
+        lost = [each for each in pending if each.entry not in lane.held and each.entry not in done]
+        await self._pass_on(lane, stream, [each.entry for each in lost if each.entry in lane.foreign])
+        # RETRYCOUNT: that it changes hands is no delivery.
+        await asyncio.gather(
+            *(
+                self._claim(lane, stream, each, each.deliveries, "RETRYCOUNT", each.deliveries)
+                for each in lost
+                if each.entry not in lane.foreign
+            )
+        )
+
+    async def _take_over(self, lane: LaneReader, stream: str, process: str) -> None:
+        pending = await self._pending(stream, process)
+        if not pending:
+            await self._link.client.call("XGROUP", "DELCONSUMER", stream, GROUP, process)
+            return
+        if not self._directory.is_dead(process):  # never seen: it may have come this very moment
+            pending = [each for each in pending if each.idle > _STRANGE]
+        # As idle as it was seen: of two who claim at once, the second finds it busy.
+        claims = [
+            self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle)
+            for each in pending[: max(lane.room(), 1)]
+        ]
+        taken = sum(await asyncio.gather(*claims))
+        if taken:
+            self._link.counts.recovered += taken
+            log_event("requests_recovered", logging.WARNING, model=lane.lane.model, requests=taken, of=process)
+
+    async def _pending(self, stream: str, process: str) -> list[_Pending]:
+        found = await self._link.client.call("XPENDING", stream, GROUP, "-", "+", _AT_ONCE, process)
+        return [_Pending(entry, idle, deliveries) for entry, _, idle, deliveries in found]
+
+    async def _claim(
+        self, lane: LaneReader, stream: str, what: _Pending, deliveries: int, *options: str | int, idle: int = 0
+    ) -> int:
+        claimed = await self._link.client.call("XCLAIM", stream, GROUP, self._link.process, idle, what.entry, *options)
+        for found in claimed:
+            if found:
+                await lane.enter(stream, found[0], wire.fields(found[1]), deliveries)
+        return len(claimed)
+
+    async def _pass_on(self, lane: LaneReader, stream: str, entries: list[bytes]) -> None:
+        """Entries of a newer release: to a worker that can read them, if there is one."""
+        heir = self._directory.newer(lane.lane)
+        if heir is not None and entries:
+            await self._link.client.call("XCLAIM", stream, GROUP, heir, 0, *entries, "JUSTID")
+            lane.foreign.difference_update(entries)
+            self._tell(heir)
+
+    def _tell(self, heir: str) -> None:
+        told = self._events.tell(GIVEN, heir)
+        told.add_done_callback(lambda done: done.cancelled() or done.exception())  # it looks by itself too
