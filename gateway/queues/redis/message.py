@@ -32,7 +32,6 @@ from gateway.types import (
     RequestedOutput,
     Tensor,
     Timings,
-    wires,
 )
 
 VERSION = 1
@@ -124,13 +123,13 @@ def pack_request(request: InferRequest) -> _Packed:
     Not in it: form, admitted and deadline. Raises `InvalidArgument` for what msgpack cannot carry, such as a parameter
     of more than 64 bits.
     """
-    parts = wires(request.inputs.values())
+    described, parts = _described(request.inputs)
     try:
         form = _encode(
             (
                 request.model_name,
                 request.model_version,
-                _described(request.inputs, parts),
+                described,
                 [(output.name, output.classification) for output in request.outputs] if request.outputs else (),
                 request.rows,
                 request.size,
@@ -174,10 +173,10 @@ def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
 
 def pack_response(response: InferResponse) -> _Packed:
     """As `pack_request`. Raises `Internal` for what msgpack cannot carry."""
-    parts = wires(response.outputs.values())
+    described, parts = _described(response.outputs)
     timings = response.timings
     try:
-        form = _encode((response.model_name, response.model_version, _described(response.outputs, parts)))
+        form = _encode((response.model_name, response.model_version, described))
         parameters = dict(response.parameters) if response.parameters else _NONE
         times = None if timings is None else astuple(timings)
         return _RESPONSE + _encode((form, response.id, parameters, times, response.final)), parts
@@ -271,11 +270,16 @@ _BLOCK = 64  # bytes of SHA-256
 _LEAST_KEY = 16
 
 
-def _described(tensors: dict[str, Tensor], parts: list[Buffer]) -> list[tuple[str, str, tuple[int, ...], int]]:
-    return [
-        (name, _NAMES[tensor.datatype], tensor.shape, len(part))
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-    ]
+def _described(tensors: dict[str, Tensor]) -> tuple[list[tuple[str, str, tuple[int, ...], int]], list[Buffer]]:
+    """What a header says of the tensors, and their wire bytes."""
+    # One plain loop: two comprehensions take twice as long for the few tensors that a request has.
+    described: list[tuple[str, str, tuple[int, ...], int]] = []
+    parts: list[Buffer] = []
+    for name, tensor in tensors.items():
+        wire = tensor.wire
+        parts.append(wire)
+        described.append((name, _NAMES[tensor.datatype], tensor.shape, len(wire)))
+    return described, parts
 
 
 _NAMES = {datatype: datatype.value for datatype in DataType}  # `value` itself is a property written in Python
@@ -379,7 +383,10 @@ def _tensors(layout: _Layout, payload: Buffer) -> dict[str, Tensor]:
         raise BadMessage(f"the tensors of a message have {layout.size} bytes, its payload has {len(payload)}")
     # Copying a few bytes is quicker than making a view of them.
     source = payload if layout.size <= _SMALL else memoryview(payload)
-    return {name: Tensor(datatype, shape, source[start:end]) for name, datatype, shape, start, end in layout.cuts}
+    tensors: dict[str, Tensor] = {}
+    for name, datatype, shape, start, end in layout.cuts:
+        tensors[name] = Tensor(datatype, shape, source[start:end])
+    return tensors
 
 
 def _read_elements(inputs: dict[str, Tensor]) -> None:
