@@ -108,6 +108,7 @@ class Reader:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._wire: Wire | None = None
+        self._id = 0
 
     async def call(self, *command: Word, seconds: float) -> Any:
         """Send one command that Redis may take `seconds` to answer. Raises as `RedisClient.call` does.
@@ -116,13 +117,20 @@ class Reader:
         """
         wire = self._wire
         if wire is None or wire.lost.is_set():
-            wire = self._wire = await self._client.connect_reader()
+            wire = await self._client.connect_reader()
+            self._id = await wire.call(("CLIENT", "ID"))
+            self._wire = wire
         wire.expect(seconds + self._client.options.call_timeout)
         try:
             return await wire.call(command)
         except asyncio.CancelledError:
             wire.close("the reader's caller gave up")
             raise
+
+    async def unblock(self) -> None:
+        """Have a call under way answered now, with nothing, as if its time were over. Raises as `RedisClient.call`."""
+        if self._wire is not None:
+            await self._client.call("CLIENT", "UNBLOCK", self._id)
 
     def drop(self, why: str) -> None:
         """End the connection; the call under way fails with `Disconnected`, the next one connects again."""

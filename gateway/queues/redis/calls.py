@@ -60,8 +60,8 @@ class RedisCall(Answers):
 class Calls:
     """All calls of one gateway process."""
 
-    def __init__(self, link: Link, cancel: Callable[[bytes], None], share: Callable[[Lane], bool]) -> None:
-        """`cancel` tells workers of a call whose caller has gone; `share` says whether those of a lane share /dev/shm."""
+    def __init__(self, link: Link, cancel: Callable[[bytes, bool], None], share: Callable[[Lane], bool]) -> None:
+        """`cancel` tells workers of a call whose caller has gone, or whose deadline is over; `share` says whether those of a lane share /dev/shm."""
         self._link = link
         self._cancel = cancel
         self._share = share
@@ -91,8 +91,8 @@ class Calls:
             self._emptied.set()
         if call.reference:
             self._link.payloads.remove(call.reference)
-        if not call.answered and not self._expired(call):
-            self._cancel(call.id)
+        if not call.answered:
+            self._cancel(call.id, self._expired(call))
 
     def __contains__(self, call: object) -> bool:
         return call in self._calls

@@ -134,8 +134,7 @@ class Directory:
 
     def shares_memory(self, lane: Lane) -> bool:
         """Whether every worker of a lane reads the same /dev/shm as this process."""
-        host = self._link.payloads.host
-        return bool(host) and all(self.members[each].announcement.host == host for each in self.others(lane))
+        return all(map(self._link.same_host, (*self.others(lane), self._link.process)))
 
     def is_dead(self, process: str) -> bool:
         """Whether a process is known to have died."""
@@ -174,7 +173,7 @@ class Directory:
             self._written = digest, now
         own = Announcement(
             self._role,
-            self._link.payloads.host,
+            self._link.payloads.host or "",
             VERSION,
             self.leaving,
             digest,
@@ -211,6 +210,7 @@ class Directory:
             self.dead.pop(process, None)
         left = own.leaving and not member.announcement.leaving
         member.announcement, member.seen = own, now
+        self._link.hosts[process] = own.host
         if own.digest != member.digest:
             data = await self._link.client.call("GET", self._link.client.keys.holding(process))
             holding = None if data is None else announce.read_holding(data)
@@ -230,6 +230,7 @@ class Directory:
             gone = process not in listed  # it said good-bye, or the fleet's list was lost
             if now - member.seen > (BEAT if gone else _LIVES) and now > self._calm:
                 del self.members[process]
+                self._link.hosts.pop(process, None)
                 self.dead[process] = None
                 if len(self.dead) > 10_000:
                     self.dead.pop(next(iter(self.dead)))

@@ -11,9 +11,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from gateway import errors
 from gateway.queues.base import Job, Lane
@@ -54,6 +55,7 @@ class LaneReader:
         self._consumers: list[RedisConsumer] = []
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._room = asyncio.Event()
+        self._reader = link.client.reader()
         self._task: asyncio.Task[None] | None = None
 
     # --- consumers
@@ -82,6 +84,8 @@ class LaneReader:
         for consumer in list(self._consumers):
             consumer.close()
         if self._task is not None:
+            with suppress(Disconnected, RedisError):
+                await self._reader.unblock()
             await asyncio.wait([self._task])
 
     def cancel(self) -> None:
@@ -165,7 +169,7 @@ class LaneReader:
     # --- reading
 
     async def _read(self) -> None:
-        client, reader = self._link.client, self._link.client.reader()
+        client, reader = self._link.client, self._reader
         try:
             while self._consumers:
                 room = await self._room_left()

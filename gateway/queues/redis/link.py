@@ -55,7 +55,13 @@ class Link:
     payloads: Payloads
     tasks: asyncio.TaskGroup
     counts: Counts = field(default_factory=Counts)
+    hosts: dict[str, str] = field(default_factory=dict)  # of each process, the /dev/shm it has
     ids: Iterator[bytes] = field(default_factory=wire.ids)
+
+    def same_host(self, process: str) -> bool:
+        """Whether a process reads the same /dev/shm as this one."""
+        own = self.payloads.host
+        return own is not None and (process == self.process or self.hosts.get(process) == own)
 
     def damaged(self, problem: Exception, where: str) -> None:
         """A message that is no use is counted and logged, and nothing else suffers from it."""

@@ -106,7 +106,7 @@ class Outbox:
         payloads = self._link.payloads
         try:
             reference = await payloads.put(
-                f"{job.call.hex()}-answer", parts, same_host=payloads.shared_with(job.reply_to), ttl=_LARGE_LIVES
+                f"{job.call.hex()}-answer", parts, same_host=self._link.same_host(job.reply_to), ttl=_LARGE_LIVES
             )
             self._put(job.reply_to, job.call, wire.ELSEWHERE, header, [reference.encode()], job if final else None)
         except (errors.GatewayError, RedisError) as problem:

@@ -66,7 +66,7 @@ class RedisQueue:
         payloads = Payloads(self._client, self.process)
         link = self._link = Link(self._client, self.process, self._seal, payloads, self._tasks)
         self._outbox = Outbox(link)
-        self._calls = Calls(link, self._cancel, lambda lane: self._directory.shares_memory(lane))
+        self._calls = Calls(link, self._cancel, self._shares_memory)
         self._directory = Directory(link, self._role, self._calls.rows, self._died, self._tell_news)
         on: dict[str, Callable[[wire.Broadcast], None]] = {
             CANCEL: self._on_cancelled,
@@ -93,8 +93,11 @@ class RedisQueue:
                 await self._sign_off()
         except (TimeoutError, Disconnected, RedisError) as problem:
             log_event("sign_off_failed", logging.WARNING, reason=str(problem) or "Redis did not answer in time")
-        for task in (*self._background, *self._lanes.values()):
+        for lane in self._lanes.values():
+            lane.cancel()
+        for task in self._background:
             task.cancel()
+        self._link.payloads.close()
         if not isinstance(error, asyncio.CancelledError):
             kind = error = trace = None  # the group would wrap an error of the block, which is none of its business
         await self._tasks.__aexit__(kind, error, trace)
@@ -191,9 +194,12 @@ class RedisQueue:
             self._lanes[lane] = reader
         return reader
 
-    def _cancel(self, call: bytes) -> None:
-        """A caller of this process has gone."""
-        if not any(lane.drop(call) for lane in self._lanes.values()):
+    def _shares_memory(self, lane: Lane) -> bool:
+        return self._directory.shares_memory(lane)
+
+    def _cancel(self, call: bytes, expired: bool) -> None:
+        """A caller of this process has gone; workers know of a deadline by themselves."""
+        if not any(lane.drop(call) for lane in self._lanes.values()) and not expired:
             self._cancelled.add(call, time.monotonic())
             self._events.cancel(call)
 
