@@ -18,7 +18,7 @@ from gateway import engines, errors, placement
 from gateway.config.settings import Settings
 from gateway.middleware.access_log import access_log
 from gateway.middleware.classification import classification
-from gateway.queues.base import Command, Load, PoolState, Unload
+from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.queues.memory import MemoryQueue
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
@@ -38,7 +38,7 @@ class Gateway:
     """A running gateway: where it listens, and its models. `loaded` is set once the first loads have ended."""
 
     service: Service
-    queue: MemoryQueue
+    queue: Queue
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -59,7 +59,6 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     Raises `OSError` when a port is taken and `GatewayError` when a repository cannot be read.
     """
     statistics = Statistics()
-    queue = MemoryQueue()
     repository = Repository(
         settings.model_repository,
         engines.describe,
@@ -67,7 +66,67 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
     )
     names = list(await asyncio.to_thread(repository.scan))
-    worker = Worker(
+    async with _queue(settings) as queue:
+        queue.repository_names(names)
+        service = Service(queue, statistics, lambda: _names(queue, repository), _options(settings))
+        gateway = Gateway(service, queue)
+        async with asyncio.TaskGroup() as tasks:
+            worker = _worker(settings, queue, repository, statistics)
+            working = tasks.create_task(worker.run()) if settings.role != "gateway" else None
+            async with AsyncExitStack() as listeners:
+                await _listen(listeners, settings, gateway, statistics)
+                models = tasks.create_task(_keep_models(settings, repository, gateway, names))
+                try:
+                    yield gateway
+                finally:
+                    log_event("draining")
+                    service.drain()
+                    queue.leave()
+                    models.cancel()
+                    try:
+                        await _drain(worker, settings.exit_timeout_secs)
+                    finally:
+                        queue.close()
+            if working is not None:
+                working.cancel()
+
+
+@asynccontextmanager
+async def _queue(settings: Settings) -> AsyncGenerator[Queue, None]:
+    """Where gateway and worker meet: in this process, or in Redis."""
+    if settings.queue == "memory":
+        yield MemoryQueue()
+        return
+    from gateway.queues.redis.queue import RedisQueue
+    from gateway.redis_client import RedisClient, RedisOptions
+
+    async with AsyncExitStack() as stack:
+        url = settings.queue
+        if url == "embedded":
+            from gateway.redis_server import EmbeddedServer
+
+            url = (await stack.enter_async_context(EmbeddedServer())).url
+        client = await stack.enter_async_context(
+            RedisClient(
+                RedisOptions(
+                    url,
+                    prefix=settings.queue_prefix,
+                    username=settings.queue_username,
+                    password_file=settings.queue_password_file,
+                    ca_file=settings.queue_ca_file,
+                )
+            )
+        )
+        key = None if settings.queue_key_file is None else settings.queue_key_file.read_bytes().strip()
+        try:
+            queue = RedisQueue(client, settings.role, key=key)
+        except ValueError as problem:
+            raise errors.InvalidArgument(f"--queue-key-file: {problem}") from None
+        yield await stack.enter_async_context(queue)
+
+
+def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics) -> Worker:
+    return Worker(
         queue,
         repository.read,
         placement.devices(),
@@ -76,28 +135,11 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         measures=True,
         persists=settings.persist_latency,
     )
-    service = Service(queue, statistics, lambda: _names(repository), _options(settings))
-    gateway = Gateway(service, queue)
-    async with asyncio.TaskGroup() as tasks:
-        working = tasks.create_task(worker.run())
-        async with AsyncExitStack() as listeners:
-            await _listen(listeners, settings, gateway, statistics)
-            models = tasks.create_task(_keep_models(settings, repository, gateway, names))
-            try:
-                yield gateway
-            finally:
-                log_event("draining")
-                service.drain()
-                models.cancel()
-                try:
-                    await _drain(worker, settings.exit_timeout_secs)
-                finally:
-                    queue.close()
-        working.cancel()
 
 
-async def _names(repository: Repository) -> list[str]:
-    return list(await asyncio.to_thread(repository.scan))
+async def _names(queue: Queue, repository: Repository) -> list[str]:
+    """The names of the models in every repository of the fleet."""
+    return sorted(queue.repository_names(await asyncio.to_thread(repository.scan)))
 
 
 async def _drain(worker: Worker, seconds: int) -> None:
@@ -218,6 +260,10 @@ def _grpc_options(settings: Settings) -> GrpcOptions:
 
 async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
     """Load what is wanted at start and, in poll mode, follow the repository for as long as this runs."""
+    if settings.role == "gateway":
+        gateway.service.start()
+        gateway.loaded.set()
+        return
     polls = settings.model_control_mode == "poll"
     changes = await _changes(repository, {}) if polls else None
     previous = changes.now if changes else {}
@@ -256,7 +302,7 @@ async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
 
 async def _send(gateway: Gateway, command: Command) -> None:
     try:
-        await gateway.queue.send(command)
+        await gateway.queue.send(command, everywhere=False)
     except errors.GatewayError as problem:
         # The worker has logged it and published the reason, unless it knows no such model: --load-model misspelt.
         if isinstance(command, Load) and gateway.queue.pool(command.model) is None:

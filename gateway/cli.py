@@ -30,6 +30,7 @@ USAGE = """usage: gateway COMMAND [options]
 
 commands:
   serve     serve a folder of models over HTTP and gRPC
+  worker    run models for gateways that share a queue in Redis; `serve --role worker`
   models    show what a folder of models would serve, and what is wrong with the rest
   explain   show why a running server batched, refused or was late
   simulate  simulate the scheduling under load, and that of other servers beside it
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status: 0 done, 1 failed, 2 wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
+    if command == "worker":
+        return _serve(parse_args([*arguments, "--role", "worker"], prog="gateway worker"))
     if command in ("serve", "models"):
         settings = parse_args(arguments, prog=f"gateway {command}")
         return _serve(settings) if command == "serve" else _models(settings)

@@ -272,6 +272,14 @@ def deadline_passed() -> DeadlineExceeded:
     return DeadlineExceeded("Request timeout expired")
 
 
+def no_worker(model: str) -> Unavailable:
+    """The fleet knows the model, and every worker that held it is gone."""
+    return Unavailable(
+        f"Request for model '{model}' cannot be served: no live worker holds it; start a worker, or try again later",
+        1.0,
+    )
+
+
 def queue_full(request_id: str, retry_after: float | None) -> QueueFull:
     """As many requests wait as the model's queue policy allows."""
     return QueueFull(request_prefix(request_id) + "Exceeds maximum queue size", retry_after)

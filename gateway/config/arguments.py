@@ -76,7 +76,7 @@ def _options(field: FieldInfo) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return {"help": text, "metavar": "|".join(get_args(kind))}
     if get_origin(kind) is tuple:
-        return {"help": text, "action": "append", "metavar": "DIR" if field.is_required() else "NAME"}
+        return {"help": text, "action": "append", "metavar": "DIR" if "folder" in text else "NAME"}
     return {"help": text, "metavar": _METAVARS.get(kind, "TEXT")}
 
 

@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     model_repository: Annotated[tuple[Path, ...], NoDecode] = _setting(
-        ..., "models", "folder of models; repeat for several (variable: separated by ':')", min_length=1
+        (), "models", "folder of models; repeat for several (variable: separated by ':')"
     )
     model_control_mode: Literal["none", "poll", "explicit"] = _setting(
         "none",
@@ -65,6 +65,35 @@ class Settings(BaseSettings):
     exit_timeout_secs: NonNegativeInt = _setting(30, "server", "seconds that a stop waits for accepted requests")
     server_id: str = _setting(
         "triton", "server", "the server's name in metadata; some Triton clients insist on 'triton'"
+    )
+
+    queue: str = _setting(
+        "memory",
+        "queue",
+        "memory: gateway and models in this process; embedded: a Redis of its own on this machine; or a URL: "
+        "redis://, rediss://, unix://, redis+sentinel://, redis+cluster://",
+        pattern=r"^(memory|embedded|[a-z+]+://.+)$",
+    )
+    role: Literal["all", "gateway", "worker"] = _setting(
+        "all", "queue", "gateway: take requests and load no model; worker: run models and listen nowhere; all: both"
+    )
+    http_workers: PositiveInt = _setting(
+        1, "queue", "processes that take requests, HTTP and gRPC, on the same ports; needs a queue between processes"
+    )
+    workers: PositiveInt = _setting(1, "queue", "processes that run models; needs a queue between processes")
+    queue_prefix: str = _setting(
+        "lockgate", "queue", "begins every key in Redis; one for each fleet", pattern=r"^[^{}\s]+$"
+    )
+    queue_username: str = _setting("", "queue", "user name at Redis")
+    queue_password_file: FilePath | None = _setting(None, "queue", "file with the password at Redis")
+    queue_ca_file: FilePath | None = _setting(
+        None, "queue", "PEM file of the authority that Redis' certificate is from"
+    )
+    queue_key_file: FilePath | None = _setting(
+        None, "queue", "file with a key of 16 bytes or more; messages are signed with it, and none is read that is not"
+    )
+    share_ports: bool = _setting(
+        False, "queue", "let other gateways on this machine listen on the same ports; the kernel spreads the callers"
     )
 
     allow_http: bool = _setting(True, "http", "serve HTTP")
@@ -148,6 +177,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
+    def _worker_listens_nowhere(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return values | {"allow_http": False, "allow_grpc": False} if values.get("role") == "worker" else values
+
+    @model_validator(mode="before")
+    @classmethod
     def _follow_http_address(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("metrics_address"):
             return values
@@ -170,6 +204,19 @@ class Settings(BaseSettings):
             raise ValueError("--record-inputs needs --record DIR")
         if self.grpc_use_ssl_mutual and (not self.grpc_use_ssl or self.grpc_root_cert is None):
             raise ValueError("--grpc-use-ssl-mutual needs --grpc-use-ssl and --grpc-root-cert")
+        return self
+
+    @model_validator(mode="after")
+    def _fleet(self) -> Settings:
+        if not self.model_repository and self.role != "gateway":
+            raise ValueError("--model-repository (or GATEWAY_MODEL_REPOSITORY) must be given")
+        if self.queue == "memory" and (self.role != "all" or self.workers > 1 or self.http_workers > 1):
+            raise ValueError(
+                "one process with --queue memory is all that there can be; give --queue embedded on one machine, or the "
+                "URL of a Redis"
+            )
+        if self.queue == "embedded" and self.role != "all":
+            raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self
 
     @model_validator(mode="after")

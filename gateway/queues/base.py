@@ -13,7 +13,7 @@ What every implementation promises (tests/contract/test_queue.py):
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -67,6 +67,10 @@ class InstanceState:
 
     device: str
     provider: str
+
+
+NO_WORKER = "no live worker holds it"
+"""The reason of a pool whose model the fleet knows, and nobody serves now."""
 
 
 class Capacity(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -188,11 +192,20 @@ class Queue(Protocol):
     def pools(self) -> list[PoolState]:
         """Every pool, in name order."""
 
-    async def send(self, command: Command) -> None:
-        """Have every worker carry out a command. Raises what the worker reported."""
+    async def send(self, command: Command, *, everywhere: bool = True) -> None:
+        """Have every worker, or the one of this process, carry out a command. Raises what the worker reported."""
 
     def commands(self) -> AsyncIterator[Order]:
         """The commands for this worker, in order, for as long as it iterates."""
+
+    def repository_names(self, own: Collection[str]) -> Collection[str]:
+        """The names of every model that could be loaded; `own` are those that this process finds."""
+
+    def healthy(self) -> bool:
+        """Whether requests can be queued now."""
+
+    def leave(self) -> None:
+        """The worker of this process is about to drain: gateways are to give new requests to others, if there are any."""
 
     def close(self) -> None:
         """Answer every request and command that still waits with `Unavailable`, and accept no more."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 
 from gateway import errors
 from gateway.queues.answers import Answers
@@ -62,7 +62,7 @@ class MemoryQueue:
         """See `Queue.pools`."""
         return [self._pools[name] for name in sorted(self._pools)]
 
-    async def send(self, command: Command) -> None:
+    async def send(self, command: Command, *, everywhere: bool = True) -> None:  # noqa: ARG002 - here is everywhere
         """See `Queue.send`."""
         if self._closed:
             raise errors.stopping()
@@ -78,6 +78,17 @@ class MemoryQueue:
                 yield self._orders.popleft()
             self._order_waiter = asyncio.get_running_loop().create_future()
             await self._order_waiter
+
+    def repository_names(self, own: Collection[str]) -> Collection[str]:
+        """See `Queue.repository_names`."""
+        return own
+
+    def healthy(self) -> bool:
+        """See `Queue.healthy`."""
+        return not self._closed
+
+    def leave(self) -> None:
+        """See `Queue.leave`: nobody else is there."""
 
     def close(self) -> None:
         """See `Queue.close`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
-from gateway.queues.base import Lane, Load, PoolState, Queue, Unload, VersionState
+from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
 from gateway.service.inference import Inference, record_refusal
 from gateway.service.route import Route
@@ -169,7 +169,7 @@ class Service:
 
     def ready(self) -> bool:
         """True when requests can be served: started, not draining and, if strict, every loaded model ready."""
-        if self._draining or not self._started:
+        if self._draining or not self._started or not self._queue.healthy():
             return False
         if not self._options.strict_readiness:
             return True
@@ -248,6 +248,8 @@ class Service:
 
 
 def _pick(pool: PoolState, version: str) -> VersionState:
+    if pool.reason == NO_WORKER:
+        raise errors.no_worker(pool.model)
     ready = [state for state in pool.versions if state.state == "READY"]
     if not version:
         if not ready:

@@ -149,7 +149,7 @@ def _groups(tree):
         else:
             continue
         if "TaskGroup" in ast.unparse(value) or ast.unparse(value) in names:
-            names.add(ast.unparse(bound))
+            names |= {ast.unparse(bound), f"self.{ast.unparse(bound)}"}  # a dataclass binds both
     return names
 
 

@@ -152,7 +152,7 @@ class Calls:
         call.sending = True
         header, parts = pack_request(call.request)
         if sum(map(len, parts)) > INLINE:
-            self._link.tasks.create_task(self._send_large(call, header, parts))
+            self._link.start(self._send_large(call, header, parts), "payload")
         else:
             payload = parts[0] if len(parts) == 1 else b"".join(parts)
             self._add(call, header, wire.PAYLOAD, payload, (payload,))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from redis.exceptions import RedisError
 
-from gateway.queues.base import Capacity, Lane, PoolState, VersionState
+from gateway.queues.base import NO_WORKER, Capacity, Lane, PoolState, VersionState
 from gateway.queues.redis import announce
 from gateway.queues.redis.admission import FleetAdmission
 from gateway.queues.redis.announce import Announcement
@@ -26,7 +26,6 @@ from gateway.telemetry import log_event
 BEAT = 0.5  # seconds
 _LIVES = 2.0  # seconds from an announcement to the death of who made it
 _HOLDING_LIVES = 600.0  # seconds; written anew in half of that
-NO_WORKER = "no live worker holds it"
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Collection
 from redis.exceptions import RedisError
 
 from gateway import errors
-from gateway.queues.base import Command, Load, Unload
+from gateway.queues.base import Command, Load, Order, Unload
+from gateway.queues.memory import MemoryOrder
 from gateway.queues.redis import wire
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import BadMessage, pack_error, unpack_error
@@ -72,7 +73,7 @@ class Events:
         self._outbox = outbox
         self._on = on
         self._asked: dict[bytes, _Asked] = {}
-        self._orders: deque[RedisOrder] = deque()
+        self._orders: deque[Order] = deque()
         self._order_waiter: asyncio.Future[None] | None = None
         self._cancelled: list[bytes] = []
         self._closed = False
@@ -101,6 +102,14 @@ class Events:
         if failed := [error for error in reports if error is not None and not _has_no_such_model(error)]:
             raise failed[0]
 
+    async def order(self, command: Command) -> None:
+        """Have the worker of this process carry out a command. Raises what it reported."""
+        if self._closed:
+            raise errors.stopping()
+        order = MemoryOrder(command)
+        self._give(order)
+        await order.reported
+
     async def question(self, question: str, processes: Collection[str]) -> list[bytes]:
         """What these processes answer; those that are silent for a second are left out."""
         if not processes:
@@ -115,7 +124,7 @@ class Events:
             self._forget(asked)
         return asked.said
 
-    async def orders(self) -> AsyncGenerator[RedisOrder, None]:
+    async def orders(self) -> AsyncGenerator[Order, None]:
         """See `Queue.commands`."""
         while True:
             while self._orders:
@@ -162,6 +171,8 @@ class Events:
     def close(self) -> None:
         """Answer those that still wait."""
         self._closed = True
+        while self._orders:
+            self._orders.popleft().finish(errors.stopping())
         for asked in self._asked.values():
             asked.said.append(pack_error(errors.stopping()))
             asked.expected.clear()
@@ -207,13 +218,16 @@ class Events:
         if event.kind in (LOAD, UNLOAD):
             if self._takes_orders:
                 command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
-                self._orders.append(RedisOrder(command, event.sender, event.id, self._outbox))
-                if self._order_waiter is not None and not self._order_waiter.done():
-                    self._order_waiter.set_result(None)
+                self._give(RedisOrder(command, event.sender, event.id, self._outbox))
         elif event.kind == QUESTION:
             self._answer(event)
         elif (told := self._on.get(event.kind)) is not None:
             told(event)
+
+    def _give(self, order: Order) -> None:
+        self._orders.append(order)
+        if self._order_waiter is not None and not self._order_waiter.done():
+            self._order_waiter.set_result(None)
 
     def _answer(self, event: wire.Broadcast) -> None:
         word, _, rest = event.text.partition(":")

@@ -65,7 +65,7 @@ class LaneReader:
         self._consumers.append(consumer)
         self._room.set()
         if self._task is None or self._task.done():
-            self._task = self._link.tasks.create_task(self._read(), name=f"lane:{self.lane.model}/{self.lane.version}")
+            self._task = self._link.start(self._read(), f"lane:{self.lane.model}/{self.lane.version}")
 
     def detach(self, consumer: RedisConsumer) -> None:
         """A consumer takes no more."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
@@ -57,6 +58,10 @@ class Link:
     counts: Counts = field(default_factory=Counts)
     hosts: dict[str, str] = field(default_factory=dict)  # of each process, the /dev/shm it has
     ids: Iterator[bytes] = field(default_factory=wire.ids)
+
+    def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Do this beside everything else; it ends with the queue at the latest."""
+        return self.tasks.create_task(work, name=name)
 
     def same_host(self, process: str) -> bool:
         """Whether a process reads the same /dev/shm as this one."""

@@ -68,7 +68,7 @@ class Outbox:
             self.unacknowledged[job.stream].add(job.entry)
         if sum(map(len, parts)) > INLINE:
             self._begin()
-            self._link.tasks.create_task(self._send_large(job, header, parts, final=final))
+            self._link.start(self._send_large(job, header, parts, final=final), "payload")
         else:
             self._put(job.reply_to, job.call, kind, header, parts, job if final else None)
 

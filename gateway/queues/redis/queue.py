@@ -81,7 +81,7 @@ class RedisQueue:
             await self._directory.announce()
             await self._directory.refresh()
         for run in (self._directory.run, self._events.run, self._read_replies, self._look_after, self._watch):
-            self._background.append(self._tasks.create_task(run(), name=f"queue:{run.__name__}"))
+            self._background.append(link.start(run(), f"queue:{run.__name__}"))
         return self
 
     async def __aexit__(
@@ -144,13 +144,29 @@ class RedisQueue:
 
     # --- Queue: commands
 
-    async def send(self, command: Command) -> None:
+    async def send(self, command: Command, *, everywhere: bool = True) -> None:
         """See `Queue.send`."""
-        await self._events.command(command, self._directory.workers())
+        if everywhere:
+            await self._events.command(command, self._directory.workers())
+        else:
+            await self._events.order(command)
 
     def commands(self) -> AsyncIterator[Order]:
         """See `Queue.commands`."""
         return self._events.orders()
+
+    def repository_names(self, own: Collection[str]) -> Collection[str]:
+        """See `Queue.repository_names`."""
+        self._directory.names = own
+        return self._directory.repository_names()
+
+    def healthy(self) -> bool:
+        """See `Queue.healthy`."""
+        return self._client.connected and not self._closed
+
+    def leave(self) -> None:
+        """See `Queue.leave`."""
+        self._directory.leave()
 
     def close(self) -> None:
         """See `Queue.close`."""
@@ -175,15 +191,6 @@ class RedisQueue:
     async def ask(self, question: str) -> list[bytes]:
         """Put a question to every other live process. Those that are silent for a second are left out."""
         return [said for said in await self._events.question(question, list(self._directory.members)) if said]
-
-    def repository_names(self, own: Collection[str] = ()) -> set[str]:
-        """What the workers could load; `own` is what this one could."""
-        self._directory.names = own or self._directory.names
-        return self._directory.repository_names()
-
-    def leave(self) -> None:
-        """This worker takes no new requests; tell gateways at once."""
-        self._directory.leave()
 
     # --- requests
 
