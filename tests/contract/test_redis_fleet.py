@@ -1,0 +1,420 @@
+"""What a fleet promises beyond `Queue`: processes join, stop and die, Redis forgets, and every request is answered once."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from gateway import errors
+from gateway.queues.base import Capacity, Lane, Load, PoolState, VersionState
+from gateway.queues.redis import directory, message, queue as queue_module
+from gateway.queues.redis.queue import RedisQueue, Role
+from gateway.redis_client import RedisClient, RedisOptions
+from tests.redis_support import fleet_queue, options
+from tests.support import LANE, answer, ask, background, model_config, refusal, request
+
+READY = PoolState("m", (VersionState("1", "READY", config=model_config()),))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats and deaths in a tenth of the time."""
+    for module in (directory, queue_module):
+        monkeypatch.setattr(module, "BEAT", 0.05)
+    monkeypatch.setattr(directory, "_LIVES", 0.3)
+
+
+@pytest.fixture
+def fleet(redis_url: str) -> RedisOptions:
+    return options(redis_url)
+
+
+class Mortal:
+    """A process of the fleet that can die without a word."""
+
+    def __init__(self, of: RedisOptions, role: Role, key: bytes | None = None) -> None:
+        self._options = of
+        self._role: Role = role
+        self._key = key
+        self._stack = AsyncExitStack()
+        self.queue: RedisQueue
+
+    async def __aenter__(self) -> RedisQueue:
+        self.client = await self._stack.enter_async_context(RedisClient(self._options))
+        self.queue = await self._stack.enter_async_context(RedisQueue(self.client, self._role, key=self._key))
+        return self.queue
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.die()
+
+    async def die(self) -> None:
+        """Everything it did ends here; nothing is told to anybody."""
+        for task in self.queue._background:
+            task.cancel()
+        for lane in self.queue._lanes.values():
+            lane.cancel()
+        self.queue._sign_off = self._nothing
+        await self._stack.aclose()
+
+    async def _nothing(self) -> None:
+        pass
+
+
+async def known(queue: RedisQueue, condition: Callable[[], bool]) -> None:
+    """Wait until the queue has heard of it."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def worker(of: RedisOptions, limit: int = 8) -> AsyncIterator[tuple[RedisQueue, Callable[[int], object]]]:
+    async with fleet_queue(of, "worker") as queue:
+        queue.publish(READY)
+        yield queue
+
+
+async def take(queue: RedisQueue, count: int, consumer=None, lane: Lane = LANE):
+    consumer = consumer or queue.consumer([lane], 8)
+    jobs = []
+    while len(jobs) < count:
+        jobs += await consumer.take(count - len(jobs))
+    return jobs
+
+
+async def pending(queue: RedisQueue, lane: Lane = LANE) -> int:
+    client = queue._client
+    counts = [await client.call("XLEN", client.keys.requests(lane.model, lane.version, each)) for each in (1, 2, 3)]
+    return sum(counts)
+
+
+# --- pools
+
+
+async def test_a_gateway_learns_what_workers_hold_and_forgets_it_when_they_die(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        assert gateway.pools() == []
+        mortal = Mortal(fleet, "worker")
+        async with mortal as held:
+            held.publish(READY)
+            await known(gateway, lambda: gateway.pool("m") is not None)
+            pool = gateway.pool("m")
+            assert [(state.version, state.state) for state in pool.versions] == [("1", "READY")]
+            assert pool.versions[0].config == READY.versions[0].config
+            await mortal.die()
+            await known(gateway, lambda: not gateway.pool("m").versions)
+            assert gateway.pool("m").reason == "no live worker holds it"
+
+
+async def test_two_workers_are_one_pool_until_the_last_has_left(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        async with fleet_queue(fleet, "worker") as one:
+            one.publish(READY)
+            async with fleet_queue(fleet, "worker") as two:
+                two.publish(PoolState("m", (VersionState("1", "LOADING"),)))
+                await known(gateway, lambda: len(gateway._directory.members) == 2 and gateway.pool("m") is not None)
+                assert gateway.pool("m").versions[0].state == "READY"
+                one.leave()
+                await known(gateway, lambda: gateway.pool("m").versions[0].state == "LOADING")
+        await known(gateway, lambda: not gateway.pool("m").versions)
+
+
+async def test_a_gateway_that_starts_later_knows_a_model_whose_workers_are_gone(fleet):
+    async with fleet_queue(fleet, "worker") as held:
+        held.publish(READY)
+        await known(held, lambda: bool(held._directory._known))
+    async with fleet_queue(fleet, "gateway") as gateway:
+        assert gateway.pool("m").reason == "no live worker holds it"
+        assert gateway.pool("other") is None
+
+
+async def test_a_model_that_left_the_repository_is_forgotten_by_all(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        held.publish(READY)
+        await known(gateway, lambda: gateway.pool("m") is not None)
+        held.withdraw("m")
+        await known(gateway, lambda: gateway.pool("m") is None)
+
+
+# --- death
+
+
+async def test_what_a_dead_worker_held_is_run_by_another_alone(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
+        mortal = Mortal(fleet, "worker")
+        async with mortal as doomed:
+            async with background(*(ask(gateway, request(id=str(n))) for n in range(3))) as callers:
+                assert len(await take(doomed, 3)) == 3
+                await mortal.die()
+                jobs = await take(heir, 3)
+                assert sorted(job.request.id for job in jobs) == ["0", "1", "2"]
+                assert len({job.request.signature for job in jobs}) == 3  # they join no batch
+                for job in jobs:
+                    assert job.reply(answer(job.request))
+                assert [(await caller).id for caller in callers] == ["0", "1", "2"]
+        await known(heir, lambda: heir.counts.recovered == 3)
+        assert await pending(gateway) == 0
+
+
+async def test_a_request_that_kills_two_workers_is_buried_and_answered(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        async with background(refusal(ask(gateway, request(id="poison")))) as (caller,):
+            for _ in range(2):
+                mortal = Mortal(fleet, "worker")
+                async with mortal as doomed:
+                    await take(doomed, 1)
+            async with fleet_queue(fleet, "worker") as heir:
+                heir.consumer([LANE], 8)
+                error = await caller
+                assert type(error) is errors.Internal
+                assert "lost 2 workers" in error.message
+                assert heir.counts.dead_letters == 1
+                letters = await heir._client.call("XRANGE", heir._client.keys.dead("m", "1"), "-", "+")
+                assert b"poison" in letters[0][1]
+
+
+async def test_an_answer_that_was_not_acknowledged_is_not_given_twice(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
+        mortal = Mortal(fleet, "worker")
+        async with mortal as doomed:
+            doomed._outbox._acknowledge = lambda *_: None  # it dies just before
+            async with background(ask(gateway, request(id="a"))) as (caller,):
+                (job,) = await take(doomed, 1)
+                job.reply(answer(job.request))
+                assert (await caller).id == "a"
+                await mortal.die()
+                (again,) = await take(heir, 1)
+                again.reply(answer(again.request))
+                await known(gateway, lambda: gateway.counts.duplicates == 1)
+        while await pending(gateway):
+            await asyncio.sleep(0.01)
+
+
+async def test_requests_of_a_dead_gateway_are_dropped(fleet):
+    mortal = Mortal(fleet, "gateway")
+    async with fleet_queue(fleet, "worker") as held, fleet_queue(fleet, "gateway") as other:
+        async with mortal as doomed:
+            async with background(*(refusal(ask(doomed, request(id=str(n)))) for n in range(5))):
+                jobs = await take(held, 2)
+                await mortal.die()
+                await known(held, lambda: all(job.done for job in jobs))
+        while await pending(other):
+            await asyncio.sleep(0.01)
+        assert held.counts.orphans >= 2
+
+
+# --- stopping
+
+
+async def test_a_worker_that_stops_hands_over_what_it_has_not_run(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
+        heir.publish(READY)
+        async with background(*(ask(gateway, request(id=str(n))) for n in range(6))) as callers:
+            async with fleet_queue(fleet, "worker") as leaver:
+                await known(leaver, lambda: any(leaver._directory.others(LANE)))
+                consumer = leaver.consumer([LANE], 8)
+                held = await take(leaver, 2, consumer)
+                await known(leaver, lambda: len(leaver._lanes[LANE].held) == 6)
+                leaver.leave()
+                consumer.close()
+                for job in held:
+                    job.reply(answer(job.request))
+            jobs = await take(heir, 4)
+            assert all(job.request.signature is None for job in jobs)  # no delivery was counted
+            for job in jobs:
+                job.reply(answer(job.request))
+            assert sorted([(await caller).id for caller in callers]) == [str(n) for n in range(6)]
+
+
+async def test_drained_waits_for_what_other_gateways_sent_when_nobody_else_serves(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        consumer = held.consumer([LANE], 8)
+        async with (
+            background(ask(gateway, request(id="a"))) as (caller,),
+            background(held.drained(LANE)) as (draining,),
+        ):
+            (job,) = await take(held, 1, consumer)
+            assert not draining.done()
+            job.reply(answer(job.request))
+            assert (await caller).id == "a"
+            await draining
+
+
+# --- loss
+
+
+async def test_a_request_that_redis_lost_is_sent_again(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        async with background(ask(gateway, request(id="a"))) as (caller,):
+            await known(gateway, lambda: all(call.entries for call in gateway._calls._calls.values()))
+            client = gateway._client
+            for each in (1, 2, 3):
+                await client.call("DEL", client.keys.requests("m", "1", each))
+            await gateway._calls.audit(suspicious=True)
+            (job,) = await take(held, 1)
+            job.reply(answer(job.request))
+            assert (await caller).id == "a"
+            assert gateway.counts.resubmitted == 1
+
+
+async def test_an_entry_that_was_read_by_nobody_alive_is_found(fleet):
+    """A reader that was cut off while its answer was on the way: the entry is its, and it never saw it."""
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        consumer = held.consumer([LANE], 8)
+        stream = held._client.keys.requests("m", "1", 2)
+        async with background(ask(gateway, request(id="first"))) as (caller,):
+            (job,) = await take(held, 1, consumer)  # the group is there
+            job.reply(answer(job.request))
+            await caller
+        reading = held._lanes[LANE]._task
+        held._lanes[LANE].cancel()
+        await asyncio.wait([reading])
+        async with background(ask(gateway, request(id="a"))) as (caller,):
+            lost = ("XREADGROUP", "GROUP", "workers", held.process, "COUNT", 1, "STREAMS", stream, ">")
+            while not (await held._client.call(*lost) or (await held._client.call("XPENDING", stream, "workers"))[0]):
+                await asyncio.sleep(0.01)
+            (job,) = await take(held, 1, consumer)
+            assert job.request.signature is None
+            job.reply(answer(job.request))
+            assert (await caller).id == "a"
+
+
+# --- cancelling
+
+
+async def test_a_cancelled_call_is_not_run_wherever_it_is(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        async with background(*(ask(gateway, request(id=str(n))) for n in range(4))) as callers:
+            consumer = held.consumer([LANE], 2)
+            jobs = await take(held, 2, consumer)
+            for caller in callers[:3]:
+                caller.cancel()
+            await asyncio.wait(callers[:3])
+            await known(held, lambda: all(job.done for job in jobs))
+            (last,) = await take(held, 1, consumer)
+            assert last.request.id == "3"
+            last.reply(answer(last.request))
+            assert (await callers[3]).id == "3"
+        while await pending(gateway):
+            await asyncio.sleep(0.01)
+
+
+# --- commands
+
+
+async def test_a_command_reaches_every_worker_and_one_that_dies_is_not_waited_for(fleet):
+    mortal = Mortal(fleet, "worker")
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one, mortal as doomed:
+        await known(gateway, lambda: len(gateway._directory.workers()) == 2)
+        first, second = one.commands(), doomed.commands()
+        async with background(gateway.send(Load("m"))) as (sender,):
+            order = await anext(first)
+            await anext(second)
+            order.finish(None)
+            await mortal.die()
+            await sender
+        await first.aclose()
+
+
+async def test_a_worker_without_the_model_does_not_fail_a_command(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
+        async with fleet_queue(fleet, "worker") as two:
+            await known(gateway, lambda: len(gateway._directory.workers()) == 2)
+            first, second = one.commands(), two.commands()
+            async with background(gateway.send(Load("m"))) as (sender,):
+                (await anext(first)).finish(None)
+                missing = "failed to load 'm', failed to poll from model repository"
+                (await anext(second)).finish(errors.Internal(missing))
+                await sender
+            async with background(refusal(gateway.send(Load("m")))) as (sender,):
+                (await anext(first)).finish(None)
+                (await anext(second)).finish(errors.InvalidArgument("its config does not parse"))
+                assert (await sender).message == "its config does not parse"
+
+
+async def test_a_command_without_workers_says_so(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        error = await refusal(gateway.send(Load("m")))
+        assert "no worker is alive" in error.message
+
+
+async def test_a_question_is_answered_by_all_others(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
+        one.answers["name"] = lambda rest: f"one {rest}".encode()
+        await known(gateway, lambda: len(gateway._directory.members) == 1)
+        assert await gateway.ask("name:it") == [b"one it"]
+
+
+# --- versions and seals
+
+
+async def test_a_newer_message_is_left_for_a_newer_worker(fleet, monkeypatch):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as old:
+        old.consumer([LANE], 8)
+        pack = message.pack_request
+        monkeypatch.setattr("gateway.queues.redis.calls.pack_request", lambda asked: _newer(pack(asked)))
+        async with background(ask(gateway, request(id="a"))) as (caller,):
+            await known(old, lambda: bool(old._lanes[LANE].foreign))
+            monkeypatch.setattr(directory, "VERSION", message.VERSION + 1)
+            monkeypatch.setattr("gateway.queues.redis.lane.VERSION", message.VERSION + 1)
+            monkeypatch.setattr(
+                "gateway.queues.redis.lane.unpack_request",
+                lambda head, body: message.unpack_request(_older(head), body),
+            )
+            async with fleet_queue(fleet, "worker") as new:
+                new.publish(READY)
+                monkeypatch.setattr(directory, "VERSION", message.VERSION)
+                (job,) = await take(new, 1)
+                job.reply(answer(job.request))
+                assert (await caller).id == "a"
+
+
+def _newer(packed):
+    header, parts = packed
+    return bytes((header[0] + 1,)) + header[1:], parts
+
+
+def _older(header):
+    return bytes((header[0] - 1,)) + header[1:]
+
+
+async def test_messages_of_another_deployment_are_not_believed(fleet):
+    ours, theirs = b"0123456789abcdef", b"fedcba9876543210"
+    async with fleet_queue(fleet, "gateway", key=theirs) as forger, fleet_queue(fleet, "worker", key=ours) as held:
+        held.consumer([LANE], 8)
+        async with background(refusal(ask(forger, request(deadline=time.monotonic() + 0.5)))) as (caller,):
+            await known(held, lambda: held.counts.damaged > 0)
+            assert isinstance(await caller, errors.DeadlineExceeded)
+
+
+# --- admission
+
+
+class Measured:
+    """The admission of a worker that knows its speed: 1 ms a row, 8 at once."""
+
+    asks_all = False
+
+    def capacity(self) -> Capacity:
+        return Capacity(0.0, 0.001, 1.0, 8, 1)
+
+
+async def test_gateways_refuse_what_the_fleet_cannot_answer_in_time(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        state = VersionState("1", "READY", config=model_config(), admission=Measured())  # type: ignore[arg-type]
+        held.publish(PoolState("m", (state,)))
+        await known(gateway, lambda: gateway.pool("m") is not None and bool(_admission(gateway)._rate))
+        admission = _admission(gateway)
+        for _ in range(100):
+            admission.admit(request(deadline=time.monotonic() + 10))
+        with pytest.raises(errors.Overloaded) as refused:
+            admission.admit(request(deadline=time.monotonic() + 0.05))
+        assert refused.value.retry_after > 0
+        with pytest.raises(errors.DeadlineTooShort):
+            admission.admit(request(deadline=time.monotonic() + 0.0001))
+        admission.admit(request(deadline=time.monotonic() + 0.3))
+
+
+def _admission(queue: RedisQueue):
+    return queue.pool("m").versions[0].admission
