@@ -3,58 +3,74 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from gateway.redis_client.dial import dial
+from redis.exceptions import ResponseError
+
 from gateway.redis_client.keys import Keys
-from gateway.redis_client.link import Link
+from gateway.redis_client.link import Link, delays
 from gateway.redis_client.options import RedisOptions
-from gateway.redis_client.wire import Command, Reply, Wire, Word
+from gateway.redis_client.route import make_route
+from gateway.redis_client.wire import Command, Disconnected, Reply, Wire, Word
 
 
 class RedisClient:
     """Redis, for as long as this async context manager is open.
 
-    Entering makes one attempt to connect: it raises when the server refuses us (`LoginRefused`), and goes on in the
-    background when it cannot be reached. While the connection is down every call fails at once with `Disconnected`.
+    Entering makes one attempt to connect: it raises LoginRefused when the server lets nobody in who we are, and goes on
+    in the background when it cannot be reached. While the connection is down calls fail at once with Disconnected.
     """
 
     def __init__(self, options: RedisOptions) -> None:
         self.keys = Keys(options.prefix)
         self.options = options
+        self.generation = 0
+        self._news = asyncio.Event()
         self._readers: set[Reader] = set()
+        self._route = make_route(options, self._moved)
         self._group = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
-        self._link = Link(self.options, self._moved)
-        await self._link.start()
         await self._group.__aenter__()
-        self._keeper = self._group.create_task(self._link.keep(), name="redis")
+        try:
+            await self._route.start(self._group)
+        except BaseException as problem:
+            self._route.close()
+            await self._leave(problem)
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._keeper.cancel()
-        self._link.close()
+        self._route.close()
         for reader in [*self._readers]:
             await reader.close()
+        await self._leave(error)
+
+    async def _leave(self, error: BaseException | None) -> None:
         if not isinstance(error, asyncio.CancelledError):
             # The group would wrap an error of the block, which is none of its business.
-            kind = error = trace = None
-        await self._group.__aexit__(kind, error, trace)
+            error = None
+        await self._group.__aexit__(type(error) if error else None, error, None)
 
     def call(self, *command: Word) -> asyncio.Future[Reply]:
-        """Send one command; see the promises at the head of the package. Views must be contiguous and left alone.
+        """Send one command; see the promises at the head of the package.
 
         The future has the reply, `Disconnected`, or `redis.exceptions.ResponseError` (`OutOfMemoryError` among them).
+        A large word is not copied: leave it alone until there is a reply. A view must be contiguous.
         """
-        return self._link.call(command)
+        return self._route.call(command)
 
     def atomic(self, *commands: Command) -> asyncio.Future[list[Reply]]:
-        """Send commands on keys of one slot that run together or not at all; in order with the calls around them."""
-        return self._link.atomic(commands)
+        """Send commands on keys of one slot that run together or not at all; in order with the calls around them.
+
+        The future has their replies, or the first error among them, which is the rule's exception: Redis runs the rest.
+        """
+        return self._route.atomic(commands)
 
     def reader(self) -> Reader:
         """A connection of its own for one caller that waits for long."""
@@ -62,38 +78,48 @@ class RedisClient:
         self._readers.add(reader)
         return reader
 
-    def clock(self) -> float:
-        """Redis' time of day, in seconds, estimated to about the half of a round trip."""
-        return self._link.clock.now()
-
-    @property
-    def generation(self) -> int:
-        """Grows when the server that answers is another one, or may have lost its data."""
-        return self._link.generation
+    def clock(self, key: str = "") -> float:
+        """Redis' time of day, in seconds, to about half a round trip. In a cluster: that of the server with the key."""
+        try:
+            return self.link_of(("GET", key) if key else ("TIME",)).clock.now()
+        except Disconnected:
+            return time.time()
 
     async def changed(self, since: int) -> int:
-        """Wait until the generation is another one than `since`, and return it."""
-        return await self._link.changed(since)
+        """Wait until `generation` is another one than `since`, and return it.
+
+        It grows when the server that answers is another one, or was started again, and so may have lost its data.
+        """
+        while self.generation == since:
+            await self._news.wait()
+        return self.generation
 
     async def online(self) -> None:
-        """Wait until there is a connection."""
-        await self._link.online()
+        """Wait until `connected`."""
+        await self._route.online()
 
     @property
     def connected(self) -> bool:
-        """Whether a call has a connection to go out on."""
-        return self._link.connected
+        """Whether calls have connections to go out on."""
+        return self._route.connected
 
-    async def connect_reader(self) -> Wire:
-        """A connection of its own to the server that calls go to."""
-        return await dial(self.options, self.options.target.addresses[0])
+    def link_of(self, command: Command) -> Link:
+        """For readers: the link to the server that a command belongs to. Raises Disconnected."""
+        return self._route.link_of(command)
 
-    def forget_reader(self, reader: Reader) -> None:
-        """The reader is closed."""
+    def redirected(self, error: Exception) -> Link | None:
+        """For readers: the link to go to instead, where an error says so."""
+        return self._route.redirected(error)
+
+    def forget(self, reader: Reader) -> None:
+        """For readers: it is closed."""
         self._readers.discard(reader)
 
     def _moved(self) -> None:
-        """Another server answers the calls: the readers must not go on asking the one before."""
+        self.generation += 1
+        self._news.set()
+        self._news = asyncio.Event()
+        # The server before may still be there, cut off from the rest: readers must not go on asking it.
         for reader in self._readers:
             reader.drop("another Redis server answers now")
 
@@ -101,25 +127,54 @@ class RedisClient:
 class Reader:
     """One connection for one caller at a time that waits for long, such as a blocking XREADGROUP. Made by `reader()`.
 
-    A call that is cancelled drops the connection. What a cancelled or lost XREADGROUP was given is in the group's
-    pending entries, to be read again with id 0.
+    Never cancel a call under way: `unblock` makes it return. What a cancelled or lost XREADGROUP was given stays among the
+    consumer's pending entries, and is read again with id 0.
     """
 
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._wire: Wire | None = None
+        self._link: Link | None = None
         self._id = 0
+        self._delays = delays()
 
-    async def call(self, *command: Word, seconds: float) -> Any:
+    async def call(self, *command: Word, seconds: float) -> Reply:
         """Send one command that Redis may take `seconds` to answer. Raises as `RedisClient.call` does.
 
-        Connects when there is no connection; a lost one is noticed at most `call_timeout` after `seconds`.
+        Connects when there is no connection; waits up to `seconds` for Redis to be there. A lost connection is noticed
+        at most `call_timeout` after `seconds`.
         """
         wire = self._wire
         if wire is None or wire.lost.is_set():
-            wire = await self._client.connect_reader()
-            self._id = await wire.call(("CLIENT", "ID"))
-            self._wire = wire
+            wire = await self._connect(self._client.link_of(command), seconds)
+        try:
+            return await self._ask(wire, command, seconds)
+        except ResponseError as error:
+            link = self._client.redirected(error)
+            if link is None:
+                raise
+        wire.close("the key is elsewhere")
+        return await self._ask(await self._connect(link, seconds), command, seconds)
+
+    async def unblock(self) -> None:
+        """Make a blocked command return as if its time were over; nothing happens when none is blocked just then.
+
+        Raises as `RedisClient.call` does.
+        """
+        if self._wire is not None and self._link is not None and not self._wire.lost.is_set():
+            await self._link.call(("CLIENT", "UNBLOCK", self._id))
+
+    def drop(self, why: str) -> None:
+        """End the connection; the call under way fails with `Disconnected`, the next one connects again."""
+        if self._wire is not None:
+            self._wire.close(why)
+
+    async def close(self) -> None:
+        """End the connection for good; the call under way fails with `Disconnected`."""
+        self.drop("the reader was closed")
+        self._client.forget(self)
+
+    async def _ask(self, wire: Wire, command: Command, seconds: float) -> Reply:
         wire.expect(seconds + self._client.options.call_timeout)
         try:
             return await wire.call(command)
@@ -127,18 +182,18 @@ class Reader:
             wire.close("the reader's caller gave up")
             raise
 
-    async def unblock(self) -> None:
-        """Have a call under way answered now, with nothing, as if its time were over. Raises as `RedisClient.call`."""
-        if self._wire is not None:
-            await self._client.call("CLIENT", "UNBLOCK", self._id)
-
-    def drop(self, why: str) -> None:
-        """End the connection; the call under way fails with `Disconnected`, the next one connects again."""
-        if self._wire is not None:
-            self._wire.close(why)
-            self._wire = None
-
-    async def close(self) -> None:
-        """End the connection for good; the call under way fails with `Disconnected`."""
-        self.drop("the reader was closed")
-        self._client.forget_reader(self)
+    async def _connect(self, link: Link, seconds: float) -> Wire:
+        if not link.connected:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await link.up.wait()
+        try:
+            wire = await link.dial()
+            self._id = await wire.call(("CLIENT", "ID"))
+        except Disconnected:
+            # A caller that asks again at once must not spin.
+            await asyncio.sleep(next(self._delays))
+            raise
+        self._delays = delays()
+        self._link, self._wire = link, wire
+        return wire

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+from redis.exceptions import ResponseError
 
 from gateway.redis_client.clock import Clock
 from gateway.redis_client.dial import LoginRefused, dial, identify
-from gateway.redis_client.options import RedisOptions
+from gateway.redis_client.options import Address, RedisOptions
 from gateway.redis_client.wire import Command, Disconnected, Reply, Wire
 from gateway.telemetry import log_event
 
@@ -19,18 +21,25 @@ _FIRST_DELAY, _LAST_DELAY = 0.02, 1.0  # seconds between attempts to reconnect
 
 
 class Link:
-    """The connection that calls go out on. `moved` is called when another server answers than before."""
+    """The connection that calls go out on.
 
-    def __init__(self, options: RedisOptions, moved: Callable[[], None]) -> None:
+    `locate` says where the server is, at each attempt. `moved` is called when another server answers than before.
+    `up` is set while there is a connection.
+    """
+
+    def __init__(
+        self, options: RedisOptions, locate: Callable[[], Awaitable[Address]], moved: Callable[[], None]
+    ) -> None:
         self.clock = Clock()
-        self.generation = 0
+        self.up = asyncio.Event()
         self._options = options
+        self._locate = locate
         self._moved = moved
         self._identity = ""
+        self._address = Address()
         self._wire: Wire | None = None
         self._why = "not connected to Redis yet"
-        self._news = asyncio.Event()
-        self._up = asyncio.Event()
+        self._timeless = False
 
     @property
     def connected(self) -> bool:
@@ -39,11 +48,17 @@ class Link:
 
     def call(self, command: Command) -> asyncio.Future[Reply]:
         """See `Wire.call`; fails at once while there is no connection."""
-        return self._wire.call(command) if self._wire is not None else self._down()
+        return self._wire.call(command) if self._wire is not None else failed(self._why)
 
     def atomic(self, commands: Sequence[Command]) -> asyncio.Future[list[Reply]]:
         """See `Wire.atomic`; fails at once while there is no connection."""
-        return self._wire.atomic(commands) if self._wire is not None else self._down()
+        return self._wire.atomic(commands) if self._wire is not None else failed(self._why)
+
+    async def dial(self) -> Wire:
+        """Another connection to the same server. Raises `Disconnected`, at once while the link itself is down."""
+        if not self.connected:
+            raise Disconnected(self._why)
+        return await dial(self._options, self._address)
 
     async def start(self) -> None:
         """Try once to connect. Raises LoginRefused; another failure is for `keep` to mend."""
@@ -52,63 +67,57 @@ class Link:
         except LoginRefused:
             raise
         except Disconnected as problem:
-            self._lost(str(problem))
+            self._why = problem.message
 
     async def keep(self) -> None:
-        """Connect again whenever the connection is lost, until cancelled."""
-        while True:
-            if not self.connected:
-                await self._reconnect()
-            assert self._wire is not None
-            await self._tend(self._wire)
-            self._lost(self._wire.why)
+        """Connect again whenever the connection is lost, until cancelled; then drop it."""
+        try:
+            while True:
+                if self._wire is None:
+                    await self._reconnect()
+                else:
+                    await self._tend(self._wire)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Drop the connection; calls fail from now on."""
+        self.up.clear()
+        self._why = "the client was closed"
         if self._wire is not None:
-            self._wire.close("the client was closed")
-
-    async def changed(self, since: int) -> int:
-        """See `RedisClient.changed`."""
-        while self.generation == since:
-            await self._news.wait()
-        return self.generation
-
-    async def online(self) -> None:
-        """See `RedisClient.online`."""
-        await self._up.wait()
+            self._wire.close(self._why)
+            self._wire = None
 
     async def _connect(self) -> None:
-        wire = await dial(self._options, self._options.target.addresses[0])
+        self._address = await self._locate()
+        wire = await dial(self._options, self._address)
         try:
-            server = await identify(wire)
-            if server.identity != self._identity:
+            identity = await identify(wire)
+            if identity != self._identity:
                 self.clock.forget()
             await self._ask_time(wire)
         except BaseException:
-            wire.close("")
+            wire.close("the connection was not completed")
             raise
         self._wire = wire
-        self._up.set()
-        if server.identity != self._identity:
-            self._identity = server.identity
-            self.generation += 1
-            self._news.set()
-            self._news = asyncio.Event()
+        self.up.set()
+        if identity != self._identity:
+            self._identity = identity
             self._moved()
 
     async def _reconnect(self) -> None:
-        said = ""
-        for delay in _delays():
+        said: set[str] = set()
+        for delay in delays():
             try:
                 await self._connect()
             except Disconnected as problem:
-                if str(problem) != said:
-                    said = self._why = str(problem)
-                    log_event("redis_unreachable", logging.WARNING, reason=said)
+                self._why = problem.message
+                if self._why not in said:
+                    said.add(self._why)
+                    log_event("redis_unreachable", logging.WARNING, reason=self._why)
                 await asyncio.sleep(delay)
             else:
-                log_event("redis_connected", generation=self.generation)
+                log_event("redis_connected", address=str(self._address))
                 return
 
     async def _tend(self, wire: Wire) -> None:
@@ -118,31 +127,36 @@ class Link:
                 async with asyncio.timeout(_CLOCK_EVERY):
                     await wire.lost.wait()
             except TimeoutError:
-                await self._ask_time(wire)
+                try:
+                    await self._ask_time(wire)
+                except Disconnected:
+                    break
+        self.up.clear()
+        self._wire = None
+        self._why = wire.why
+        log_event("redis_lost", logging.WARNING, reason=self._why)
 
     async def _ask_time(self, wire: Wire) -> None:
         sent = time.monotonic()
         try:
             seconds, micros = await wire.call(("TIME",))
-        except Disconnected:
-            if not wire.lost.is_set():
-                raise
+        except ResponseError as problem:
+            # An ACL without TIME; our own clock serves as far as it is set right.
+            if not self._timeless:
+                log_event("redis_clock_unknown", logging.WARNING, reason=str(problem))
+            self._timeless = True
             return
         self.clock.sample(sent, time.monotonic(), int(seconds) + int(micros) / 1e6)
 
-    def _lost(self, why: str) -> None:
-        self._wire = None
-        self._up.clear()
-        self._why = why
-        log_event("redis_lost", logging.WARNING, reason=why)
 
-    def _down(self) -> asyncio.Future[Reply]:
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        future.set_exception(Disconnected(self._why))
-        return future
+def failed(why: str) -> asyncio.Future[Reply]:
+    """A future that has failed with `Disconnected` already."""
+    future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+    future.set_exception(Disconnected(why))
+    return future
 
 
-def _delays() -> Iterator[float]:
+def delays() -> Iterator[float]:
     """Seconds to wait before each next attempt: doubling, jittered, for ever."""
     delay = _FIRST_DELAY
     while True:

@@ -28,8 +28,8 @@ _ERRORS: dict[str, type[RedisError]] = {
     "NOAUTH": AuthenticationError,
     "WRONGPASS": AuthenticationError,
 }
-# The server answers, and serves nobody: it did not run the command, and another one may.
-_NOT_SERVING = frozenset(("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN"))
+_NOT_SERVING = frozenset(("LOADING", "READONLY", "MASTERDOWN"))
+_LATER = frozenset(("CLUSTERDOWN", "TRYAGAIN"))
 
 
 class Disconnected(Unavailable):
@@ -40,7 +40,7 @@ class Disconnected(Unavailable):
 
 
 class NotServing(Disconnected):
-    """The server is loading its data, a replica, or in a cluster that is down. The command did not run."""
+    """The server is loading its data, or a replica: the command did not run, and another server may run it."""
 
 
 class Wire(asyncio.Protocol):
@@ -54,7 +54,7 @@ class Wire(asyncio.Protocol):
         self.why = ""
         self.commands = 0
         self.pipelines = 0
-        self._name = name
+        self.name = name
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._replies: Reader = Reader(replyError=reply_error, notEnoughData=_NOT_YET)
@@ -64,6 +64,7 @@ class Wire(asyncio.Protocol):
         self._heard = 0.0  # when bytes last came, or were last expected to
         self._watch: asyncio.TimerHandle | None = None
         self._under_way = 0
+        self._unwritten = 0  # bytes that the kernel has not taken, when last looked
         self._transport: asyncio.Transport | None = None
 
     def call(self, command: Command) -> asyncio.Future[Reply]:
@@ -116,23 +117,29 @@ class Wire(asyncio.Protocol):
         self._transport.writelines(self._unsent)
         self._unsent = []
         self._heard = self._loop.time()
+        self._unwritten = self._transport.get_write_buffer_size()
         if self._watch is None:
             self._watch = self._loop.call_later(self._patience, self._check)
 
     def _check(self) -> None:
         """End the connection when it was silent for too long; look again when it can have been, if not."""
         self._watch = None
-        if not self._waiting:
+        if not self._waiting or self._transport is None:
             return
+        unwritten = self._transport.get_write_buffer_size()
+        if unwritten != self._unwritten:
+            # A large command on a slow network is under way, and nothing is amiss.
+            self._unwritten = unwritten
+            self._heard = self._loop.time()
         due = self._heard + self._patience
         if due <= self._loop.time():
-            self.close(f"Redis at {self._name} did not answer for {self._patience:g} s")
+            self.close(f"Redis at {self.name} did not answer for {self._patience:g} s")
         else:
             self._watch = self._loop.call_at(due, self._check)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
 
     def data_received(self, data: bytes) -> None:
         """Give each complete reply to whoever waits for it."""
@@ -140,17 +147,22 @@ class Wire(asyncio.Protocol):
         try:
             self._replies.feed(data)
             self._settle()
-        except (ProtocolError, IndexError) as problem:
-            # Garbage, or a reply that nobody asked for: from here on each would go to the wrong caller.
-            self.close(f"Redis at {self._name} does not speak its protocol: {problem}")
+        except ProtocolError as problem:
+            self.close(f"Redis at {self.name} does not speak its protocol: {problem}")
 
     def _settle(self) -> None:
         replies, waiting = self._replies, self._waiting
         while (reply := replies.gets()) is not _NOT_YET:
+            if isinstance(reply, NotServing) or not waiting:
+                self._unwelcome(reply)
+                return
             sink = waiting[0]
             if isinstance(sink, asyncio.Future):
                 if not sink.done():
-                    settle(sink, reply)
+                    if isinstance(reply, Exception):
+                        sink.set_exception(reply)
+                    else:
+                        sink.set_result(reply)
             elif not sink.take(reply):
                 continue
             waiting.popleft()
@@ -159,9 +171,13 @@ class Wire(asyncio.Protocol):
             # After those whose replies these were, so that what they call next travels too.
             self._flush_soon()
 
+    def _unwelcome(self, reply: Reply) -> None:
+        """The server sends us away; or speaks unasked, and every reply from here on would go to the wrong caller."""
+        self.close(str(reply) if isinstance(reply, Exception) else f"Redis at {self.name} answered unasked")
+
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""
-        self._fail(f"the connection to Redis at {self._name} was lost" + (f": {exc}" if exc else ""))
+        self._fail(f"the connection to Redis at {self.name} was lost" + (f": {exc}" if exc else ""))
 
     def _fail(self, why: str) -> None:
         if self.lost.is_set():
@@ -211,7 +227,8 @@ def settle(future: asyncio.Future[Reply], reply: Reply) -> None:
 def pack(command: Command) -> list[bytes | memoryview]:
     """One command as the bytes to send; large words are not copied."""
     for word in command:
-        if isinstance(word, bytes | memoryview) and len(word) >= _LARGE:
+        kind = type(word)
+        if (kind is bytes or kind is memoryview) and len(word) >= _LARGE:  # type: ignore[arg-type]
             return _pack_apart(command)
     return [pack_command(tuple(command))]  # type: ignore[arg-type]
 
@@ -219,7 +236,7 @@ def pack(command: Command) -> list[bytes | memoryview]:
 def _pack_apart(command: Command) -> list[bytes | memoryview]:
     parts: list[bytes | memoryview] = [b"*%d\r\n" % len(command)]
     for word in command:
-        if isinstance(word, memoryview | bytes) and len(word) >= _LARGE:
+        if isinstance(word, (bytes, memoryview)) and len(word) >= _LARGE:
             view = memoryview(word).cast("B")
             parts += (b"$%d\r\n" % len(view), view, b"\r\n")
         else:
@@ -233,6 +250,8 @@ def reply_error(text: str) -> Exception:
     code = text.partition(" ")[0]
     if code in _NOT_SERVING:
         return NotServing(f"Redis does not serve now: {text}")
+    if code in _LATER:
+        return Disconnected(f"Redis does not serve now: {text}")
     return _ERRORS.get(code, ResponseError)(text)
 
 
