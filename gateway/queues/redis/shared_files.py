@@ -67,10 +67,7 @@ class SharedFiles:
             raise ValueError(f"'{identity}' cannot be part of a file's name")
         descriptor = self._respare(name, size)
         if descriptor is None:
-            room = os.fstatvfs(self._folder)
-            # The rest is for others: who maps more shared memory than there is gets killed.
-            if (room.f_bavail - room.f_blocks // 8) * room.f_frsize < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._want(size)
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(name, flags, 0o600, dir_fd=self._folder)
         self._files[name] = (size, time.monotonic() + ttl)
@@ -145,6 +142,14 @@ class SharedFiles:
         self._spare.clear()
         os.close(self._folder)
 
+    def _want(self, size: int) -> None:
+        """Raise `OSError` unless there is room for so much more."""
+        if size > 0:
+            room = os.fstatvfs(self._folder)
+            # The rest is for others: who maps more shared memory than there is gets killed.
+            if (room.f_bavail - room.f_blocks // 8) * room.f_frsize < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _respare(self, name: str, size: int) -> int | None:
         """Give a spare file that nobody looks at any more this name, and open it; None if there is none."""
         for _ in range(len(self._spare)):
@@ -155,12 +160,13 @@ class SharedFiles:
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._want(size - had)
                 os.ftruncate(descriptor, size)
                 os.rename(spare, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             except BlockingIOError:
                 os.close(descriptor)
                 self._spare.append((spare, had, since))
-            except OSError:
+            except OSError:  # no room to grow in, so that its own is wanted too
                 os.close(descriptor)
                 self._unlink(spare)
             else:
