@@ -110,6 +110,7 @@ def tiny():
 # --- what is packed comes back
 
 
+@settings(deadline=None)
 @given(REQUESTS)
 def test_a_request_comes_back_as_it_was(sent):
     header, parts = pack_request(sent)
@@ -122,6 +123,7 @@ def test_a_request_comes_back_as_it_was(sent):
     assert hash(got.signature) == hash(sent.signature)
 
 
+@settings(deadline=None)
 @given(RESPONSES)
 def test_a_response_comes_back_as_it_was(sent):
     got = sent_over(pack_response, unpack_response, sent)
@@ -357,7 +359,7 @@ def damaged(data, header):
     return bytes(header)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), REQUESTS)
 def test_a_damaged_request_is_refused_or_can_be_used(data, sent):
     header, parts = pack_request(sent)
@@ -370,7 +372,7 @@ def test_a_damaged_request_is_refused_or_can_be_used(data, sent):
             assert each.array.shape == each.shape
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), RESPONSES)
 def test_a_damaged_response_is_refused_or_can_be_used(data, sent):
     header, parts = pack_response(sent)
@@ -381,13 +383,14 @@ def test_a_damaged_response_is_refused_or_can_be_used(data, sent):
                 assert each.array.shape == each.shape
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.sampled_from(tree()), TEXT)
 def test_a_damaged_error_is_refused_or_an_error(data, kind, text):
     with suppress(BadMessage):
         assert isinstance(unpack_error(damaged(data, pack_error(kind(text, 1.0)))), errors.GatewayError)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60), st.sampled_from(b"qre"))
 @example(b"", ord("q"))
 def test_noise_is_refused(noise, kind):
@@ -414,6 +417,7 @@ KEY = bytes(range(32))
 
 
 @pytest.mark.parametrize("key", [KEY, bytes(16), bytes(64), bytes(65), bytes(300)], ids=len)
+@settings(deadline=None)
 @given(parts=st.lists(st.binary(max_size=300), max_size=4))
 def test_a_signature_is_hmac_sha256_over_the_lengths_and_the_parts(key, parts):
     lengths = b"".join(number.to_bytes(8, "little") for number in [len(parts), *map(len, parts)])
