@@ -403,8 +403,9 @@ async def test_a_write_that_finds_no_room_goes_through_redis(remote, folder, cap
     assert len(full(caplog)) == 1
 
 
+@pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
-async def test_a_put_that_is_cancelled_leaves_nothing(gateway, folder, monkeypatch, begun):
+async def test_a_put_that_is_cancelled_leaves_nothing(gateway, folder, monkeypatch, begun, closed):
     begins, ends, written = threading.Event(), threading.Event(), threading.Event()
 
     def fill(descriptor, parts):
@@ -426,7 +427,11 @@ async def test_a_put_that_is_cancelled_leaves_nothing(gateway, folder, monkeypat
             if begun:
                 begins.wait()
             assert len(files(folder)) == 1
+            if closed:
+                gateway.close()
+                before -= 1  # the folder's own
             task.cancel()
+        assert task.cancelled()
         assert files(folder) == []
         assert gateway.bytes_held == 0
         ends.set()

@@ -30,6 +30,7 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - the host's shared memory, every file m
 _NAME = re.compile(r"lockgate-([0-9]+)\.([0-9]+)\.([0-9]+)\.[0-9A-Za-z_-]{1,64}\.[0-9A-Za-z_-]{1,64}\.[0-9a-f]{1,16}")
 _SPARE_BYTES = 32 << 20
 _SPARE_SECONDS = 10.0
+_TRIES = 4  # spare files to look at; the one longest unused is the likeliest to have no reader
 _GRACE_SECONDS = 10.0  # for the last answers of a process that has ended
 _MOST_PARTS = 1024  # of one writev: IOV_MAX
 
@@ -45,8 +46,8 @@ class SharedFiles:
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files: dict[str, tuple[int, float]] = {}  # name to size and the moment it is of no use any more
         self._spare: deque[tuple[str, int, float]] = deque()  # name, size, since when; the longest unused first
-        self._owner = (_namespace(), os.getpid(), _started(os.getpid()))
         try:
+            self._owner = (_namespace(), os.getpid(), _started(os.getpid()))
             self.host = self._token()
         except OSError:
             os.close(self._folder)
@@ -141,6 +142,7 @@ class SharedFiles:
         self._files.clear()
         self._spare.clear()
         os.close(self._folder)
+        self._folder = -1
 
     def _want(self, size: int) -> None:
         """Raise `OSError` unless there is room for so much more."""
@@ -152,7 +154,7 @@ class SharedFiles:
 
     def _respare(self, name: str, size: int) -> int | None:
         """Give a spare file that nobody looks at any more this name, and open it; None if there is none."""
-        for _ in range(len(self._spare)):
+        for _ in range(min(len(self._spare), _TRIES)):
             spare, had, since = self._spare.popleft()
             try:
                 descriptor = os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
@@ -222,7 +224,8 @@ class SharedFiles:
         return True
 
     def _unlink(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        # Another has removed it, or will: the sweep of whoever finds it.
+        with suppress(OSError):
             os.unlink(name, dir_fd=self._folder)
 
 
