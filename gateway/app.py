@@ -186,7 +186,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
     infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
     if settings.allow_metrics:
         metrics = HttpServer(
-            Counted(MetricsApp(statistics, tokens, gateway.queue.pools).__rsgi__),
+            Counted(MetricsApp(statistics.whole, tokens).__rsgi__),
             settings.metrics_address,
             settings.metrics_port,
         )

@@ -185,8 +185,8 @@ def _escaped(label: str) -> str:
     return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def process_metrics() -> list[Family]:
-    """The standard `process_*` metrics of this process. Reads /proc: call it off the event loop."""
+def process_metrics(labels: Mapping[str, str]) -> list[Family]:
+    """The standard `process_*` metrics of this process, with these labels. Reads /proc: call it off the event loop."""
     from prometheus_client import ProcessCollector
 
     families = []
@@ -197,7 +197,7 @@ def process_metrics() -> list[Family]:
                 f"{metric.name}_total" if counter else metric.name,
                 "counter" if counter else "gauge",
                 metric.documentation,
-                [(sample.labels, sample.value) for sample in metric.samples],
+                [({**sample.labels, **labels}, sample.value) for sample in metric.samples],
             )
         )
     return families

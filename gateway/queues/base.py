@@ -124,6 +124,7 @@ class VersionState:
     config: ModelConfig | None = None  # known once READY
     instances: tuple[InstanceState, ...] = ()
     admission: Admission | None = field(default=None, compare=False, repr=False)
+    epoch: int = 0  # when it was unloaded last, see `Statistics.forget`
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,13 @@ Command = Load | Unload
 
 
 class Order(Protocol):
-    """A command on its way to a worker, to be reported on when carried out."""
+    """A command on its way to a worker, to be reported on when carried out.
+
+    `epoch` is when it was sent, in milliseconds since 1970: the same for every worker that gets it.
+    """
 
     command: Command
+    epoch: int
 
     def finish(self, error: GatewayError | None) -> None:
         """Report success (None) or the error for the caller."""

@@ -7,6 +7,7 @@ step. A job holds its own answers; whoever closes it first (answer, cancel, dead
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Sequence
 
@@ -111,6 +112,7 @@ class MemoryOrder:
 
     def __init__(self, command: Command) -> None:
         self.command = command
+        self.epoch = time.time_ns() // 1_000_000
         self.reported: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def finish(self, error: errors.GatewayError | None) -> None:

@@ -64,9 +64,12 @@ class Service:
         statistics: Statistics,
         repository_names: Callable[[], Awaitable[Sequence[str]]],
         options: ServiceOptions,
+        fleet: Callable[[], Awaitable[Statistics]] | None = None,
     ) -> None:
+        """`statistics` are this process's own; `fleet` gives the sum over all, where there are others."""
         self._queue = queue
         self._statistics = statistics
+        self._fleet = fleet or statistics.whole
         self._repository_names = repository_names
         self._options = options
         self._routes: dict[tuple[str, str], Route] = {}
@@ -129,6 +132,9 @@ class Service:
         """A submitted request is over, however it ended. For `Inference`."""
         if request.admitted and route.admission is not None:
             route.admission.settle(request)
+            route.statistics.admitted += 1
+            if request.deadline is not None and time.monotonic() > request.deadline:
+                route.statistics.late += 1
         self._inflight_bytes -= request.size
         route.statistics.pending -= 1
 
@@ -153,7 +159,7 @@ class Service:
             Lane(name, state.version),
             state.config,
             Checker(state.config),
-            self._statistics.of(name, state.version),
+            self._statistics.of(name, state.version, state.epoch),
             state.admission,
             (self._options.default_deadline_ms if own is None else own) / 1000,
         )
@@ -200,8 +206,11 @@ class Service:
         pool = self._queue.pool(name)
         return [state.version for state in pool.versions if state.state == "READY"] if pool else []
 
-    def statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
-        """Triton's `model_stats` entries of one version, one model, or (name empty) every ready model."""
+    async def statistics(self, name: str = "", version: str = "") -> list[ModelStatistics]:
+        """Triton's `model_stats` entries of one version, one model, or (name empty) every ready model.
+
+        They are sums over the processes.
+        """
         if not name:
             targets = [(pool.model, v) for pool in self._queue.pools() for v in self.ready_versions(pool.model)]
         elif version:
@@ -211,7 +220,8 @@ class Service:
         if name and not targets:
             which = f"{name}' version {version}" if version else f"{name}'"
             raise errors.InvalidArgument(f"requested model '{which} is not available")
-        return [self._statistics.of(*target).to_triton() for target in targets]
+        total = await self._fleet()
+        return [total.of(*target).to_triton() for target in targets]
 
     # --- model control
 

@@ -1,24 +1,25 @@
 """`/metrics`: the statistics under Triton's metric names and our own, as an RSGI app for a port of its own.
 
-Maps counters to metric families and answers GET. The counters are read on the event loop, whose they are;
-reading /proc and writing the text happen on a thread, so a scrape of many models delays no inference.
-GPU metrics are not here.
+Maps counters to metric families and answers GET. What is of models and of the queue is the sum over the whole fleet,
+whichever process answers: in queries over several scraped gateways, take `max`, not `sum`. `process_*` are of the
+process that answers, which a fleet adds as the label `process`; `nv_cpu_*` are of its machine.
+
+The counters are read on the event loop, whose they are; reading /proc and writing the text happen on a thread, so a
+scrape of many models delays no inference. GPU metrics are not here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from gateway import __version__
-from gateway.errors import GatewayError, Unauthenticated
-from gateway.queues.base import PoolState
+from gateway.errors import Unauthenticated
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
@@ -26,6 +27,7 @@ from gateway.transport.http.replies import error_reply
 
 Scope: TypeAlias = Any  # granian.rsgi.Scope
 Protocol: TypeAlias = Any  # granian.rsgi.HTTPProtocol
+_Versions: TypeAlias = Sequence[tuple[Mapping[str, str], VersionStatistics]]
 
 _COUNTS = (
     ("success_count", "nv_inference_request_success", "Number of successful inference requests, all batch sizes"),
@@ -37,6 +39,7 @@ _COUNTS = (
     ),
     ("cache_hit_count", "nv_cache_num_hits_per_model", "Number of cache hits per model"),
     ("cache_miss_count", "nv_cache_num_misses_per_model", "Number of cache misses per model"),
+    ("late", "gateway_requests_late_total", "Number of accepted requests that were not answered by their deadline"),
 )
 
 _DURATIONS = (
@@ -112,32 +115,40 @@ def model_metrics(statistics: Statistics) -> list[Family]:
             [(labels, max(0, each.pending - each.executing)) for labels, each in versions],
         ),
     ]
-    return families
+    return families + _predictions(versions)
 
 
-def scheduling_metrics(pools: Sequence[PoolState]) -> list[Family]:
-    """What each ready version's scheduler tells of itself. Call it on the event loop."""
-    told = list(_explained(pools))
+_TOTALS = {
+    "resubmitted": "Number of requests that were sent again because the queue had lost them",
+    "dead_letters": "Number of requests that were put aside because no worker could answer them",
+    "recovered": "Number of requests that were taken over from a worker that died",
+    "orphans": "Number of requests and answers that nobody waited for any more",
+    "duplicates": "Number of requests and answers that came a second time and were dropped",
+    "damaged": "Number of messages that could not be read or bore the wrong signature",
+}
+"""What is counted by process and not by model, where there is a queue between processes."""
 
-    def family(name: str, kind: Literal["counter", "gauge"], text: str, key: str) -> Family:
-        return Family(name, kind, text, [(labels, float(each[key])) for labels, each in told])
 
-    late = "Number of accepted requests that were not answered by their deadline"
+def fleet_metrics(statistics: Statistics) -> list[Family]:
+    """What is counted by process, added up."""
+    families = [
+        Family(f"gateway_{name}_total", "counter", text, [({}, statistics.totals[name])])
+        for name, text in _TOTALS.items()
+        if name in statistics.totals
+    ]
+    skipped = "Number of processes of another version of the code, whose statistics are missing in the sums"
+    return [*families, Family("gateway_statistics_skipped", "gauge", skipped, [({}, statistics.skipped)])]
+
+
+def _predictions(versions: _Versions) -> list[Family]:
+    """Of the worker where they are worst."""
+    told = [(labels, each.predictions) for labels, each in versions if each.predictions is not None]
     error = "How far the predicted times of batches are off, as a part of them, on average lately"
     trusted = "1 while the predicted times of batches are relied on, 0 while they are too wrong"
     return [
-        family("gateway_requests_late_total", "counter", late, "late"),
-        family("gateway_prediction_error_ratio", "gauge", error, "prediction_error"),
-        family("gateway_predictions_trusted", "gauge", trusted, "predictions_trusted"),
+        Family("gateway_prediction_error_ratio", "gauge", error, [(labels, each[0]) for labels, each in told]),
+        Family("gateway_predictions_trusted", "gauge", trusted, [(labels, int(each[1])) for labels, each in told]),
     ]
-
-
-def _explained(pools: Sequence[PoolState]) -> Iterator[tuple[Mapping[str, str], Mapping[str, Any]]]:
-    for pool in pools:
-        for state in pool.versions:
-            if state.admission is not None:
-                with suppress(GatewayError):  # it has just stopped
-                    yield {"model": pool.model, "version": state.version}, state.admission.explain(0.0)
 
 
 def _microseconds(attribute: str) -> Callable[[VersionStatistics], int]:
@@ -149,9 +160,7 @@ def _buckets(histogram: Histogram, scale: float) -> Buckets:
     return Buckets(tuple(bound / scale for bound in histogram.bounds), tuple(histogram.counts), histogram.total / scale)
 
 
-def _by_reason(
-    versions: list[tuple[dict[str, str], VersionStatistics]], attribute: str
-) -> list[tuple[Mapping[str, str], float | Buckets]]:
+def _by_reason(versions: _Versions, attribute: str) -> list[tuple[Mapping[str, str], float | Buckets]]:
     return [
         ({**labels, "reason": reason}, count)
         for labels, each in versions
@@ -203,12 +212,12 @@ class MetricsApp:
     """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too."""
 
     def __init__(
-        self, statistics: Statistics, tokens: Tokens | None = None, pools: Callable[[], Sequence[PoolState]] = list
+        self, fleet: Callable[[], Awaitable[Statistics]], tokens: Tokens | None = None, process: str = ""
     ) -> None:
-        """`pools` gives what the workers hold."""
-        self._statistics = statistics
-        self._pools = pools
+        """`fleet` gives the sums over all processes; `process` is the name of this one, where there are others."""
+        self._fleet = fleet
         self._tokens = tokens
+        self._labels = {"process": process} if process else {}
         self._host = HostMetrics()
         # A thread of its own: scrapes queue up behind each other, and need none of the threads that serve requests.
         self._thread = ThreadPoolExecutor(1, "metrics")
@@ -227,8 +236,9 @@ class MetricsApp:
             headers = [("content-type", "application/json"), ("allow", "GET")]
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
-            models = model_metrics(self._statistics) + scheduling_metrics(self._pools())
-            body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, models)
+            statistics = await self._fleet()
+            families = model_metrics(statistics) + fleet_metrics(statistics)
+            body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 
     def _write(self, families: list[Family]) -> bytes:
@@ -237,6 +247,6 @@ class MetricsApp:
             "gateway_build_info",
             "gauge",
             "Always 1; the labels say what is running",
-            [({"version": __version__, "python": python}, 1)],
+            [({"version": __version__, "python": python, **self._labels}, 1)],
         )
-        return write_metrics([*families, *self._host.collect(), *process_metrics(), build])
+        return write_metrics([*families, *self._host.collect(), *process_metrics(self._labels), build])

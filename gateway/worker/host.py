@@ -138,6 +138,14 @@ class Host:
         best = max(found, key=lambda each: each.places * each.rows / each.seconds(each.rows))
         return replace(best, places=sum(each.places for each in found))
 
+    def report(self) -> None:
+        """Let the statistics say how good predictions are."""
+        if self._stopped.is_set():
+            self._statistics.predictions = None
+        else:
+            report = self._slots.scheduler.report(self)
+            self._statistics.predictions = round(report.error, 4), report.trusted
+
     async def serve(self) -> None:
         """Take and run jobs; return after `drain` or `retire`. Call it once, after `load`."""
         assert self._consumer is not None
@@ -155,6 +163,8 @@ class Host:
                 for task in serving:
                     task.cancel()
         finally:
+            self._stopped.set()
+            self.report()
             self._consumer.close()
             self._slots.close(self)
             await self._close_engines()

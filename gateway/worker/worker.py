@@ -35,6 +35,7 @@ class _Model:
     hosts: dict[str, Host] = field(default_factory=dict)
     states: dict[str, VersionState] = field(default_factory=dict)
     reason: str = ""
+    epoch: int = 0  # of the command under way
 
 
 class Worker:
@@ -62,6 +63,7 @@ class Worker:
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
+        statistics.refreshers.append(self._report)
         self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
         self._tasks: asyncio.TaskGroup | None = None
@@ -83,6 +85,7 @@ class Worker:
         try:
             model = self._models.setdefault(order.command.model, _Model(order.command.model))
             async with model.lock:
+                model.epoch = order.epoch
                 if isinstance(order.command, Load):
                     await self._load(model, order.command)
                 else:
@@ -165,7 +168,8 @@ class Worker:
         self._tasks.create_task(self._serve(model, host))
         version = host.source.version
         model.hosts[version] = host
-        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances, host)
+        epoch = self._statistics.epoch(model.name, version)
+        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances, host, epoch)
         self._publish(model)
         for warning in host.warnings:
             log_event("model_warning", logging.WARNING, model=model.name, version=version, warning=warning)
@@ -232,8 +236,13 @@ class Worker:
         await model.hosts[version].drain()
         del model.hosts[version]  # not sooner: a shutdown that begins meanwhile must wait for it too
         model.states[version] = VersionState(version, "UNAVAILABLE", "unloaded")
-        self._statistics.forget(model.name, version)
+        self._statistics.forget(model.name, version, model.epoch)
         self._publish(model)
+
+    def _report(self) -> None:
+        for model in self._models.values():
+            for host in model.hosts.values():
+                host.report()
 
     def _publish(self, model: _Model) -> None:
         states = tuple(model.states[version] for version in sorted(model.states, key=int))

@@ -48,7 +48,7 @@ async def serving(folder, *, more="", tokens=None, default_deadline_ms=0.0):
     app = HttpApp(service, service.infer, callers=Callers(tokens))
     async with background(worker.run()), app, HttpServer(app, "127.0.0.1", 0) as server:
         await queue.send(Load("m"))
-        yield service, f"http://127.0.0.1:{server.port}", MetricsApp(statistics, None, queue.pools), worker
+        yield service, f"http://127.0.0.1:{server.port}", MetricsApp(statistics.whole), worker
 
 
 async def infer(service, **more):
@@ -137,23 +137,23 @@ async def test_the_metrics_say_who_was_late_and_how_good_predictions_are(tmp_pat
     labels = '{model="m",version="1"}'
     async with serving(tmp_path, more=slow) as (service, _, metrics, _):
         before = (await scrape(metrics)).body.decode()
-        assert f"# TYPE gateway_requests_late_total counter\ngateway_requests_late_total{labels} 0.0\n" in before
+        assert f"# TYPE gateway_requests_late_total counter\ngateway_requests_late_total{labels} 0\n" in before
         # Nothing is known yet, so it is accepted; its run ends after its caller was told.
         assert (await refusal(infer(service, deadline=soon(0.03)))).reason == "expired"
         await until(lambda: service.explain("m")["late"] == 1)
         after = (await scrape(metrics)).body.decode()
-        assert f"\ngateway_requests_late_total{labels} 1.0\n" in after
+        assert f"\ngateway_requests_late_total{labels} 1\n" in after
         assert f"\ngateway_prediction_error_ratio{labels} {service.explain('m')['prediction_error']}\n" in after
-        assert f"\ngateway_predictions_trusted{labels} 1.0\n" in after
+        assert f"\ngateway_predictions_trusted{labels} 1\n" in after
 
 
-async def test_a_drained_model_explains_no_more_and_leaves_the_metrics(tmp_path):
+async def test_a_drained_model_explains_no_more_and_its_predictions_leave_the_metrics(tmp_path):
     async with serving(tmp_path) as (_, url, metrics, worker):
-        assert b"gateway_requests_late_total{" in (await scrape(metrics)).body
+        assert b"gateway_predictions_trusted{" in (await scrape(metrics)).body
         await worker.drain()
         response = await scrape(metrics)
         assert response.status == 200
-        assert b"gateway_requests_late_total{" not in response.body
+        assert b"gateway_predictions_trusted{" not in response.body
         assert (await get(url, "/v2/models/m/explain")).status_code == 503
 
 

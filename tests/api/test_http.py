@@ -461,7 +461,7 @@ async def test_a_client_that_leaves_frees_its_place_before_compute(gateway: Runn
     await settle()
     assert gateway.taken.empty()
     running_writer.close()
-    statistics = gateway.service.statistics("m")[0]["inference_stats"]
+    statistics = (await gateway.service.statistics("m"))[0]["inference_stats"]
     assert statistics["success"]["count"] == 1
     assert statistics["fail"]["count"] == 1
 

@@ -64,11 +64,11 @@ def statistics() -> Statistics:
 
 
 async def scrape(statistics: Statistics) -> str:
-    return (await get(MetricsApp(statistics))).body.decode()
+    return (await get(MetricsApp(statistics.whole))).body.decode()
 
 
 async def test_the_response_is_prometheus_text(statistics: Statistics) -> None:
-    response = await get(MetricsApp(statistics))
+    response = await get(MetricsApp(statistics.whole))
     assert response.status == 200
     assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert len(list(text_string_to_metric_families(response.body.decode()))) > 20
@@ -136,8 +136,38 @@ async def test_the_process_and_the_build_are_described(statistics: Statistics) -
     assert families["process_resident_memory_bytes"].samples[0].value > 1_000_000
 
 
+async def test_what_is_counted_by_process_has_no_model(statistics: Statistics) -> None:
+    assert "gateway_resubmitted_total" not in await scrape(statistics)  # nothing is, with one process
+    statistics.totals.update(resubmitted=3, dead_letters=0)
+    text = await scrape(statistics)
+    assert "# TYPE gateway_resubmitted_total counter\ngateway_resubmitted_total 3\n" in text
+    assert "\ngateway_dead_letters_total 0\n" in text
+    assert "\ngateway_statistics_skipped 0\n" in text
+
+
+async def test_predictions_are_told_where_something_runs(statistics: Statistics) -> None:
+    assert "gateway_predictions_trusted{" not in await scrape(statistics)
+    statistics.of("digits", "3").predictions = (0.25, False)
+    text = await scrape(statistics)
+    assert '\ngateway_prediction_error_ratio{model="digits",version="3"} 0.25\n' in text
+    assert '\ngateway_predictions_trusted{model="digits",version="3"} 0\n' in text
+
+
+async def test_the_models_are_of_the_fleet_and_the_process_has_its_name(statistics: Statistics) -> None:
+    others = Statistics()
+    others.of("digits", "3").record_batch(1, 1, 1, 1, "full")
+
+    async def fleet() -> Statistics:
+        return Statistics.merge([statistics.snapshot(), others.snapshot()])
+
+    text = (await get(MetricsApp(fleet, process="gateway-1"))).body.decode()
+    assert '\nnv_inference_exec_count{model="digits",version="3"} 2\n' in text
+    assert '\nprocess_cpu_seconds_total{process="gateway-1"} ' in text
+    assert 'process="gateway-1"' in next(line for line in text.splitlines() if line.startswith("gateway_build_info{"))
+
+
 async def test_a_scrape_sees_what_was_counted_since_the_last(statistics: Statistics) -> None:
-    app = MetricsApp(statistics)
+    app = MetricsApp(statistics.whole)
     await get(app)
     statistics.of("digits", "3").record_success(1_000, None, 1)
     text = (await get(app)).body.decode()
@@ -145,7 +175,7 @@ async def test_a_scrape_sees_what_was_counted_since_the_last(statistics: Statist
 
 
 async def test_no_models_is_a_valid_answer() -> None:
-    response = await get(MetricsApp(Statistics()))
+    response = await get(MetricsApp(Statistics().whole))
     assert response.status == 200
     assert b"# TYPE nv_inference_count counter" in response.body
 
@@ -159,12 +189,12 @@ async def test_no_models_is_a_valid_answer() -> None:
     ],
 )
 async def test_anything_else_is_refused(path: str, method: str, status: int, body: bytes) -> None:
-    response = await get(MetricsApp(Statistics()), path, method)
+    response = await get(MetricsApp(Statistics().whole), path, method)
     assert (response.status, response.body) == (status, body)
 
 
 async def test_where_callers_need_a_token_scrapers_need_one_too() -> None:
-    app = MetricsApp(Statistics(), Tokens({"t" * 16: "ops"}))
+    app = MetricsApp(Statistics().whole, Tokens({"t" * 16: "ops"}))
     assert (await get(app)).status == 401
     assert (await get(app, authorization="Bearer " + "x" * 16)).status == 401
     assert (await get(app, authorization="Bearer " + "t" * 16)).status == 200

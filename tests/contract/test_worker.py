@@ -170,6 +170,21 @@ async def test_an_unload_answers_what_was_accepted_and_refuses_the_rest(rig, fol
     assert await rig.infer(6.0) == 6.0
 
 
+async def test_a_reload_after_an_unload_counts_from_zero_and_a_plain_reload_goes_on(rig):
+    rig.write()
+    await rig.load()
+    await rig.infer()
+    rig.write()
+    await rig.load()
+    await rig.infer()
+    assert (rig.statistics.of("m", "1").success_count, rig.queue.pool("m").versions[0].epoch) == (2, 0)
+    await rig.unload()
+    await rig.load()
+    await rig.infer()
+    assert rig.statistics.of("m", "1").success_count == 1
+    assert rig.queue.pool("m").versions[0].epoch == rig.statistics.epoch("m", "1") > 0
+
+
 async def test_unloading_what_is_not_loaded_does_nothing(rig):
     await rig.unload("never")
     assert rig.queue.pool("never") is None

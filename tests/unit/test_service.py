@@ -254,9 +254,9 @@ async def test_statistics_are_tritons_entries_of_ready_versions(rig):
     rig.publish(ready("2"), ready("10"), VersionState("11", "LOADING"))
     rig.publish(ready("1"), model="a")
     service = rig.service
-    assert [(e["name"], e["version"]) for e in service.statistics()] == [("a", "1"), ("m", "2"), ("m", "10")]
-    assert [(e["name"], e["version"]) for e in service.statistics("m")] == [("m", "2"), ("m", "10")]
-    assert [(e["name"], e["version"]) for e in service.statistics("m", "10")] == [("m", "10")]
+    assert [(e["name"], e["version"]) for e in await service.statistics()] == [("a", "1"), ("m", "2"), ("m", "10")]
+    assert [(e["name"], e["version"]) for e in await service.statistics("m")] == [("m", "2"), ("m", "10")]
+    assert [(e["name"], e["version"]) for e in await service.statistics("m", "10")] == [("m", "10")]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,35 @@ async def test_statistics_are_tritons_entries_of_ready_versions(rig):
 )
 async def test_statistics_of_what_is_not_there(rig, name, version, text):
     with pytest.raises(errors.InvalidArgument) as caught:
-        rig.service.statistics(name, version)
+        await rig.service.statistics(name, version)
     assert caught.value.message == text
+
+
+async def test_statistics_are_those_of_the_whole_fleet(rig):
+    others = Statistics()
+    others.of("m", "1").record_batch(3, 1, 2, 3, "full")
+
+    async def fleet():
+        return Statistics.merge([rig.statistics.snapshot(), others.snapshot()])
+
+    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), fleet)
+    async with background(rig.infer(request(rows=3))) as (caller,):
+        job = await rig.job()
+        job.reply(answer(job.request))
+        await caller
+    (entry,) = await service.statistics("m")
+    assert (entry["inference_stats"]["success"]["count"], entry["execution_count"]) == (1, 1)
+
+
+async def test_a_version_that_was_unloaded_elsewhere_counts_from_zero(rig):
+    await refusal(rig.infer(request(parameters={"triton_x": 1})))
+    rig.publish(replace(ready("1"), epoch=5))
+    await refusal(rig.infer(request(parameters={"triton_x": 1})))
+    assert rig.counted() == {"OTHER": 1}
+    assert rig.statistics.epoch("m", "1") == 5
+    rig.publish(replace(ready("1", max_batch_size=2), epoch=5))
+    await refusal(rig.infer(request(parameters={"triton_x": 1})))
+    assert rig.counted() == {"OTHER": 2}
 
 
 # --- default deadlines

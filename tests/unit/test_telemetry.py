@@ -174,7 +174,7 @@ def test_a_label_survives_prometheus_own_parser() -> None:
 
 
 def test_process_metrics_keep_their_standard_names() -> None:
-    names = {family.name: family.kind for family in process_metrics()}
+    names = {family.name: family.kind for family in process_metrics({})}
     assert names["process_cpu_seconds_total"] == "counter"
     assert names["process_resident_memory_bytes"] == "gauge"
     assert names["process_open_fds"] == "gauge"

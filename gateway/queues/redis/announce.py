@@ -36,6 +36,7 @@ class _Version(msgspec.Struct, array_like=True, gc=False):
     config: Any
     proto: bytes
     instances: list[tuple[str, str]]
+    epoch: int = 0
 
 
 class _Pool(msgspec.Struct, array_like=True, gc=False):
@@ -91,7 +92,7 @@ def _version(state: VersionState) -> _Version:
         proto = config.proto.SerializeToString()
         config = replace(config, proto=None)
     instances = [(each.device, each.provider) for each in state.instances]
-    return _Version(state.version, state.state, state.reason, config, proto, instances)
+    return _Version(state.version, state.state, state.reason, config, proto, instances, state.epoch)
 
 
 def _read_pool(pool: _Pool) -> PoolState:
@@ -103,7 +104,7 @@ def _read_version(found: _Version) -> VersionState:
     if config is not None and found.proto:
         config = replace(config, proto=_config_message(found.proto))
     instances = tuple(InstanceState(device, provider) for device, provider in found.instances)
-    return VersionState(found.version, found.state, found.reason, config, instances)
+    return VersionState(found.version, found.state, found.reason, config, instances, epoch=found.epoch)
 
 
 def _config_message(data: bytes) -> Any:
@@ -129,6 +130,7 @@ def merge(model: str, pools: Mapping[str, PoolState]) -> PoolState:
 
 def _better(known: VersionState, other: VersionState) -> VersionState:
     first, second = sorted((known, other), key=lambda state: _BEST.index(state.state))
+    first = replace(first, epoch=max(known.epoch, other.epoch))
     if first.state != "READY" or second.state != "READY":
         return first
     return replace(first, instances=first.instances + second.instances)

@@ -32,8 +32,9 @@ LOAD, UNLOAD, QUESTION, CANCEL, NEWS, GIVEN = "load", "unload", "question", "can
 class RedisOrder:
     """The `Order` protocol: a command from some gateway."""
 
-    def __init__(self, command: Command, sender: str, identity: bytes, outbox: Outbox) -> None:
+    def __init__(self, command: Command, epoch: int, sender: str, identity: bytes, outbox: Outbox) -> None:
         self.command = command
+        self.epoch = epoch
         self._sender = sender
         self._id = identity
         self._outbox: Outbox | None = outbox
@@ -218,7 +219,8 @@ class Events:
         if event.kind in (LOAD, UNLOAD):
             if self._takes_orders:
                 command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
-                self._give(RedisOrder(command, event.sender, event.id, self._outbox))
+                epoch = int(self._last.partition(b"-")[0])  # of its entry: for all the same
+                self._give(RedisOrder(command, epoch, event.sender, event.id, self._outbox))
         elif event.kind == QUESTION:
             self._answer(event)
         elif (told := self._on.get(event.kind)) is not None:

@@ -37,7 +37,7 @@ from gateway.types import (
 VERSION = 1
 
 _REQUEST, _RESPONSE, _ERROR = (bytes((VERSION, kind)) for kind in b"qre")
-_KINDS = {ord("q"): "request", ord("r"): "response", ord("e"): "error"}
+_KINDS = {ord("q"): "a request", ord("r"): "a response", ord("e"): "an error"}
 _MAX_ELEMENTS = 1 << 48  # what numpy can address in any type, and the most the service accepts
 _MAX_DIMS = 64
 _REMEMBERED = 512  # forms
@@ -295,18 +295,18 @@ def _decoded(body: Buffer, kind: bytes, decode: Callable[[Buffer], _T]) -> _T:
     try:
         return decode(body)
     except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as problem:
-        raise BadMessage(f"the header of a {_KINDS[kind[1]]} cannot be read: {problem}") from None
+        raise BadMessage(f"the header of {_KINDS[kind[1]]} cannot be read: {problem}") from None
 
 
 def _misdirected(header: Buffer, kind: bytes) -> BadMessage:
     version = version_of(header)
     if version != VERSION:
         return BadMessage(
-            f"a {_KINDS[kind[1]]} is written in version {version}, this release reads version {VERSION}; "
+            f"{_KINDS[kind[1]]} is written in version {version}, this release reads version {VERSION}; "
             "run the same release in all processes"
         )
-    found = _KINDS.get(header[1], "message of an unknown kind") if len(header) > 1 else "cut header"
-    return BadMessage(f"expected a {_KINDS[kind[1]]}, got a {found}")
+    found = _KINDS.get(header[1], "a message of an unknown kind") if len(header) > 1 else "a cut header"
+    return BadMessage(f"expected {_KINDS[kind[1]]}, got {found}")
 
 
 class _Layout(msgspec.Struct, frozen=True, gc=False):

@@ -30,6 +30,7 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - the host's shared memory, every file m
 _NAME = re.compile(r"lockgate-([0-9]+)\.([0-9]+)\.([0-9]+)\.[0-9A-Za-z_-]{1,64}\.[0-9A-Za-z_-]{1,64}\.[0-9a-f]{1,16}")
 _SPARE_BYTES = 32 << 20
 _SPARE_SECONDS = 10.0
+_TRIES = 4  # spare files to look at; the one longest unused is the likeliest to have no reader
 _GRACE_SECONDS = 10.0  # for the last answers of a process that has ended
 _MOST_PARTS = 1024  # of one writev: IOV_MAX
 
@@ -45,8 +46,8 @@ class SharedFiles:
         self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files: dict[str, tuple[int, float]] = {}  # name to size and the moment it is of no use any more
         self._spare: deque[tuple[str, int, float]] = deque()  # name, size, since when; the longest unused first
-        self._owner = (_namespace(), os.getpid(), _started(os.getpid()))
         try:
+            self._owner = (_namespace(), os.getpid(), _started(os.getpid()))
             self.host = self._token()
         except OSError:
             os.close(self._folder)
@@ -67,10 +68,7 @@ class SharedFiles:
             raise ValueError(f"'{identity}' cannot be part of a file's name")
         descriptor = self._respare(name, size)
         if descriptor is None:
-            room = os.fstatvfs(self._folder)
-            # The rest is for others: who maps more shared memory than there is gets killed.
-            if (room.f_bavail - room.f_blocks // 8) * room.f_frsize < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._want(size)
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(name, flags, 0o600, dir_fd=self._folder)
         self._files[name] = (size, time.monotonic() + ttl)
@@ -144,10 +142,19 @@ class SharedFiles:
         self._files.clear()
         self._spare.clear()
         os.close(self._folder)
+        self._folder = -1
+
+    def _want(self, size: int) -> None:
+        """Raise `OSError` unless there is room for so much more."""
+        if size > 0:
+            room = os.fstatvfs(self._folder)
+            # The rest is for others: who maps more shared memory than there is gets killed.
+            if (room.f_bavail - room.f_blocks // 8) * room.f_frsize < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _respare(self, name: str, size: int) -> int | None:
         """Give a spare file that nobody looks at any more this name, and open it; None if there is none."""
-        for _ in range(len(self._spare)):
+        for _ in range(min(len(self._spare), _TRIES)):
             spare, had, since = self._spare.popleft()
             try:
                 descriptor = os.open(spare, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
@@ -155,12 +162,13 @@ class SharedFiles:
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._want(size - had)
                 os.ftruncate(descriptor, size)
                 os.rename(spare, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
             except BlockingIOError:
                 os.close(descriptor)
                 self._spare.append((spare, had, since))
-            except OSError:
+            except OSError:  # no room to grow in, so that its own is wanted too
                 os.close(descriptor)
                 self._unlink(spare)
             else:
@@ -216,7 +224,8 @@ class SharedFiles:
         return True
 
     def _unlink(self, name: str) -> None:
-        with suppress(FileNotFoundError):
+        # Another has removed it, or will: the sweep of whoever finds it.
+        with suppress(OSError):
             os.unlink(name, dir_fd=self._folder)
 
 

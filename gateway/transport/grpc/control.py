@@ -83,7 +83,7 @@ class Control:
         return pb.ModelConfigResponse(config=config.proto)
 
     async def _model_statistics(self, request: Any) -> Any:
-        entries = self._service.statistics(request.name, check_version(request.version))
+        entries = await self._service.statistics(request.name, check_version(request.version))
         return json_format.ParseDict({"model_stats": entries}, pb.ModelStatisticsResponse())
 
     async def _repository_index(self, request: Any) -> Any:

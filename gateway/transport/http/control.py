@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gateway.config.model import TensorConfig
+from gateway.config.parse import config_json
 from gateway.errors import InvalidArgument, stopping
 from gateway.service import Service
 from gateway.service.service import IndexEntry
@@ -23,7 +25,7 @@ def server_metadata(service: Service) -> dict[str, Any]:
     return {"name": name, "version": version, "extensions": list(extensions)}
 
 
-def model_metadata(service: Service, name: str, version: str) -> dict[str, Any]:
+async def model_metadata(service: Service, name: str, version: str) -> dict[str, Any]:
     """The body of `GET /v2/models/{name}`; shapes are the API's, batch dimension included."""
     config = service.model_config(name, version)
 
@@ -40,11 +42,26 @@ def model_metadata(service: Service, name: str, version: str) -> dict[str, Any]:
     }
 
 
-def model_ready(service: Service, name: str, version: str) -> dict[str, Any]:
+async def model_ready(service: Service, name: str, version: str) -> dict[str, Any]:
     """The body of `GET /v2/models/{name}/ready`. Raises what `infer` would when the model is not."""
     if not service.model_ready(name, version):
         raise stopping()
     return {"name": name, "ready": True}
+
+
+async def model_config(service: Service, name: str, version: str) -> Any:
+    """The body of `GET /v2/models/{name}/config`."""
+    return config_json(service.model_config(name, version).proto)
+
+
+async def model_statistics(service: Service, name: str = "", version: str = "") -> dict[str, Any]:
+    """The body of `GET /v2/models/stats` and `/v2/models/{name}/stats`."""
+    return {"model_stats": await service.statistics(name, version)}
+
+
+async def model_explanation(service: Service, name: str, version: str) -> Mapping[str, Any]:
+    """The body of `GET /v2/models/{name}/explain`."""
+    return service.explain(name, version)
 
 
 async def repository_index(service: Service, body: dict[str, Any]) -> list[dict[str, str]]:

@@ -7,9 +7,9 @@ are all `async`, because a `Service` belongs to the event loop. `/docs` needs no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import orjson
 from fastapi import Depends, FastAPI, Path, Request
@@ -19,7 +19,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway import __version__, errors
-from gateway.config.parse import config_json
 from gateway.service import Service
 from gateway.transport.auth import Callers
 from gateway.transport.http import control
@@ -31,6 +30,7 @@ from gateway.transport.http.replies import Reply, error_reply, fault_reply
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
+_Answer: TypeAlias = Callable[[Service, str, str], Awaitable[Any]]
 _ERROR = {"description": "What was wrong and what to do.", "content": {"application/json": {"example": {"error": ""}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 _INFER_EXAMPLE = {
@@ -97,14 +97,14 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
 
     @app.get("/v2/models/stats", summary="Statistics of every model", dependencies=dependencies)
     async def statistics() -> Response:
-        return _json({"model_stats": service.statistics()})
+        return _json(await control.model_statistics(service))
 
-    def add(suffix: str, summary: str, answer: Callable[[str, str], Any], text: str | None = None) -> None:
+    def add(suffix: str, summary: str, answer: _Answer, text: str | None = None) -> None:
         async def newest(model: Model) -> Response:
-            return _json(answer(model, ""))
+            return _json(await answer(service, model, ""))
 
         async def of_version(model: Model, version: Version) -> Response:
-            return _json(answer(model, _number(version)))
+            return _json(await answer(service, model, _number(version)))
 
         for path, handler in (("", newest), ("/versions/{version}", of_version)):
             app.add_api_route(
@@ -115,11 +115,11 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
                 dependencies=[*dependencies],
             )
 
-    add("", "A model's inputs and outputs", lambda *target: control.model_metadata(service, *target))
-    add("/ready", "Does this model answer?", lambda *target: control.model_ready(service, *target))
-    add("/config", "A model's whole configuration", lambda *target: config_json(service.model_config(*target).proto))
-    add("/stats", "A model's statistics", lambda *target: {"model_stats": service.statistics(*target)})
-    add("/explain", "Why a model's requests were batched, refused or late", service.explain, _EXPLAIN_TEXT)
+    add("", "A model's inputs and outputs", control.model_metadata)
+    add("/ready", "Does this model answer?", control.model_ready)
+    add("/config", "A model's whole configuration", control.model_config)
+    add("/stats", "A model's statistics", control.model_statistics)
+    add("/explain", "Why a model's requests were batched, refused or late", control.model_explanation, _EXPLAIN_TEXT)
 
 
 def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:

@@ -1,4 +1,4 @@
-"""Triton's counters of each model version, and histograms of its times and batches.
+"""Triton's counters of one model version, and histograms of its times and batches.
 
 Owns what the statistics extension and `/metrics` report, counted as Triton counts (core `infer_stats.cc`):
 requests and rows by the gateway when a request ends, executions by the worker when a batch ends. Promises
@@ -9,9 +9,8 @@ nothing is locked. It knows neither wire format nor Prometheus.
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import compress
 from typing import Any, TypeAlias, TypedDict
 
@@ -151,13 +150,16 @@ class VersionStatistics:
 
     Two gauges are the callers' own to step up and down: `pending` counts accepted requests not yet answered
     (the gateway's), `executing` those among them that are in a running batch (the worker's). The cache
-    fields are the response cache's.
+    fields are the response cache's. Of the requests that were `admitted` on condition and have ended, `late` were not
+    answered by their deadline. `predictions` is how far predicted times of batches are off lately, as a part of them,
+    and whether they are relied on; None where nothing runs. `epoch` is when the version was last unloaded, in
+    milliseconds since 1970; 0 for never.
     """
 
     __slots__ = (
-        "_answers", "_counted", "_now_ms", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
-        "cache_miss_ns", "closed", "executing", "execution_count", "failure_ns", "failures", "last_inference_ms",
-        "model", "pending", "refused", "row_sizes", "version",
+        "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
+        "cache_miss_ns", "closed", "epoch", "executing", "execution_count", "failure_ns", "failures",
+        "last_inference_ms", "late", "model", "pending", "predictions", "refused", "row_sizes", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -172,9 +174,10 @@ class VersionStatistics:
     queue_times = _answered("queue_times")
     compute_times = _answered("compute_times")
 
-    def __init__(self, model: str, version: str, now_ms: Callable[[], int]) -> None:
+    def __init__(self, model: str, version: str, now_ms: Callable[[], int], epoch: int = 0) -> None:
         self.model = model
         self.version = version
+        self.epoch = epoch
         self._now_ms = now_ms
         self._answers: list[_Answer] = []  # those that are not counted yet
         self._counted = _Answered()
@@ -184,6 +187,8 @@ class VersionStatistics:
         self.failures = dict.fromkeys(FAILURE_REASONS, 0)
         self.cache_hit_count = self.cache_hit_ns = self.cache_miss_count = self.cache_miss_ns = 0
         self.pending = self.executing = 0
+        self.admitted = self.late = 0
+        self.predictions: tuple[float, bool] | None = None
         self.batches: dict[int, BatchStatistics] = {}
         self.closed: dict[str, int] = {}
         self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
@@ -258,33 +263,3 @@ def _batch_entry(size: int, batch: BatchStatistics) -> BatchEntry:
         "compute_infer": _duration(batch.count, batch.compute_infer_ns),
         "compute_output": _duration(batch.count, batch.compute_output_ns),
     }
-
-
-def _wall_clock_ms() -> int:
-    return time.time_ns() // 1_000_000
-
-
-class Statistics:
-    """The statistics of every model version that was asked for.
-
-    `now_ms` is the wall clock in milliseconds since 1970, for `last_inference` alone.
-    """
-
-    def __init__(self, now_ms: Callable[[], int] = _wall_clock_ms) -> None:
-        self._now_ms = now_ms
-        self._versions: dict[tuple[str, str], VersionStatistics] = {}
-
-    def of(self, model: str, version: str) -> VersionStatistics:
-        """The counters of one version, all zero when it is new. Keep the object on a hot path."""
-        statistics = self._versions.get((model, version))
-        if statistics is None:
-            statistics = self._versions[model, version] = VersionStatistics(model, version, self._now_ms)
-        return statistics
-
-    def forget(self, model: str, version: str) -> None:
-        """Drop the counters of an unloaded version, so that a later load starts from zero."""
-        self._versions.pop((model, version), None)
-
-    def __iter__(self) -> Iterator[VersionStatistics]:
-        """Every version's live counters, by model name and then version number."""
-        return iter(sorted(self._versions.values(), key=lambda each: (each.model, int(each.version))))
