@@ -189,7 +189,11 @@ class Reader:
                     await link.up.wait()
         try:
             wire = await link.dial()
-            self._id = await wire.call(("CLIENT", "ID"))
+            try:
+                self._id = await wire.call(("CLIENT", "ID"))
+            except BaseException:
+                wire.close("the reader gave it up at once")
+                raise
         except Disconnected:
             # A caller that asks again at once must not spin.
             await asyncio.sleep(next(self._delays))

@@ -2,14 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 
 import pytest
 
 from gateway import errors
 from gateway.queues.base import Capacity, Lane, Load, PoolState, VersionState
-from gateway.queues.redis import directory, message, queue as queue_module
+from gateway.queues.redis import directory, message
+from gateway.queues.redis import queue as queue_module
 from gateway.queues.redis.queue import RedisQueue, Role
 from gateway.redis_client import RedisClient, RedisOptions
 from tests.redis_support import fleet_queue, options
@@ -68,13 +69,6 @@ async def known(queue: RedisQueue, condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-@asynccontextmanager
-async def worker(of: RedisOptions, limit: int = 8) -> AsyncIterator[tuple[RedisQueue, Callable[[int], object]]]:
-    async with fleet_queue(of, "worker") as queue:
-        queue.publish(READY)
-        yield queue
-
-
 async def take(queue: RedisQueue, count: int, consumer=None, lane: Lane = LANE):
     consumer = consumer or queue.consumer([lane], 8)
     jobs = []
@@ -83,10 +77,11 @@ async def take(queue: RedisQueue, count: int, consumer=None, lane: Lane = LANE):
     return jobs
 
 
-async def pending(queue: RedisQueue, lane: Lane = LANE) -> int:
-    client = queue._client
-    counts = [await client.call("XLEN", client.keys.requests(lane.model, lane.version, each)) for each in (1, 2, 3)]
-    return sum(counts)
+async def emptied(queue: RedisQueue) -> None:
+    """Wait until nothing is left in the lane's streams."""
+    call, key = queue._client.call, queue._client.keys.requests
+    while any([await call("XLEN", key("m", "1", each)) for each in (1, 2, 3)]):
+        await asyncio.sleep(0.01)
 
 
 # --- pools
@@ -154,7 +149,7 @@ async def test_what_a_dead_worker_held_is_run_by_another_alone(fleet):
                     assert job.reply(answer(job.request))
                 assert [(await caller).id for caller in callers] == ["0", "1", "2"]
         await known(heir, lambda: heir.counts.recovered == 3)
-        assert await pending(gateway) == 0
+        await emptied(gateway)
 
 
 async def test_a_request_that_kills_two_workers_is_buried_and_answered(fleet):
@@ -187,20 +182,17 @@ async def test_an_answer_that_was_not_acknowledged_is_not_given_twice(fleet):
                 (again,) = await take(heir, 1)
                 again.reply(answer(again.request))
                 await known(gateway, lambda: gateway.counts.duplicates == 1)
-        while await pending(gateway):
-            await asyncio.sleep(0.01)
+        await emptied(gateway)
 
 
 async def test_requests_of_a_dead_gateway_are_dropped(fleet):
     mortal = Mortal(fleet, "gateway")
     async with fleet_queue(fleet, "worker") as held, fleet_queue(fleet, "gateway") as other:
-        async with mortal as doomed:
-            async with background(*(refusal(ask(doomed, request(id=str(n)))) for n in range(5))):
-                jobs = await take(held, 2)
-                await mortal.die()
-                await known(held, lambda: all(job.done for job in jobs))
-        while await pending(other):
-            await asyncio.sleep(0.01)
+        async with mortal as doomed, background(*(refusal(ask(doomed, request(id=str(n)))) for n in range(5))):
+            jobs = await take(held, 2)
+            await mortal.die()
+            await known(held, lambda: all(job.done for job in jobs))
+        await emptied(other)
         assert held.counts.orphans >= 2
 
 
@@ -296,8 +288,7 @@ async def test_a_cancelled_call_is_not_run_wherever_it_is(fleet):
             assert last.request.id == "3"
             last.reply(answer(last.request))
             assert (await callers[3]).id == "3"
-        while await pending(gateway):
-            await asyncio.sleep(0.01)
+        await emptied(gateway)
 
 
 # --- commands
@@ -352,20 +343,16 @@ async def test_a_question_is_answered_by_all_others(fleet):
 async def test_a_newer_message_is_left_for_a_newer_worker(fleet, monkeypatch):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as old:
         old.consumer([LANE], 8)
-        pack = message.pack_request
+        pack, unpack = message.pack_request, message.unpack_request
         monkeypatch.setattr("gateway.queues.redis.calls.pack_request", lambda asked: _newer(pack(asked)))
+        monkeypatch.setattr("gateway.queues.redis.lane.unpack_request", lambda head, body: unpack(_older(head), body))
         async with background(ask(gateway, request(id="a"))) as (caller,):
             await known(old, lambda: bool(old._lanes[LANE].foreign))
-            monkeypatch.setattr(directory, "VERSION", message.VERSION + 1)
-            monkeypatch.setattr("gateway.queues.redis.lane.VERSION", message.VERSION + 1)
-            monkeypatch.setattr(
-                "gateway.queues.redis.lane.unpack_request",
-                lambda head, body: message.unpack_request(_older(head), body),
-            )
             async with fleet_queue(fleet, "worker") as new:
+                new._link.reads += 1
                 new.publish(READY)
-                monkeypatch.setattr(directory, "VERSION", message.VERSION)
                 (job,) = await take(new, 1)
+                assert job.request.signature is None
                 job.reply(answer(job.request))
                 assert (await caller).id == "a"
 

@@ -19,7 +19,6 @@ from gateway.queues.redis import announce
 from gateway.queues.redis.admission import FleetAdmission
 from gateway.queues.redis.announce import Announcement
 from gateway.queues.redis.link import Bell, Link
-from gateway.queues.redis.message import VERSION
 from gateway.redis_client import Disconnected
 from gateway.telemetry import log_event
 
@@ -120,7 +119,7 @@ class Directory:
     def newer(self, lane: Lane) -> str | None:
         """A worker of this lane that reads newer messages than this process does."""
         others = self.others(lane)
-        return next((each for each in others if self.members[each].announcement.reads > VERSION), None)
+        return next((each for each in others if self.members[each].announcement.reads > self._link.reads), None)
 
     def workers(self) -> set[str]:
         """Every live worker that carries out commands."""
@@ -173,7 +172,7 @@ class Directory:
         own = Announcement(
             self._role,
             self._link.payloads.host or "",
-            VERSION,
+            self._link.reads,
             self.leaving,
             digest,
             self._capacities(),

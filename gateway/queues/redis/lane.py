@@ -22,7 +22,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.cancelled import Cancelled
 from gateway.queues.redis.jobs import RedisJob
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import VERSION, BadMessage, pack_request, unpack_request, version_of
+from gateway.queues.redis.message import BadMessage, pack_request, unpack_request, version_of
 from gateway.queues.redis.outbox import Outbox
 from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
@@ -224,7 +224,7 @@ class LaneReader:
         stub = Stub(stream, entry)
         try:
             header = fields[wire.HEADER]
-            if version_of(header) > VERSION:
+            if version_of(header) > self._link.reads:
                 self.foreign.add(entry)
                 return
             envelope = wire.read_envelope(fields[wire.ENVELOPE])

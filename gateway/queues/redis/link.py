@@ -11,7 +11,7 @@ from typing import Any
 
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
-from gateway.queues.redis.message import Seal
+from gateway.queues.redis.message import VERSION, Seal
 from gateway.redis_client import RedisClient
 from gateway.telemetry import log_event
 
@@ -55,6 +55,7 @@ class Link:
     seal: Seal
     payloads: Payloads
     tasks: asyncio.TaskGroup
+    reads: int = VERSION  # the newest version of messages that are understood here
     counts: Counts = field(default_factory=Counts)
     hosts: dict[str, str] = field(default_factory=dict)  # of each process, the /dev/shm it has
     ids: Iterator[bytes] = field(default_factory=wire.ids)
