@@ -1,5 +1,6 @@
 """What a fleet promises beyond `Queue`: processes join, stop and die, Redis forgets, and every request is answered once."""
 
+# ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
 import asyncio
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from gateway.queues.redis import queue as queue_module
 from gateway.queues.redis.queue import RedisQueue, Role
 from gateway.redis_client import RedisClient, RedisOptions
 from tests.redis_support import fleet_queue, options
-from tests.support import LANE, answer, ask, background, model_config, refusal, request
+from tests.support import LANE, answer, ask, background, model_config, refusal, request, settle
 
 READY = PoolState("m", (VersionState("1", "READY", config=model_config()),))
 
@@ -222,15 +223,14 @@ async def test_a_worker_that_stops_hands_over_what_it_has_not_run(fleet):
 async def test_drained_waits_for_what_other_gateways_sent_when_nobody_else_serves(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
         consumer = held.consumer([LANE], 8)
-        async with (
-            background(ask(gateway, request(id="a"))) as (caller,),
-            background(held.drained(LANE)) as (draining,),
-        ):
+        async with background(ask(gateway, request(id="a"))) as (caller,):
             (job,) = await take(held, 1, consumer)
-            assert not draining.done()
-            job.reply(answer(job.request))
-            assert (await caller).id == "a"
-            await draining
+            async with background(held.drained(LANE)) as (draining,):
+                await settle()
+                assert not draining.done()
+                job.reply(answer(job.request))
+                assert (await caller).id == "a"
+                await draining
 
 
 # --- loss
