@@ -29,7 +29,7 @@ async def dial(
         async with asyncio.timeout(options.connect_timeout):
             await _connect(wire, options, address)
             await (introduce or _introduce)(wire, options)
-    except BaseException as problem:
+    except BaseException as problem:  # a caller who gives up leaves no connection behind
         wire.close("the connection was not completed")
         why = _explained(problem, address, options)
         if why is None:
