@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError, ResponseError
@@ -47,7 +48,7 @@ async def identify(wire: Wire) -> str:
         text: bytes = await wire.call(("INFO",))
     except ResponseError:
         # An ACL without INFO: nothing can be known, so each connection counts as another server.
-        return f"unknown {id(wire)}"
+        return secrets.token_hex(16)
     facts = dict(line.partition(":")[::2] for line in text.decode("utf-8", "replace").splitlines())
     if facts.get("loading") == "1":
         raise NotServing(f"Redis at {wire.name} is loading its data")
