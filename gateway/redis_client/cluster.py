@@ -65,6 +65,8 @@ class Cluster:
             self._keeper.cancel()
         for address in [*self._links]:
             self._leave(address)
+        self._slots = [None] * _SLOTS
+        self._why = "the client was closed"
 
     def call(self, command: Command) -> asyncio.Future[Reply]:
         """See Route."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Callable
 
 from redis.exceptions import RedisError, ResponseError
@@ -29,7 +30,7 @@ async def dial(
         async with asyncio.timeout(options.connect_timeout):
             await _connect(wire, options, address)
             await (introduce or _introduce)(wire, options)
-    except BaseException as problem:
+    except BaseException as problem:  # a caller who gives up leaves no connection behind
         wire.close("the connection was not completed")
         why = _explained(problem, address, options)
         if why is None:
@@ -47,7 +48,7 @@ async def identify(wire: Wire) -> str:
         text: bytes = await wire.call(("INFO",))
     except ResponseError:
         # An ACL without INFO: nothing can be known, so each connection counts as another server.
-        return f"unknown {id(wire)}"
+        return secrets.token_hex(16)
     facts = dict(line.partition(":")[::2] for line in text.decode("utf-8", "replace").splitlines())
     if facts.get("loading") == "1":
         raise NotServing(f"Redis at {wire.name} is loading its data")

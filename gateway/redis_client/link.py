@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 
 from redis.exceptions import ResponseError
 
@@ -16,7 +17,7 @@ from gateway.redis_client.options import Address, RedisOptions
 from gateway.redis_client.wire import Command, Disconnected, Reply, Wire
 from gateway.telemetry import log_event
 
-_CLOCK_EVERY = 2.0  # seconds between looks at Redis' clock; also what finds a dead network on an idle connection
+_LOOK_EVERY = 2.0  # seconds between looks at Redis' clock; also what finds a dead network on an idle connection
 _FIRST_DELAY, _LAST_DELAY = 0.02, 1.0  # seconds between attempts to reconnect
 
 
@@ -24,7 +25,7 @@ class Link:
     """The connection that calls go out on.
 
     `locate` says where the server is, at each attempt. `moved` is called when another server answers than before.
-    `up` is set while there is a connection.
+    `up` is set while there is a connection; `settled` is too, and for good once the link is closed.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Link:
     ) -> None:
         self.clock = Clock()
         self.up = asyncio.Event()
+        self.settled = asyncio.Event()
         self._options = options
         self._locate = locate
         self._moved = moved
         self._identity = ""
-        self._address = Address()
+        self.address = Address()
         self._wire: Wire | None = None
         self._why = "not connected to Redis yet"
         self._timeless = False
@@ -44,7 +46,7 @@ class Link:
     @property
     def connected(self) -> bool:
         """Whether there is a connection."""
-        return self._wire is not None and not self._wire.lost.is_set()
+        return self._wire is not None
 
     def call(self, command: Command) -> asyncio.Future[Reply]:
         """See `Wire.call`; fails at once while there is no connection."""
@@ -56,9 +58,9 @@ class Link:
 
     async def dial(self) -> Wire:
         """Another connection to the same server. Raises `Disconnected`, at once while the link itself is down."""
-        if not self.connected:
+        if self._wire is None:
             raise Disconnected(self._why)
-        return await dial(self._options, self._address)
+        return await dial(self._options, self.address)
 
     async def start(self) -> None:
         """Try once to connect. Raises LoginRefused; another failure is for `keep` to mend."""
@@ -82,15 +84,14 @@ class Link:
 
     def close(self) -> None:
         """Drop the connection; calls fail from now on."""
-        self.up.clear()
-        self._why = "the client was closed"
         if self._wire is not None:
-            self._wire.close(self._why)
-            self._wire = None
+            self._wire.close("the client was closed")
+        self._why = "the client was closed"
+        self.settled.set()
 
     async def _connect(self) -> None:
-        self._address = await self._locate()
-        wire = await dial(self._options, self._address)
+        self.address = await self._locate()
+        wire = await dial(self._options, self.address)
         try:
             identity = await identify(wire)
             if identity != self._identity:
@@ -99,8 +100,12 @@ class Link:
         except BaseException:
             wire.close("the connection was not completed")
             raise
+        if wire.lost.is_set():
+            raise Disconnected(wire.why)
+        wire.on_lost = self._down
         self._wire = wire
         self.up.set()
+        self.settled.set()
         if identity != self._identity:
             self._identity = identity
             self._moved()
@@ -117,24 +122,29 @@ class Link:
                     log_event("redis_unreachable", logging.WARNING, reason=self._why)
                 await asyncio.sleep(delay)
             else:
-                log_event("redis_connected", address=str(self._address))
+                log_event("redis_connected", address=str(self.address))
                 return
 
     async def _tend(self, wire: Wire) -> None:
-        """Look at Redis' clock now and then, until the connection is lost."""
+        """Look at Redis' clock now and then, and whether it is still the one, until the connection is lost."""
         while not wire.lost.is_set():
             try:
-                async with asyncio.timeout(_CLOCK_EVERY):
+                async with asyncio.timeout(_LOOK_EVERY):
                     await wire.lost.wait()
             except TimeoutError:
-                try:
+                with suppress(Disconnected):
                     await self._ask_time(wire)
-                except Disconnected:
-                    break
+                    # An old primary may serve for 10 s after a failover, and all that is written there then is lost.
+                    if await self._locate() != self.address:
+                        wire.close("the primary is another server now")
+        log_event("redis_lost", logging.WARNING, reason=wire.why)
+
+    def _down(self) -> None:
+        assert self._wire is not None
         self.up.clear()
+        self.settled.clear()
+        self._why = self._wire.why
         self._wire = None
-        self._why = wire.why
-        log_event("redis_lost", logging.WARNING, reason=self._why)
 
     async def _ask_time(self, wire: Wire) -> None:
         sent = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 from hiredis import ProtocolError, Reader, pack_command
@@ -46,12 +46,14 @@ class NotServing(Disconnected):
 class Wire(asyncio.Protocol):
     """The protocol of one connection, made by `loop.create_connection`. `name` says in errors whose it is.
 
-    `patience` is how many seconds of silence are allowed while replies are due. `lost` is set when it is over.
+    `patience` is how many seconds of silence are allowed while replies are due. `lost` is set when it is over, and
+    `on_lost` called before anybody else hears of it.
     """
 
     def __init__(self, name: str, patience: float) -> None:
         self.lost = asyncio.Event()
         self.why = ""
+        self.on_lost: Callable[[], None] = _nothing
         self.commands = 0
         self.pipelines = 0
         self.name = name
@@ -184,6 +186,7 @@ class Wire(asyncio.Protocol):
             return
         self.why = why
         self.lost.set()
+        self.on_lost()
         if self._watch is not None:
             self._watch.cancel()
         self._unsent = []
@@ -253,6 +256,10 @@ def reply_error(text: str) -> Exception:
     if code in _LATER:
         return Disconnected(f"Redis does not serve now: {text}")
     return _ERRORS.get(code, ResponseError)(text)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _fail(sink: asyncio.Future[Reply] | _Transaction, why: str) -> None:
