@@ -230,9 +230,9 @@ class Generator:
 class Sender(Protocol):
     """Whom a `Connection` tells what comes over it; it is `Generator`'s methods that say what they mean."""
 
-    def taken(self, connection: Any, attempt: Any, now: float) -> None: ...  # noqa: D102
-    def received(self, connection: Any, status: int, head: bytes, body: bytes) -> None: ...  # noqa: D102
-    def lost(self, connection: Any) -> None: ...  # noqa: D102
+    def taken(self, connection: Any, attempt: Any, now: float) -> None: ...
+    def received(self, connection: Any, status: int, head: bytes, body: bytes) -> None: ...
+    def lost(self, connection: Any) -> None: ...
 
 
 class Connection(asyncio.Protocol):
