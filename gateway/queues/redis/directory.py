@@ -24,6 +24,7 @@ from gateway.telemetry import log_event
 
 BEAT = 0.5  # seconds
 _LIVES = 2.0  # seconds from an announcement to the death of who made it
+_DEAD_KNOWN = 10_000  # processes
 _HOLDING_LIVES = 600.0  # seconds; written anew in half of that
 
 
@@ -35,7 +36,6 @@ class Member:
     pools: dict[str, PoolState] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     digest: bytes = b""
-    seen: float = 0.0
 
     def serves(self, lane: Lane) -> bool:
         """Whether it takes requests of this lane."""
@@ -192,22 +192,24 @@ class Directory:
         )
         names = [name.decode() for name in roles[::2] if name.decode() != self._link.process]
         found = await client.call("MGET", *map(client.keys.process, names)) if names else []
-        now = time.monotonic()
+        silent = set(self.members)
         for process, data in zip(names, found, strict=True):
             own = None if data is None else announce.read_announcement(data)
             if own is not None:
-                await self._see(process, own, now)
-        self._bury(set(names), now)
+                silent.discard(process)
+                await self._see(process, own)
+        if time.monotonic() > self._calm:
+            self._bury(silent)
         self._learn(known)
         self._weigh()
 
-    async def _see(self, process: str, own: Announcement, now: float) -> None:
+    async def _see(self, process: str, own: Announcement) -> None:
         member = self.members.get(process)
         if member is None:
             member = self.members[process] = Member(own)
             self.dead.pop(process, None)
         left = own.leaving and not member.announcement.leaving
-        member.announcement, member.seen = own, now
+        member.announcement = own
         self._link.hosts[process] = own.host
         if own.digest != member.digest:
             data = await self._link.client.call("GET", self._link.client.keys.holding(process))
@@ -223,21 +225,20 @@ class Directory:
             for model in member.pools:
                 self._merge(model)
 
-    def _bury(self, listed: set[str], now: float) -> None:
-        for process, member in list(self.members.items()):
-            gone = process not in listed  # it said good-bye, or the fleet's list was lost
-            if now - member.seen > (BEAT if gone else _LIVES) and now > self._calm:
-                del self.members[process]
-                self._link.hosts.pop(process, None)
-                self.dead[process] = None
-                if len(self.dead) > 10_000:
-                    self.dead.pop(next(iter(self.dead)))
-                log_event("process_gone", logging.WARNING, process=process)
-                client = self._link.client
-                client.call("HDEL", client.keys.processes, process).add_done_callback(_seen)
-                for model in member.pools:
-                    self._merge(model)
-                self._died(process)
+    def _bury(self, silent: set[str]) -> None:
+        """Their announcements have lapsed, or they said good-bye."""
+        for process in silent:
+            member = self.members.pop(process)
+            self._link.hosts.pop(process, None)
+            self.dead[process] = None
+            if len(self.dead) > _DEAD_KNOWN:
+                self.dead.pop(next(iter(self.dead)))
+            log_event("process_gone", logging.WARNING, process=process)
+            client = self._link.client
+            client.call("HDEL", client.keys.processes, process).add_done_callback(_seen)
+            for model in member.pools:
+                self._merge(model)
+            self._died(process)
 
     def disturbed(self) -> None:
         """Redis was away or has lost its data: silence means nothing for a while."""

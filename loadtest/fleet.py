@@ -1,0 +1,259 @@
+"""A fleet on this machine: a Redis, gateways, workers and clients, each a process of its own that can be killed, stopped and started again.
+
+Used by `loadtest.fleet_faults` and by the tests in tests/system. Blocking calls, so that the caller decides where they run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from gateway.redis_server import find_server
+from loadtest.bench import servers
+from loadtest.fleet_client import MODEL, write_model
+from loadtest.history import History, Verdict, check, read
+from loadtest.record import ROOT
+
+_PATIENCE = 30.0  # seconds until what was started must be ready
+_LOOK = 0.02  # seconds between looks at other processes
+
+
+class FleetError(RuntimeError):
+    """A process did not start, or did not do what it was to do; the text has the end of its log."""
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = _PATIENCE) -> None:
+    """Look until it is so. Raises `FleetError` when it does not come to be."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            message = f"not within {seconds:g} s: {what}"
+            raise FleetError(message)
+        time.sleep(_LOOK)
+
+
+class Process:
+    """A child with its log in a file. The context ends it."""
+
+    def __init__(self, command: Sequence[str], log: Path, *, stdin: bytes | None = None) -> None:
+        self.command = command
+        self.log = log
+        self._stdin = stdin
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, again if it has ended."""
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL if self._stdin is None else subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+        if self._stdin is not None:
+            assert self._child.stdin is not None
+            self._child.stdin.write(self._stdin)
+            self._child.stdin.close()
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        assert self._child is not None
+        return self._child.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """A signal."""
+        assert self._child is not None
+        self._child.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, seconds: float = 40.0) -> int:
+        """The exit status."""
+        assert self._child is not None
+        return self._child.wait(seconds)
+
+    def stop(self) -> int:
+        """SIGTERM, and wait until it has drained."""
+        if self._child is None or self._child.poll() is not None:
+            return 0
+        self.send(signal.SIGCONT)
+        self.send(signal.SIGTERM)
+        try:
+            return self.wait()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -9
+
+    def tail(self, size: int = 3000) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-size:]
+
+    def resources(self) -> tuple[int, int, int]:
+        """Resident bytes, descriptors, threads."""
+        process = psutil.Process(self.pid)
+        with process.oneshot():
+            return process.memory_info().rss, process.num_fds(), process.num_threads()
+
+
+class Fleet:
+    """Redis in a folder of its own, and what is started beside it. A context manager that ends all of it.
+
+    `via` is the URL that gateways and workers use, where that is not the server's own: a proxy's.
+    """
+
+    def __init__(
+        self, *, aof: bool = False, max_memory: int = 0, via: str = "", model: dict[str, Any] | None = None
+    ) -> None:
+        self._stack = ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="lockgate-fleet-")))
+        self.socket = self.folder / "redis.sock"
+        self.via = via
+        self.models = self.folder / "models"
+        write_model(self.models, **(model or {}))
+        options = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder), "--save", ""]
+        options += ["--appendonly", "yes" if aof else "no", "--maxmemory-policy", "noeviction"]
+        options += ["--maxmemory", str(max_memory)] if max_memory else []
+        self.redis = Process([find_server(), *options], self.folder / "redis.log")
+        self.gateways: list[Process] = []
+        self.workers: list[Process] = []
+        self.ports: list[servers.Ports] = []
+        self._clients = 0
+
+    def __enter__(self) -> Self:
+        self.start_redis()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            for process in (*self.gateways, *self.workers, self.redis):
+                self._stack.callback(process.stop)
+
+    @property
+    def url(self) -> str:
+        """Where gateways and workers meet."""
+        return self.via or f"unix://{self.socket}"
+
+    def start_redis(self) -> None:
+        """Start the server, or start it again."""
+        self.redis.start()
+        wait_until(self._answers, f"Redis is ready; its log:\n{self.redis.tail()}")
+
+    def _answers(self) -> bool:
+        import redis
+
+        try:
+            with redis.Redis(unix_socket_path=str(self.socket)) as client:
+                return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    def ask(self, *command: str | bytes | int) -> Any:
+        """One command to the server."""
+        import redis
+
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            return client.execute_command(*command)
+
+    def add_worker(self, *flags: str) -> Process:
+        """Start a worker; it is not waited for."""
+        command = self._command("worker", "--model-repository", str(self.models), "--metrics-port", "0", *flags)
+        return self._start(self.workers, command, "worker")
+
+    def add_gateway(self, *flags: str) -> Process:
+        """Start a gateway; it is not waited for."""
+        ports = servers.Ports(*servers.free_ports(3))
+        self.ports.append(ports)
+        listening = [
+            "--http-port",
+            str(ports.http),
+            "--grpc-port",
+            str(ports.grpc),
+            "--metrics-port",
+            str(ports.metrics),
+        ]
+        return self._start(self.gateways, self._command("serve", "--role", "gateway", *listening, *flags), "gateway")
+
+    def _command(self, command: str, *flags: str) -> list[str]:
+        return [sys.executable, "-m", "gateway", command, "--queue", self.url, *flags]
+
+    def _start(self, among: list[Process], command: list[str], role: str) -> Process:
+        process = Process(command, self.folder / f"{role}-{len(among)}.log")
+        among.append(process)
+        process.start()
+        return process
+
+    def ready(self, workers: int | None = None, model: str = MODEL) -> None:
+        """Wait until every gateway serves the model and knows so many workers of it."""
+        wanted = len(self.workers) if workers is None else workers
+        for gateway, ports in zip(self.gateways, self.ports, strict=True):
+            try:
+                wait_until(lambda ports=ports: self._knows(ports.http, model, wanted), "a gateway is ready")  # type: ignore[misc]
+            except FleetError as problem:
+                logs = "\n".join(each.tail() for each in (gateway, *self.workers))
+                message = f"{problem}\n{logs}"
+                raise FleetError(message) from None
+
+    def _knows(self, port: int, model: str, workers: int) -> bool:
+        try:
+            status, _ = servers.get(port, f"/v2/models/{model}/ready")
+        except OSError:
+            return False
+        return status == 200 and self.ask("HLEN", "{lockgate}:processes") >= workers + len(self.gateways)
+
+    @contextmanager
+    def client(self, **plan: Any) -> Iterator[Client]:
+        """Load from a process of its own while the block runs; what became of it is in `verdict` after that."""
+        self._clients += 1
+        history = self.folder / f"client-{self._clients}.jsonl"
+        given = {"ports": [ports.http for ports in self.ports], "history": str(history), "client": f"c{self._clients}"}
+        client = Client(json.dumps(given | plan).encode(), self.folder / f"client-{self._clients}.log", history)
+        client.start()
+        try:
+            wait_until(lambda: b"started" in client.log.read_bytes(), "the client has started")
+            yield client
+        finally:
+            client.finish()
+
+
+class Client(Process):
+    """The load generator, and its verdict once it has ended."""
+
+    def __init__(self, plan: bytes, log: Path, history: Path) -> None:
+        super().__init__([sys.executable, "-m", "loadtest.fleet_client"], log, stdin=plan)
+        self._history = history
+
+    def finish(self) -> None:
+        """Send no more, wait for the last answers."""
+        if self.stop():
+            message = f"the client failed:\n{self.tail()}"
+            raise FleetError(message)
+
+    @property
+    def history(self) -> History:
+        """Every request and what became of it."""
+        return read(self._history)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the promises were kept."""
+        return check([self.history])
