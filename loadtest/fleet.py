@@ -23,7 +23,7 @@ import psutil
 from gateway.redis_server import find_server
 from loadtest.bench import servers
 from loadtest.fleet_client import MODEL, write_model
-from loadtest.history import History, Verdict, check, read
+from loadtest.history import Verdict, check, read
 from loadtest.record import ROOT
 
 _PATIENCE = 30.0  # seconds until what was started must be ready
@@ -241,19 +241,11 @@ class Client(Process):
     def __init__(self, plan: bytes, log: Path, history: Path) -> None:
         super().__init__([sys.executable, "-m", "loadtest.fleet_client"], log, stdin=plan)
         self._history = history
+        self.verdict = Verdict()  # whether the promises were kept, once it has finished
 
     def finish(self) -> None:
         """Send no more, wait for the last answers."""
         if self.stop():
             message = f"the client failed:\n{self.tail()}"
             raise FleetError(message)
-
-    @property
-    def history(self) -> History:
-        """Every request and what became of it."""
-        return read(self._history)
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the promises were kept."""
-        return check([self.history])
+        self.verdict = check([read(self._history)])
