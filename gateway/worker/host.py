@@ -123,7 +123,7 @@ class Host:
         if self._stopped.is_set():
             raise errors.stopping()
         devices = [place.device for place in self._places]
-        told = explain(self._slots.scheduler, self, devices, self._statistics)
+        told = explain(self._slots.scheduler, self, devices)
         return {**told, "next": foresee(self._slots.scheduler, self, self.source.config, seconds)}
 
     def capacity(self) -> Capacity | None:
