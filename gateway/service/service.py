@@ -65,6 +65,7 @@ class Service:
         statistics: Statistics,
         repository_names: Callable[[], Awaitable[Sequence[str]]],
         options: ServiceOptions,
+        *,
         fleet: Callable[[], Awaitable[Statistics]] | None = None,
         reports: Reports | None = None,
     ) -> None:
@@ -137,9 +138,10 @@ class Service:
         """A submitted request is over, however it ended. For `Inference`."""
         if request.admitted and route.admission is not None:
             route.admission.settle(request)
-            route.statistics.admitted += 1
-            if request.deadline is not None and time.monotonic() > request.deadline:
-                route.statistics.late += 1
+            counted, deadline = route.statistics, request.deadline
+            counted.admitted += 1
+            if deadline is not None and time.monotonic() > deadline:
+                counted.late += 1
         self._inflight_bytes -= request.size
         route.statistics.pending -= 1
 

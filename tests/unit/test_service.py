@@ -280,7 +280,7 @@ async def test_statistics_are_those_of_the_whole_fleet(rig):
     async def fleet():
         return Statistics.merge([rig.statistics.snapshot(), others.snapshot()])
 
-    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), fleet)
+    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), fleet=fleet)
     async with background(rig.infer(request(rows=3))) as (caller,):
         job = await rig.job()
         job.reply(answer(job.request))
@@ -314,7 +314,7 @@ async def test_each_worker_of_a_fleet_reports_of_itself(rig):
         questions.append(target)
         return b'{"worker":"all-1"}'
 
-    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), None, WorkerReports(ask, own))
+    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), reports=WorkerReports(ask, own))
     told = await service.explain("m")
     assert questions == ["m:1", "explain:m:1"]
     assert [each["worker"] for each in told["workers"]] == ["all-1", "worker-2"]

@@ -6,10 +6,10 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from gateway import errors
-from gateway.redis_client import RedisClient, RedisOptions
-from gateway.redis_server import EmbeddedServer
+from gateway.redis_client import RedisClient
 from gateway.statistics import Statistics
 from gateway.statistics.fleet import DEPARTED, QUESTION, FleetStatistics
+from tests.redis_support import options
 from tests.support import background, settle
 
 KEY = "{lockgate}:stats"
@@ -373,9 +373,9 @@ async def test_the_least_of_the_live_folds_and_nobody_else(fleet: Fleet) -> None
 # --- on a real Redis
 
 
-async def test_two_processes_on_a_real_redis() -> None:
+async def test_two_processes_on_a_real_redis(redis_url: str) -> None:
     first, second = Statistics(), Statistics()
-    async with EmbeddedServer() as server, RedisClient(RedisOptions(server.url)) as client:
+    async with RedisClient(options(redis_url)) as client:
 
         async def ask_first(_: str) -> list[bytes]:
             return [of_first.answer()]
