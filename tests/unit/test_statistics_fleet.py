@@ -16,11 +16,15 @@ KEY = "{lockgate}:stats"
 
 
 class FakeRedis:
-    """One hash, answered in the next turn of the loop. While `error` is set every command fails with it."""
+    """One hash, answered in the next turn of the loop. While `error` is set every command fails with it.
+
+    While `hangs` is set nothing is answered.
+    """
 
     def __init__(self) -> None:
         self.hash: dict[str, bytes] = {}
         self.error: Exception | None = None
+        self.hangs = False
         self.reads = 0
 
     def call(self, *command):
@@ -28,6 +32,8 @@ class FakeRedis:
 
     def atomic(self, *commands, only=False):
         future = asyncio.get_running_loop().create_future()
+        if self.hangs:
+            return future
         if self.error is not None:
             asyncio.get_running_loop().call_soon(future.set_exception, self.error)
         else:
@@ -169,6 +175,18 @@ async def test_without_redis_the_sum_is_of_what_is_known(fleet: Fleet) -> None:
     fleet.silent = {"b", "w"}
     fleet.count("a", 1)
     assert await fleet.total("a") == 12
+
+
+async def test_a_redis_that_hangs_holds_nobody_up_for_long(fleet: Fleet, monkeypatch) -> None:
+    fleet.count("b", 10)
+    await fleet.total("a")
+    monkeypatch.setattr("gateway.statistics.fleet._PATIENCE", 0.001)
+    fleet.redis.hangs = True
+    fleet.gate.clear()
+    fleet.count("a", 1)
+    assert await fleet.total("a") == 11
+    async with fleet.processes["a"][1]:
+        pass
 
 
 async def test_a_question_that_cannot_be_asked_is_no_error(fleet: Fleet) -> None:

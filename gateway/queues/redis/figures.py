@@ -14,13 +14,16 @@ from gateway.queues.redis.lane import CLASSES
 from gateway.redis_client import RedisClient
 from gateway.redis_client.keys import GROUP
 
+_PATIENCE = 2.0  # seconds; a scrape does not wait for ever
+
 
 async def look(client: RedisClient, capacities: Mapping[Lane, Sequence[Capacity | None]]) -> FleetFigures:
     """The figures of these lanes, of which each live worker has announced its capacity, or None if none is learned."""
     lanes = list(capacities)
     try:
-        found = await asyncio.gather(*(_lane(client, lane, capacities[lane]) for lane in lanes))
-    except (GatewayError, RedisError):
+        async with asyncio.timeout(_PATIENCE):
+            found = await asyncio.gather(*(_lane(client, lane, capacities[lane]) for lane in lanes))
+    except (GatewayError, RedisError, TimeoutError):
         return FleetFigures(connected=False)
     return FleetFigures(client.connected, dict(zip(lanes, found, strict=True)))
 
