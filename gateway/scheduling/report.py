@@ -35,8 +35,3 @@ class LaneReport:
         if run.predicted is not None:
             self.predicted_seconds += run.predicted
             self.actual_seconds += seconds
-
-    @property
-    def late_share(self) -> float:
-        """The part of the admitted requests that was answered late."""
-        return self.late / self.admitted if self.admitted else 0.0

@@ -16,6 +16,7 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
 from gateway.service.inference import Inference, record_refusal
+from gateway.service.reports import Reports, count
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Parameter, Responses
@@ -64,12 +65,17 @@ class Service:
         statistics: Statistics,
         repository_names: Callable[[], Awaitable[Sequence[str]]],
         options: ServiceOptions,
+        *,
         fleet: Callable[[], Awaitable[Statistics]] | None = None,
+        reports: Reports | None = None,
     ) -> None:
-        """`statistics` are this process's own; `fleet` gives the sum over all, where there are others."""
+        """`statistics` are this process's own. Where there are others, `fleet` gives the sum over all, and `reports`
+        what each worker has to say of a version.
+        """
         self._queue = queue
         self._statistics = statistics
         self._fleet = fleet or statistics.whole
+        self._reports = reports
         self._repository_names = repository_names
         self._options = options
         self._routes: dict[tuple[str, str], Route] = {}
@@ -132,9 +138,10 @@ class Service:
         """A submitted request is over, however it ended. For `Inference`."""
         if request.admitted and route.admission is not None:
             route.admission.settle(request)
-            route.statistics.admitted += 1
-            if request.deadline is not None and time.monotonic() > request.deadline:
-                route.statistics.late += 1
+            counted, deadline = route.statistics, request.deadline
+            counted.admitted += 1
+            if deadline is not None and time.monotonic() > deadline:
+                counted.late += 1
         self._inflight_bytes -= request.size
         route.statistics.pending -= 1
 
@@ -194,11 +201,16 @@ class Service:
         """The complete configuration of a ready version."""
         return self._resolve(name, version).config
 
-    def explain(self, name: str, version: str = "") -> Mapping[str, Any]:
-        """What was decided about the requests of a ready version and why; see `Admission.explain`."""
+    async def explain(self, name: str, version: str = "") -> Mapping[str, Any]:
+        """What was decided about the requests of a ready version and why; see `Admission.explain`.
+
+        Where workers are other processes, what each of them said is in the list `workers`.
+        """
         route = self._resolve(name, version)
-        told = {} if route.admission is None else route.admission.explain(route.default_deadline)
-        counted = {"answered": route.statistics.success_count, "refused": dict(route.statistics.refused)}
+        told = {} if route.admission is None else dict(route.admission.explain(route.default_deadline))
+        if self._reports is not None:
+            told["workers"] = await self._reports(*route.lane)
+        counted = count((await self._fleet()).of(*route.lane))
         return {"model": name, "version": route.lane.version, **counted, **told}
 
     def ready_versions(self, name: str) -> list[str]:

@@ -30,6 +30,7 @@ QUESTION = "statistics"
 DEPARTED = "departed"
 _TIDY = 12  # writes between two looks at the hash
 _DEAD = 3600.0  # seconds of silence after which a word is folded: long enough for whoever was only cut off
+_PATIENCE = 2.0  # seconds for what Redis or others have to say
 _SLOW = 10.0  # seconds after which what was read may no longer be so
 _REMEMBERED = 1000  # folded processes that are known by name
 
@@ -158,9 +159,10 @@ class FleetStatistics:
 
     async def _write(self) -> None:
         try:
-            await self._redis.call("HSET", self._key, self._process, self._word())
-        except (GatewayError, RedisError) as problem:
-            self._say("statistics_not_kept", reason=str(problem))
+            async with asyncio.timeout(_PATIENCE):
+                await self._redis.call("HSET", self._key, self._process, self._word())
+        except (GatewayError, RedisError, TimeoutError) as problem:
+            self._say("statistics_not_kept", reason=str(problem) or "Redis does not answer")
         else:
             self._said.discard("statistics_not_kept")
 
@@ -178,14 +180,16 @@ class FleetStatistics:
 
     async def _answers(self) -> Sequence[bytes]:
         try:
-            return [answer for answer in await self._ask(QUESTION) if answer]
-        except (GatewayError, RedisError):
+            async with asyncio.timeout(_PATIENCE):
+                return [answer for answer in await self._ask(QUESTION) if answer]
+        except (GatewayError, RedisError, TimeoutError):
             return []  # nobody can be asked: what is known has to do
 
     async def _read(self) -> dict[str, Record] | None:
         try:
-            reply = await self._redis.call("HGETALL", self._key)
-        except (GatewayError, RedisError):
+            async with asyncio.timeout(_PATIENCE):
+                reply = await self._redis.call("HGETALL", self._key)
+        except (GatewayError, RedisError, TimeoutError):
             return None
         kept, self._unreadable = _records(reply[1::2])
         return kept

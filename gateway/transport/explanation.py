@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 REMEDIES = {
@@ -31,13 +31,37 @@ CLOSED = {
 }
 """Why batches closed, in words."""
 
+_NAME = 15  # characters that tell one process from another
 _WIDTH = 26  # of the labels
 _COUNT = 10  # of the figures after them
+
+
+def merged(told: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the service says, with what each worker of a fleet told of itself as one; devices get their worker's name."""
+    if "workers" not in told:
+        return told
+    workers: Sequence[Mapping[str, Any]] = sorted(told["workers"], key=lambda each: str(each["worker"]))
+    names = [str(each["worker"]) for each in workers]
+    sums = ("spilled", "failed_batches", "predicted_ms", "actual_ms")
+    return {
+        **told,
+        **{key: sum(each[key] for each in workers) for key in sums},
+        "prediction_error": max((each["prediction_error"] for each in workers), default=0.0),
+        "predictions_trusted": all(each["predictions_trusted"] for each in workers),
+        "devices": {
+            f"{name[:_NAME]} {device}": known
+            for name, each in zip(names, workers, strict=True)
+            for device, known in each["devices"].items()
+        },
+        "workers": names,
+    }
 
 
 def explanation(told: Mapping[str, Any]) -> str:
     """The text for the answer of `/v2/models/MODEL/explain`. Raises KeyError, or others, for what is not one."""
     lines = [f"model {told['model']}, version {told['version']}"]
+    if "workers" in told:
+        lines.append(f"workers that answered: {len(told['workers'])}")
     for block in (_next(told["next"]), _requests(told), _batches(told)):
         lines += ["", *block]
     for name, device in told["devices"].items():

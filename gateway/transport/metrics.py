@@ -23,6 +23,7 @@ from gateway.errors import Unauthenticated
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
+from gateway.transport.fleet import FleetMetrics, ReadFigures
 from gateway.transport.http.replies import error_reply
 
 Scope: TypeAlias = Any  # granian.rsgi.Scope
@@ -118,28 +119,6 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     return families + _predictions(versions)
 
 
-_TOTALS = {
-    "resubmitted": "Number of requests that were sent again because the queue had lost them",
-    "dead_letters": "Number of requests that were put aside because no worker could answer them",
-    "recovered": "Number of requests that were taken over from a worker that died",
-    "orphans": "Number of requests and answers that nobody waited for any more",
-    "duplicates": "Number of requests and answers that came a second time and were dropped",
-    "damaged": "Number of messages that could not be read or bore the wrong signature",
-}
-"""What is counted by process and not by model, where there is a queue between processes."""
-
-
-def fleet_metrics(statistics: Statistics) -> list[Family]:
-    """What is counted by process, added up."""
-    families = [
-        Family(f"gateway_{name}_total", "counter", text, [({}, statistics.totals[name])])
-        for name, text in _TOTALS.items()
-        if name in statistics.totals
-    ]
-    skipped = "Number of processes of another version of the code, whose statistics are missing in the sums"
-    return [*families, Family("gateway_statistics_skipped", "gauge", skipped, [({}, statistics.skipped)])]
-
-
 def _predictions(versions: _Versions) -> list[Family]:
     """Of the worker where they are worst."""
     told = [(labels, each.predictions) for labels, each in versions if each.predictions is not None]
@@ -212,10 +191,18 @@ class MetricsApp:
     """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too."""
 
     def __init__(
-        self, fleet: Callable[[], Awaitable[Statistics]], tokens: Tokens | None = None, process: str = ""
+        self,
+        fleet: Callable[[], Awaitable[Statistics]],
+        tokens: Tokens | None = None,
+        *,
+        process: str = "",
+        figures: ReadFigures | None = None,
     ) -> None:
-        """`fleet` gives the sums over all processes; `process` is the name of this one, where there are others."""
+        """`fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
+        `figures` tells of the queue.
+        """
         self._fleet = fleet
+        self._queue = FleetMetrics(figures)
         self._tokens = tokens
         self._labels = {"process": process} if process else {}
         self._host = HostMetrics()
@@ -237,7 +224,7 @@ class MetricsApp:
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
             statistics = await self._fleet()
-            families = model_metrics(statistics) + fleet_metrics(statistics)
+            families = model_metrics(statistics) + await self._queue.collect(statistics)
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 

@@ -10,30 +10,20 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
 from gateway.scheduling.scheduler import DeadlineScheduler
-from gateway.statistics import VersionStatistics
 from gateway.types import InferRequest, element_count
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-def explain(
-    scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str], statistics: VersionStatistics
-) -> dict[str, Any]:
-    """Counters since the version was loaded, and what is known of its batches on each device.
+def explain(scheduler: DeadlineScheduler[Job], lane: LaneKey, devices: Sequence[str]) -> dict[str, Any]:
+    """What only the scheduler counts since the version was loaded, and what is known of its batches on each device.
 
     Times are in milliseconds; the predicted and the actual are of the runs that measured, too.
     """
     report = scheduler.report(lane)
-    batches = statistics.execution_count
     return {
-        "admitted": report.admitted,
-        "late": report.late,
-        "late_share": round(report.late_share, 6),
         "spilled": report.spilled,
-        "batches": batches,
         "failed_batches": report.failed,
-        "mean_rows": round(statistics.row_sizes.total / batches, 3) if batches else 0.0,
-        "closed": dict(statistics.closed),
         "predicted_ms": round(report.predicted_seconds * 1e3, 3),
         "actual_ms": round(report.actual_seconds * 1e3, 3),
         "prediction_error": round(report.error, 4),

@@ -123,11 +123,13 @@ class Host:
         if self._stopped.is_set():
             raise errors.stopping()
         devices = [place.device for place in self._places]
-        told = explain(self._slots.scheduler, self, devices, self._statistics)
+        told = explain(self._slots.scheduler, self, devices)
         return {**told, "next": foresee(self._slots.scheduler, self, self.source.config, seconds)}
 
     def capacity(self) -> Capacity | None:
         """See `Admission.capacity`: as the place that answers most has it, for all of them."""
+        if self._stopped.is_set():
+            return None
         found: list[Capacity] = []
         for place in self._places:
             model = self._slots.scheduler.latency(self, place.device)

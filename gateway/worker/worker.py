@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from gateway import errors
 from gateway.placement import Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
@@ -80,6 +82,14 @@ class Worker:
             for model in self._models.values():
                 for host in model.hosts.values():
                     tasks.create_task(host.drain())
+
+    def explain(self, process: str, target: str) -> bytes:
+        """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.
+
+        Raises KeyError when it does not hold the version.
+        """
+        model, _, version = target.rpartition(":")
+        return msgspec.json.encode({"worker": process, **self._models[model].hosts[version].explain(0.0)})
 
     async def _carry_out(self, order: Order) -> None:
         try:

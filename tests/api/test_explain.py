@@ -20,7 +20,7 @@ from gateway.transport.http import HttpApp, HttpServer
 from gateway.transport.metrics import MetricsApp
 from gateway.worker import Worker
 from tests.api.test_metrics import get as scrape
-from tests.support import background, refusal, request, soon, until
+from tests.support import background, refusal, request, soon
 
 CONFIG = """
 backend: "fake"
@@ -140,10 +140,11 @@ async def test_the_metrics_say_who_was_late_and_how_good_predictions_are(tmp_pat
         assert f"# TYPE gateway_requests_late_total counter\ngateway_requests_late_total{labels} 0\n" in before
         # Nothing is known yet, so it is accepted; its run ends after its caller was told.
         assert (await refusal(infer(service, deadline=soon(0.03)))).reason == "expired"
-        await until(lambda: service.explain("m")["late"] == 1)
+        told = await service.explain("m")
+        assert (told["admitted"], told["late"], told["late_share"]) == (1, 1, 1.0)
         after = (await scrape(metrics)).body.decode()
         assert f"\ngateway_requests_late_total{labels} 1\n" in after
-        assert f"\ngateway_prediction_error_ratio{labels} {service.explain('m')['prediction_error']}\n" in after
+        assert f"\ngateway_prediction_error_ratio{labels} {told['prediction_error']}\n" in after
         assert f"\ngateway_predictions_trusted{labels} 1\n" in after
 
 

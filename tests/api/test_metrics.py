@@ -7,10 +7,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import __version__
-from gateway.errors import InvalidArgument, Shed
+from gateway.errors import DeadlineTooShort, InvalidArgument, Shed
+from gateway.queues.base import Lane
+from gateway.queues.figures import FleetFigures, LaneFigures
 from gateway.service.inference import record_refusal
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
+from gateway.transport.fleet import FleetMetrics
 from gateway.transport.metrics import HostMetrics, MetricsApp
 from gateway.types import Timings
 
@@ -164,6 +167,50 @@ async def test_the_models_are_of_the_fleet_and_the_process_has_its_name(statisti
     assert '\nnv_inference_exec_count{model="digits",version="3"} 2\n' in text
     assert '\nprocess_cpu_seconds_total{process="gateway-1"} ' in text
     assert 'process="gateway-1"' in next(line for line in text.splitlines() if line.startswith("gateway_build_info{"))
+
+
+async def test_the_queue_between_processes_and_the_workers_it_needs(statistics: Statistics) -> None:
+    lanes = {
+        Lane("digits", "3"): LaneFigures(lag=60, pending=7, workers=2, rows_per_second=10.0),
+        Lane("idle", "1"): LaneFigures(workers=1),
+    }
+    clock = iter((0.0, 10.0))
+
+    async def figures() -> FleetFigures:
+        return FleetFigures(connected=True, lanes=lanes)
+
+    metrics = FleetMetrics(figures, lambda: next(clock))
+
+    async def values() -> dict[tuple[str, str], object]:
+        families = await metrics.collect(statistics)
+        return {(f.name, labels.get("model", "")): value for f in families for labels, value in f.samples}
+
+    first = await values()
+    assert (first["gateway_queue_lag", "digits"], first["gateway_queue_pending", "digits"]) == (60, 7)
+    assert (first["gateway_workers", "digits"], first["gateway_workers", "idle"]) == (2, 1)
+    assert first["gateway_redis_connected", ""] == 1
+    # 60 requests of 2.5 rows in half a minute are 5 rows a second, a worker should do 4; until there is a rate, no
+    # worker is given up.
+    assert first["gateway_desired_replicas", "digits"] == 2
+    counters = statistics.of("digits", "3")
+    for _ in range(10):
+        counters.record_success(1, Timings(1, 1, 1, 1, 5), 3)
+    record_refusal(counters, Shed("for others"), 10)
+    record_refusal(counters, DeadlineTooShort("for any number of workers"), 10)
+    # 30 rows answered and one refused request of nearly 3 rows, in 10 s, make 3.29 rows a second more.
+    second = await values()
+    assert second["gateway_desired_replicas", "digits"] == pytest.approx((3.29 + 60 * 35 / 12 / 30) / 4, abs=0.02)
+    assert second["gateway_desired_replicas", "idle"] == 1
+
+
+async def test_a_gateway_without_redis_says_so(statistics: Statistics) -> None:
+    async def figures() -> FleetFigures:
+        return FleetFigures(connected=False)
+
+    text = (await get(MetricsApp(statistics.whole, figures=figures))).body.decode()
+    assert "\ngateway_redis_connected 0\n" in text
+    assert "gateway_desired_replicas{" not in text
+    assert "gateway_redis_connected" not in await scrape(statistics)
 
 
 async def test_a_scrape_sees_what_was_counted_since_the_last(statistics: Statistics) -> None:

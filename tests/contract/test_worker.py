@@ -397,12 +397,12 @@ async def test_a_reload_does_not_wait_for_a_request_that_left(rig):
 
 
 async def test_what_was_learned_is_there_at_the_next_start_of_the_same_files(folder):
-    def seen(rig):
-        return rig.service.explain("m")["devices"]["cpu"]["largest_rows_seen"]
+    async def seen(rig):
+        return (await rig.service.explain("m"))["devices"]["cpu"]["largest_rows_seen"]
 
     async def started(rig):
         await rig.load()
-        return seen(rig)
+        return await seen(rig)
 
     rig = Rig(folder / "repository", persists=True)
     rig.write()
@@ -410,7 +410,7 @@ async def test_what_was_learned_is_there_at_the_next_start_of_the_same_files(fol
         assert await started(rig) == 0
         for _ in range(4):
             await rig.infer(rows=4)
-        assert seen(rig) == 4
+        assert await seen(rig) == 4
         await rig.worker.drain()
     again, forgetful, changed = (Rig(rig.folder, persists=persists) for persists in (True, False, True))
     async with background(again.worker.run(), forgetful.worker.run(), changed.worker.run()):

@@ -12,7 +12,7 @@ from gateway import cli, errors
 from gateway.scheduling.base import RefusalReason
 from gateway.scheduling.policy import Decision
 from gateway.transport import explain
-from gateway.transport.explanation import CLOSED, REMEDIES, duration, explanation
+from gateway.transport.explanation import CLOSED, REMEDIES, duration, explanation, merged
 
 DEVICE = {
     "batches_seen": 48,
@@ -44,6 +44,48 @@ TOLD = {
     "next": {"deadline_ms": 50.0, "answered_in_ms": 4.2, "refused": None, "text": ""},
     "devices": {"cpu": DEVICE},
 }
+
+
+REPORT = {
+    "worker": "worker-0123456789abcdef0123456789abcdef",
+    "spilled": 1,
+    "failed_batches": 2,
+    "predicted_ms": 100.0,
+    "actual_ms": 110.0,
+    "prediction_error": 0.1,
+    "predictions_trusted": True,
+    "devices": {"cpu": DEVICE},
+    "next": {"deadline_ms": None, "answered_in_ms": 1.0, "refused": None, "text": ""},
+}
+
+
+def of_fleet(*reports):
+    """What a gateway that runs nothing itself would be told."""
+    own = {key: TOLD[key] for key in TOLD if key not in REPORT or key == "next"}
+    return {**own, "workers": reports}
+
+
+def test_one_process_is_told_as_it_is():
+    assert merged(TOLD) is TOLD
+
+
+def test_what_workers_say_becomes_one():
+    other = {**REPORT, "worker": "all-fedcba98", "prediction_error": 0.6, "predictions_trusted": False}
+    told = merged(of_fleet(REPORT, other))
+    assert (told["spilled"], told["failed_batches"], told["predicted_ms"], told["actual_ms"]) == (2, 4, 200.0, 220.0)
+    assert (told["prediction_error"], told["predictions_trusted"]) == (0.6, False)
+    assert told["devices"] == {"worker-01234567 cpu": DEVICE, "all-fedcba98 cpu": DEVICE}
+    assert told["workers"] == [other["worker"], REPORT["worker"]]
+    assert (told["answered"], told["next"]) == (TOLD["answered"], TOLD["next"])
+    text = explanation(told).splitlines()
+    assert text[:2] == ["model digits, version 3", "workers that answered: 2"]
+    assert "DEVICE worker-01234567 cpu" in text
+
+
+def test_a_fleet_whose_workers_do_not_answer_is_explained():
+    text = explanation(merged(of_fleet()))
+    assert text.startswith("model digits, version 3\nworkers that answered: 0\n")
+    assert "DEVICE" not in text
 
 
 def test_the_whole_text():

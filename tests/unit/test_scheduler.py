@@ -538,5 +538,5 @@ def test_the_report_explains():
     assert report.admitted == len(bench.jobs)
     assert report.refused["overload"] == sum(refusal.reason == "overload" for refusal in bench.refusals)
     assert report.actual_seconds == pytest.approx(report.predicted_seconds, rel=0.05)
-    assert report.late_share == 0.0
+    assert report.late == 0
     assert report.trusted

@@ -12,6 +12,7 @@ from gateway import errors
 from gateway.queues.base import Lane, PoolState, VersionState
 from gateway.queues.memory import MemoryQueue
 from gateway.service import Service
+from gateway.service.reports import WorkerReports
 from gateway.service.service import IndexEntry, ServiceOptions
 from gateway.statistics import Statistics
 from gateway.types import Timings
@@ -279,7 +280,7 @@ async def test_statistics_are_those_of_the_whole_fleet(rig):
     async def fleet():
         return Statistics.merge([rig.statistics.snapshot(), others.snapshot()])
 
-    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), fleet)
+    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), fleet=fleet)
     async with background(rig.infer(request(rows=3))) as (caller,):
         job = await rig.job()
         job.reply(answer(job.request))
@@ -297,6 +298,37 @@ async def test_a_version_that_was_unloaded_elsewhere_counts_from_zero(rig):
     rig.publish(replace(ready("1", max_batch_size=2), epoch=5))
     await refusal(rig.infer(request(parameters={"triton_x": 1})))
     assert rig.counted() == {"OTHER": 2}
+
+
+# --- explain
+
+
+async def test_each_worker_of_a_fleet_reports_of_itself(rig):
+    questions = []
+
+    async def ask(question):
+        questions.append(question)
+        return [b'{"worker":"worker-2"}', b"?"]
+
+    def own(target):
+        questions.append(target)
+        return b'{"worker":"all-1"}'
+
+    service = Service(rig.queue, rig.statistics, rig._names, ServiceOptions(), reports=WorkerReports(ask, own))
+    told = await service.explain("m")
+    assert questions == ["m:1", "explain:m:1"]
+    assert [each["worker"] for each in told["workers"]] == ["all-1", "worker-2"]
+    assert (told["version"], told["answered"], told["late_share"]) == ("1", 0, 0.0)
+
+
+async def test_a_fleet_that_cannot_be_asked_reports_nothing(rig):
+    async def ask(_):
+        raise errors.Unavailable("Redis is away")
+
+    def own(_):
+        raise KeyError
+
+    assert await WorkerReports(ask, own)("m", "1") == []
 
 
 # --- default deadlines

@@ -6,21 +6,25 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from gateway import errors
-from gateway.redis_client import RedisClient, RedisOptions
-from gateway.redis_server import EmbeddedServer
+from gateway.redis_client import RedisClient
 from gateway.statistics import Statistics
 from gateway.statistics.fleet import DEPARTED, QUESTION, FleetStatistics
+from tests.redis_support import options
 from tests.support import background, settle
 
 KEY = "{lockgate}:stats"
 
 
 class FakeRedis:
-    """One hash, answered in the next turn of the loop. While `error` is set every command fails with it."""
+    """One hash, answered in the next turn of the loop. While `error` is set every command fails with it.
+
+    While `hangs` is set nothing is answered.
+    """
 
     def __init__(self) -> None:
         self.hash: dict[str, bytes] = {}
         self.error: Exception | None = None
+        self.hangs = False
         self.reads = 0
 
     def call(self, *command):
@@ -28,6 +32,8 @@ class FakeRedis:
 
     def atomic(self, *commands, only=False):
         future = asyncio.get_running_loop().create_future()
+        if self.hangs:
+            return future
         if self.error is not None:
             asyncio.get_running_loop().call_soon(future.set_exception, self.error)
         else:
@@ -169,6 +175,18 @@ async def test_without_redis_the_sum_is_of_what_is_known(fleet: Fleet) -> None:
     fleet.silent = {"b", "w"}
     fleet.count("a", 1)
     assert await fleet.total("a") == 12
+
+
+async def test_a_redis_that_hangs_holds_nobody_up_for_long(fleet: Fleet, monkeypatch) -> None:
+    fleet.count("b", 10)
+    await fleet.total("a")
+    monkeypatch.setattr("gateway.statistics.fleet._PATIENCE", 0.001)
+    fleet.redis.hangs = True
+    fleet.gate.clear()
+    fleet.count("a", 1)
+    assert await fleet.total("a") == 11
+    async with fleet.processes["a"][1]:
+        pass
 
 
 async def test_a_question_that_cannot_be_asked_is_no_error(fleet: Fleet) -> None:
@@ -373,9 +391,9 @@ async def test_the_least_of_the_live_folds_and_nobody_else(fleet: Fleet) -> None
 # --- on a real Redis
 
 
-async def test_two_processes_on_a_real_redis() -> None:
+async def test_two_processes_on_a_real_redis(redis_url: str) -> None:
     first, second = Statistics(), Statistics()
-    async with EmbeddedServer() as server, RedisClient(RedisOptions(server.url)) as client:
+    async with RedisClient(options(redis_url)) as client:
 
         async def ask_first(_: str) -> list[bytes]:
             return [of_first.answer()]

@@ -10,6 +10,7 @@ from gateway.config.parse import config_json
 from gateway.errors import InvalidArgument, stopping
 from gateway.service import Service
 from gateway.service.service import IndexEntry
+from gateway.transport.explanation import merged
 from gateway.transport.http.replies import JSON, Reply
 
 
@@ -61,7 +62,7 @@ async def model_statistics(service: Service, name: str = "", version: str = "") 
 
 async def model_explanation(service: Service, name: str, version: str) -> Mapping[str, Any]:
     """The body of `GET /v2/models/{name}/explain`."""
-    return service.explain(name, version)
+    return merged(await service.explain(name, version))
 
 
 async def repository_index(service: Service, body: dict[str, Any]) -> list[dict[str, str]]:
