@@ -16,10 +16,10 @@ from pathlib import Path
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
+from gateway.fleet import Fleet, joined
 from gateway.middleware.access_log import access_log
 from gateway.middleware.classification import classification
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
-from gateway.queues.memory import MemoryQueue
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
@@ -66,63 +66,37 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
     )
     names = list(await asyncio.to_thread(repository.scan))
-    async with _queue(settings) as queue:
+    async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
+        queue = fleet.queue
         queue.repository_names(names)
-        service = Service(queue, statistics, lambda: _names(queue, repository), _options(settings))
-        gateway = Gateway(service, queue)
-        async with asyncio.TaskGroup() as tasks:
-            worker = _worker(settings, queue, repository, statistics)
-            working = tasks.create_task(worker.run()) if settings.role != "gateway" else None
-            async with AsyncExitStack() as listeners:
-                await _listen(listeners, settings, gateway, statistics)
-                models = tasks.create_task(_keep_models(settings, repository, gateway, names))
-                try:
-                    yield gateway
-                finally:
-                    log_event("draining")
-                    service.drain()
-                    queue.leave()
-                    models.cancel()
-                    try:
-                        await _drain(worker, settings.exit_timeout_secs)
-                    finally:
-                        queue.close()
-            if working is not None:
-                working.cancel()
-
-
-@asynccontextmanager
-async def _queue(settings: Settings) -> AsyncGenerator[Queue, None]:
-    """Where gateway and worker meet: in this process, or in Redis."""
-    if settings.queue == "memory":
-        yield MemoryQueue()
-        return
-    from gateway.queues.redis.queue import RedisQueue
-    from gateway.redis_client import RedisClient, RedisOptions
-
-    async with AsyncExitStack() as stack:
-        url = settings.queue
-        if url == "embedded":
-            from gateway.redis_server import EmbeddedServer
-
-            url = (await stack.enter_async_context(EmbeddedServer())).url
-        client = await stack.enter_async_context(
-            RedisClient(
-                RedisOptions(
-                    url,
-                    prefix=settings.queue_prefix,
-                    username=settings.queue_username,
-                    password_file=settings.queue_password_file,
-                    ca_file=settings.queue_ca_file,
-                )
-            )
+        worker = _worker(settings, queue, repository, statistics)
+        works = settings.role != "gateway"
+        service = Service(
+            queue,
+            statistics,
+            lambda: _names(queue, repository),
+            _options(settings),
+            fleet=fleet.statistics,
+            reports=fleet.reports(worker.explain if works else None),
         )
-        key = None if settings.queue_key_file is None else settings.queue_key_file.read_bytes().strip()
-        try:
-            queue = RedisQueue(client, settings.role, key=key)
-        except ValueError as problem:
-            raise errors.InvalidArgument(f"--queue-key-file: {problem}") from None
-        yield await stack.enter_async_context(queue)
+        gateway = Gateway(service, queue)
+        working = tasks.create_task(worker.run()) if works else None
+        async with AsyncExitStack() as listeners:
+            await _listen(listeners, settings, gateway, fleet)
+            models = tasks.create_task(_keep_models(settings, repository, gateway, names))
+            try:
+                yield gateway
+            finally:
+                log_event("draining")
+                service.drain()
+                queue.leave()
+                models.cancel()
+                try:
+                    await _drain(worker, settings.exit_timeout_secs)
+                finally:
+                    queue.close()
+        if working is not None:
+            working.cancel()
 
 
 def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics) -> Worker:
@@ -179,14 +153,14 @@ async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> 
 # --- listeners
 
 
-async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, statistics: Statistics) -> None:
+async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, fleet: Fleet) -> None:
     """Open the ports, metrics first and so closed last."""
     tokens = _tokens(settings.token_file) if settings.token_file else None
     callers = Callers(tokens, settings.tenant_header)
     infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
     if settings.allow_metrics:
         metrics = HttpServer(
-            Counted(MetricsApp(statistics.whole, tokens).__rsgi__),
+            Counted(MetricsApp(fleet.statistics, tokens, process=fleet.process, figures=fleet.figures).__rsgi__),
             settings.metrics_address,
             settings.metrics_port,
         )

@@ -134,6 +134,22 @@ class Directory:
         """Whether every worker of a lane reads the same /dev/shm as this process."""
         return all(map(self._link.same_host, (*self.others(lane), self._link.process)))
 
+    def capacities(self) -> dict[Lane, list[Capacity | None]]:
+        """Of each lane that is served, what each live worker has announced of its speed; None for nothing yet."""
+        found: dict[Lane, list[Capacity | None]] = {}
+        for pool in self._pools.values():
+            for state in pool.versions:
+                lane = Lane(pool.model, state.version)
+                name = f"{lane.model}/{lane.version}"
+                found[lane] = [self.members[each].announcement.capacity.get(name) for each in self.others(lane)]
+                if not self.leaving and any(each.version == lane.version for each in self._own_versions(lane.model)):
+                    found[lane].append(self._capacities().get(name))
+        return found
+
+    def _own_versions(self, model: str) -> tuple[VersionState, ...]:
+        pool = self._own.get(model)
+        return () if pool is None else pool.versions
+
     def is_dead(self, process: str) -> bool:
         """Whether a process is known to have died."""
         return process in self.dead

@@ -21,12 +21,14 @@ from redis.exceptions import RedisError
 
 from gateway import errors
 from gateway.queues.base import Command, Lane, Order, PoolState
+from gateway.queues.figures import FleetFigures
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
 from gateway.queues.redis.calls import Calls, RedisCall
 from gateway.queues.redis.cancelled import Cancelled
 from gateway.queues.redis.directory import BEAT, Directory
 from gateway.queues.redis.events import CANCEL, GIVEN, NEWS, Events
+from gateway.queues.redis.figures import look
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
 from gateway.queues.redis.link import Bell, Counts, Link
 from gateway.queues.redis.message import BadMessage, Seal
@@ -191,6 +193,10 @@ class RedisQueue:
     async def ask(self, question: str) -> list[bytes]:
         """Put a question to every other live process. Those that are silent for a second are left out."""
         return [said for said in await self._events.question(question, list(self._directory.members)) if said]
+
+    async def figures(self) -> FleetFigures:
+        """What operators and autoscalers ask of the queue."""
+        return await look(self._client, self._directory.capacities())
 
     # --- requests
 
