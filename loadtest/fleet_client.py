@@ -6,7 +6,7 @@
 
 At a rate (Poisson arrivals, an open loop) or in a closed loop, until all `requests` are sent or SIGTERM or SIGINT says to stop; then it waits
 for the last answers. It connects again for as long as it runs, so gateways may be killed and come back. A request whose connection broke, or
-which was answered with 503, is sent once more through the next gateway, `retries` times and within its deadline. The model is one whose
+which was answered with 503, is sent once more through another gateway if it can be, `retries` times and within its deadline. The model is one whose
 output is its input, such as `write_model` makes: the input is the request's tag, and no two requests of any run have the same.
 
 It prints `started` once every gateway was tried, and at the end what it used.
@@ -67,7 +67,7 @@ class Plan:
     model: str = MODEL
     requests: int = -1  # -1: until told to stop
     rate: float = 0.0  # requests a second; 0: a closed loop
-    concurrency: int = 64  # connections to all gateways together, and the requests of a closed loop
+    concurrency: int = 32  # connections to each gateway, and the requests of a closed loop
     deadline_ms: float = 0.0  # 0: none
     retries: int = 0
     idempotent: bool = False  # send an Idempotency-Key, the same each time a request is sent
@@ -96,6 +96,9 @@ class FleetConnection(Connection):
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
         self.closing = self.closing or b"\r\nconnection: close" in data.lower()
+        if data.find(b"HTTP/1.1 ", 1) > 0:  # two answers: not to be taken for one by its first and last bytes
+            super().data_received(data[:1])
+            data = data[1:]
         super().data_received(data)
 
 
@@ -103,6 +106,8 @@ class FleetConnection(Connection):
 class _Gateway:
     port: int
     idle: list[FleetConnection] = field(default_factory=list)
+    missing: int = 0  # connections
+    connecting: bool = False
 
 
 class FleetClient:
@@ -127,13 +132,12 @@ class FleetClient:
 
     async def run(self, started: Callable[[], None] = lambda: None) -> None:
         """Connect, send, and wait for the last answers. Tells when every gateway was tried."""
-        each = math.ceil(self._plan.concurrency / len(self._gateways))
-        wanted = [gateway for gateway in self._gateways for _ in range(each)]
+        wanted = [gateway for gateway in self._gateways for _ in range(self._plan.concurrency)]
         async with asyncio.TaskGroup() as self._group:
             connected = await asyncio.gather(*map(self._connect, wanted))
             for gateway, up in zip(wanted, connected, strict=True):
                 if not up:
-                    self._group.create_task(self._reconnect(gateway))
+                    self._miss(gateway)
             started()
             self._due = time.monotonic()
             if self._plan.rate:
@@ -176,14 +180,14 @@ class FleetClient:
         self._send(call)
 
     def _send(self, call: Call) -> None:
-        for _ in range(len(self._gateways)):
-            gateway = self._gateways[0]
-            self._gateways.rotate(-1)
-            if gateway.idle:
-                self._write(gateway.idle.pop(), call)
-                return
-        self._waiting.append(call)
-        self.waited += 1
+        self._gateways.rotate(-1)
+        up = [gateway for gateway in self._gateways if gateway.idle]
+        # What was lost with a gateway would be lost once more with its next connection, of whose end nobody knows yet.
+        if up:
+            self._write(next((each for each in up if each.port != call.port), up[0]).idle.pop(), call)
+        else:
+            self._waiting.append(call)
+            self.waited += 1
 
     def _write(self, connection: FleetConnection, call: Call) -> None:
         connection.attempt = call
@@ -203,7 +207,7 @@ class FleetClient:
 
     def taken(self, connection: FleetConnection, call: Call, now: float) -> None:
         """A right answer came."""
-        self._free(connection)
+        self._release(connection, call)
         self._finish(call, 200, now, call.tag)
 
     def received(self, connection: FleetConnection, status: int, head: bytes, body: bytes) -> None:  # noqa: ARG002 - Connection's
@@ -213,7 +217,9 @@ class FleetClient:
         if not isinstance(call, Call):
             self._writer.add(Record(-1, 0, now, now, status, answer, port=connection.port))
             return
-        self._free(connection)
+        if status == 200 and answer != call.tag:
+            connection.closing = True  # whose answers these are, nobody knows any more
+        self._release(connection, call)
         if status == 503 and self._may_repeat(call):
             self._send(call)
         else:
@@ -224,8 +230,7 @@ class FleetClient:
         gateway = self._gateway(connection)
         if connection in gateway.idle:
             gateway.idle.remove(connection)
-        if not self._done.is_set():
-            self._group.create_task(self._reconnect(gateway))
+        self._miss(gateway)
         if not isinstance(call := connection.attempt, Call):
             return
         connection.attempt = call.connection = None
@@ -240,11 +245,14 @@ class FleetClient:
     def _may_repeat(self, call: Call) -> bool:
         return call.written <= self._plan.retries and time.monotonic() - call.due < self._seconds
 
+    def _release(self, connection: FleetConnection, call: Call) -> None:
+        connection.attempt = call.connection = None
+        # Not before all that has come is read: a second answer must not be taken for that to the next request.
+        self._loop.call_soon(self._free, connection)
+
     def _free(self, connection: FleetConnection) -> None:
         """Use a connection for whoever waits, if it can be used again."""
-        if isinstance(call := connection.attempt, Call):
-            connection.attempt = call.connection = None
-        if connection.closing:
+        if connection.closing or connection.transport.is_closing():
             connection.transport.close()
             return
         while self._waiting:
@@ -271,7 +279,7 @@ class FleetClient:
         self._open -= 1
         if not self._plan.rate:
             if status == 200:
-                self._launch()
+                self._loop.call_soon(self._launch)  # after its connection is free
             else:
                 self._loop.call_later(AGAIN, self._launch)
         self._look()
@@ -292,10 +300,21 @@ class FleetClient:
         self._free(connection)
         return True
 
+    def _miss(self, gateway: _Gateway) -> None:
+        gateway.missing += 1
+        if not gateway.connecting and not self._done.is_set():
+            gateway.connecting = True
+            self._group.create_task(self._reconnect(gateway))
+
     async def _reconnect(self, gateway: _Gateway) -> None:
-        while not self._done.is_set() and not await self._connect(gateway):
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._done.wait(), AGAIN * self._random.uniform(0.5, 1.5))
+        # One after another, so that a gateway that is down costs this process next to nothing.
+        while gateway.missing and not self._done.is_set():
+            if await self._connect(gateway):
+                gateway.missing -= 1
+            else:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._done.wait(), AGAIN * self._random.uniform(0.5, 1.5))
+        gateway.connecting = False
 
 
 def _text(body: bytes) -> str:

@@ -120,11 +120,14 @@ def check(histories: Iterable[History], grace: float = GRACE_SECONDS) -> Verdict
     for history in histories:
         _count(history, verdict)
         lines: Counter[int] = Counter()
-        tags = {record.tag: record.id for record in history.records if record.id >= 0}
+        right: dict[int | None, int] = {
+            record.tag: record.id for record in history.records if record.answer == record.tag
+        }
         for record in history.records:
+            if record.id < 0 or (record.answer != record.tag and record.answer in right):
+                # An answer to nobody, or to somebody who had one: the wrong one has got the other's second.
+                verdict.twice.append(_name(history, right.get(record.answer, -1)))
             if record.id < 0:
-                known = tags.get(-1 if record.answer is None else record.answer)
-                verdict.twice.append(_name(history, record.id if known is None else known))
                 continue
             lines[record.id] += 1
             _judge(history, record, verdict, grace)
