@@ -17,7 +17,10 @@ from pathlib import Path
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
 from gateway.middleware.access_log import access_log
+from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
+from gateway.middleware.idempotency import MAX_BYTES, idempotency
+from gateway.middleware.store import MemoryStore
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.queues.memory import MemoryQueue
 from gateway.repository import Changes, Fingerprint, Repository
@@ -64,6 +67,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         engines.describe,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
+        caches=settings.response_cache_bytes > 0,
     )
     names = list(await asyncio.to_thread(repository.scan))
     async with _queue(settings) as queue:
@@ -162,7 +166,11 @@ def _options(settings: Settings) -> ServiceOptions:
 
 def _endpoint(settings: Settings, service: Service) -> Infer:
     """The whole stack that both transports call."""
-    infer = classification(service.infer, service.model_config)
+    infer: Infer = service.infer
+    if settings.response_cache_bytes:
+        infer = response_cache(infer, service.prepare, service.model_config, MemoryStore(settings.response_cache_bytes))
+    infer = classification(infer, service.model_config)
+    infer = idempotency(infer, service.prepare, MemoryStore(MAX_BYTES))
     return access_log(infer) if settings.log_access else infer
 
 

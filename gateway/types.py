@@ -198,6 +198,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     the worker was asked whether to accept it. Requests
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
+    Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
     """
 
     model_name: str
@@ -214,6 +215,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     size: int = 0
     signature: Hashable = None
     admitted: bool = False
+    idempotency_key: str = ""
 
 
 class Timings(msgspec.Struct, gc=False):

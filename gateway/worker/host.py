@@ -51,6 +51,7 @@ class Source:
     version: str
     path: Path
     fingerprint: object
+    digest: str = ""  # see `VersionState`
 
 
 class Host:

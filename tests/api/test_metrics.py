@@ -8,7 +8,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import __version__
 from gateway.errors import InvalidArgument, Shed
-from gateway.service.inference import record_refusal
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
 from gateway.transport.metrics import HostMetrics, MetricsApp
@@ -57,8 +56,8 @@ def statistics() -> Statistics:
     counters.record_success(1_000_000, Timings(400_000, 10_000, 200_000, 30_000, 5), 1)
     counters.record_success(1_500_000, Timings(700_000, 10_000, 200_000, 30_000, 5), 4)
     counters.record_failure("REJECTED", 90)
-    record_refusal(counters, Shed("for others"), 10)
-    record_refusal(counters, InvalidArgument("no such input"), 10)
+    counters.record_refusal(Shed("for others"), 10)
+    counters.record_refusal(InvalidArgument("no such input"), 10)
     counters.pending, counters.executing = 3, 1
     return statistics
 
