@@ -280,19 +280,27 @@ def deadline_passed() -> DeadlineExceeded:
     return DeadlineExceeded("Request timeout expired")
 
 
-<<<<<<< HEAD
 def no_worker(model: str) -> Unavailable:
     """The fleet knows the model, and every worker that held it is gone."""
     return Unavailable(
         f"Request for model '{model}' cannot be served: no live worker holds it; start a worker, or try again later",
         1.0,
-=======
+    )
+
+
+def keys_unavailable(why: str, retry_after: float | None) -> Unavailable:
+    """Whether a request with an idempotency key came before cannot be found out."""
+    return Unavailable(
+        f"the Idempotency-Key cannot be honoured now: {why}; try again later, or send the request without it",
+        retry_after,
+    )
+
+
 def key_reused() -> Conflict:
     """An idempotency key whose first request asked for something else."""
     return Conflict(
         "this Idempotency-Key was used before with other inputs, outputs or parameters; give each request a key of its "
         "own, and repeat a request as it was"
->>>>>>> 1d6fb7d (Idempotency-Key, and Triton's response cache, in memory)
     )
 
 

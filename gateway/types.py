@@ -229,7 +229,10 @@ class Timings(msgspec.Struct, gc=False):
 
 
 class InferResponse(msgspec.Struct, eq=False, gc=False):
-    """One answer to a request; a unary model gives exactly one, with `final` true."""
+    """One answer to a request; a unary model gives exactly one, with `final` true.
+
+    `digest` tells what the version that answered computes, where its responses may be cached.
+    """
 
     model_name: str
     model_version: str
@@ -238,6 +241,7 @@ class InferResponse(msgspec.Struct, eq=False, gc=False):
     parameters: Mapping[str, Parameter] = NO_PARAMETERS
     timings: Timings | None = None
     final: bool = True
+    digest: str = ""
 
 
 class Responses(Protocol):

@@ -90,18 +90,11 @@ class _Cache:
         answered = time.monotonic_ns()
         if response.final:
             flight.land(Kept(b"", response))
-            if self._is_of(response, target, flight.request):
+            # Another may have run it: one that was loaded meanwhile, here or where this gateway has not heard of it.
+            if (response.model_version, response.digest) == (target.lane.version, target.digest):
                 await self._store.put(key, Kept(b"", await compact(response)), _SECONDS)
         target.statistics.record_cache_miss(lookup_ns + time.monotonic_ns() - answered)
         return response
-
-    def _is_of(self, response: InferResponse, target: Prepared, request: InferRequest) -> bool:
-        """Whether the version that the request was resolved to gave the response: it may have been loaded anew."""
-        try:
-            config = self._config_of(request.model_name, request.model_version)
-        except errors.GatewayError:
-            return False
-        return config is target.config and response.model_version == target.lane.version
 
 
 def _as_urgent(flying: InferRequest, request: InferRequest) -> bool:

@@ -85,7 +85,7 @@ class Prepared(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The version's configuration: another object once it is loaded anew."""
+        """The version's configuration."""
 
     @property
     def statistics(self) -> VersionStatistics:

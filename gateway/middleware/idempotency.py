@@ -17,7 +17,7 @@ import time
 from gateway import errors
 from gateway.middleware.digest import Digests
 from gateway.middleware.flights import Counting, Flight, Flights, OneAnswer, Prepare, first
-from gateway.middleware.store import Kept, Store, compact, replay, size_of
+from gateway.middleware.store import ClaimStore, Kept, compact, replay, size_of
 from gateway.types import Infer, InferRequest, InferResponse, Responses
 
 MAX_BYTES = 64 << 20
@@ -27,7 +27,7 @@ _SECONDS = 300.0
 _LARGEST = 256 << 10  # bytes of an answer that is kept
 
 
-def idempotency(infer: Infer, prepare: Prepare, store: Store) -> Infer:
+def idempotency(infer: Infer, prepare: Prepare, store: ClaimStore) -> Infer:
     """Wrap an endpoint so that requests with an idempotency key are answered once."""
     repeats = _Repeats(infer, prepare, store)
 
@@ -40,7 +40,7 @@ def idempotency(infer: Infer, prepare: Prepare, store: Store) -> Infer:
 class _Repeats:
     """The requests with a key: those under way in this process, and the store of those that are answered."""
 
-    def __init__(self, infer: Infer, prepare: Prepare, store: Store) -> None:
+    def __init__(self, infer: Infer, prepare: Prepare, store: ClaimStore) -> None:
         self._infer = infer
         self._prepare = prepare
         self._store = store

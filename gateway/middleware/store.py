@@ -38,12 +38,16 @@ class Store(Protocol):
         """What is kept; None when there is nothing, or it cannot be reached."""
 
     async def put(self, key: bytes, kept: Kept, seconds: float) -> None:
-        """Keep this for so long. Its response must be `compact`. Never raises: what cannot be kept is not."""
+        """Keep this for so long; its response must be `compact`. What cannot be kept is not, and nothing is raised."""
+
+
+class ClaimStore(Store, Protocol):
+    """A store whose keys one process at a time can have for itself."""
 
     async def claim(self, key: bytes, body: bytes) -> Kept | None:
         """None if the caller now has the key until it puts or releases; else what is kept, which may be pending.
 
-        Raises `Unavailable` when nobody can tell.
+        `body` is the digest of the caller's request. Raises `Unavailable` when nobody can tell.
         """
 
     def release(self, key: bytes) -> None:
@@ -60,7 +64,7 @@ class _Entry(NamedTuple):
 
 
 class MemoryStore:
-    """A `Store` in this process. It has no pending entries: requests of one process wait for each other in `Flights`."""
+    """A `ClaimStore` in this process. It has no pending entries: its requests wait for each other in `Flights`."""
 
     def __init__(self, max_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
         """`max_bytes` bounds all entries together; a single one that is larger is not kept."""
@@ -96,14 +100,14 @@ class MemoryStore:
         self.bytes += size
 
     async def claim(self, key: bytes, body: bytes) -> Kept | None:  # noqa: ARG002 - who waits here knows the body
-        """See `Store.claim`."""
+        """See `ClaimStore.claim`."""
         return await self.get(key)
 
     def release(self, key: bytes) -> None:
-        """See `Store.release`."""
+        """See `ClaimStore.release`."""
 
     async def settled(self, key: bytes) -> None:
-        """See `Store.settled`."""
+        """See `ClaimStore.settled`."""
 
     def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)

@@ -160,9 +160,9 @@ async def test_a_key_in_grpc_metadata(implementation: str) -> None:
         server.model.hold = True
         calls = [stub.ModelInfer(message(str(n)), metadata=[("idempotency-key", "k")]) for n in range(2)]
         job = await server.model.held.get()
+        other = message("other")
+        other.raw_input_contents[0] = b"\1" * 8
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            other = message("other")
-            other.raw_input_contents[0] = b"\1" * 8
             await stub.ModelInfer(other, metadata=[("idempotency-key", "k")])
         assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
         server.model.echo(job)

@@ -32,6 +32,7 @@ class Rig:
         return ["m"]
 
     def publish(self, version: str = "1", digest: str = "d1", cache: ResponseCache | None = None, **more) -> None:
+        self.digest = digest
         config = replace(model_config(**more), response_cache=cache)
         self.queue.publish(PoolState("m", (VersionState(version, "READY", config=config, digest=digest),)))
 
@@ -53,14 +54,15 @@ class Rig:
     async def reply(self, value: float) -> Job:
         """Answer the next run with OUT full of `value`."""
         job = await self.job()
-        job.reply(answered(job.request, value))
+        job.reply(self.answered(job.request, value))
         return job
 
-
-def answered(request: InferRequest, value: float) -> InferResponse:
-    response = answer(request, OUT=tensor([[value, value]] * request.rows))
-    response.timings = Timings(queue_ns=1, compute_infer_ns=1, batch_rows=request.rows)
-    return response
+    def answered(self, request: InferRequest, value: float, digest: str | None = None) -> InferResponse:
+        """The answer with OUT full of `value`, by a version of this digest."""
+        response = answer(request, OUT=tensor([[value, value]] * request.rows))
+        response.timings = Timings(queue_ns=1, compute_infer_ns=1, batch_rows=request.rows)
+        response.digest = self.digest if digest is None else digest
+        return response
 
 
 def value_of(response: InferResponse) -> float:

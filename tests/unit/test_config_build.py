@@ -5,7 +5,15 @@ import pytest
 from gateway.config.build import build
 from gateway.config.complete import complete, fill_backend, normalise
 from gateway.config.fit import check_fit
-from gateway.config.model import Batching, InstanceGroup, ModelConfig, QueuePolicy, ResponseCache, TensorConfig, WarmupInput
+from gateway.config.model import (
+    Batching,
+    InstanceGroup,
+    ModelConfig,
+    QueuePolicy,
+    ResponseCache,
+    TensorConfig,
+    WarmupInput,
+)
 from gateway.config.parse import Source, empty, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import InvalidArgument

@@ -12,7 +12,7 @@ from gateway.middleware.idempotency import idempotency
 from gateway.middleware.store import MemoryStore
 from gateway.types import DataType, RequestedOutput
 from tests.support import request, settle, soon, tensor
-from tests.unit.middleware_support import Rig, answered, ask, callers, value_of
+from tests.unit.middleware_support import Rig, ask, callers, value_of
 
 
 class Clock:
@@ -229,7 +229,7 @@ async def test_a_large_answer_is_given_to_who_waits_and_is_computed_again_later(
 
     async def reply(value: float) -> None:
         job = await rig.job()
-        response = answered(job.request, value)
+        response = rig.answered(job.request, value)
         response.outputs["LARGE"] = large
         job.reply(response)
 
@@ -249,7 +249,7 @@ async def test_what_is_kept_is_bounded_and_holds_no_batch(rig: Rig):
     async with callers(rig) as asking:
         call = await asking.ask(keyed())
         job = await rig.job()
-        response = answered(job.request, 1)
+        response = rig.answered(job.request, 1)
         response.outputs["OUT"] = tensor(batch[:1])
         job.reply(response)
         await call

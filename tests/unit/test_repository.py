@@ -392,20 +392,20 @@ def test_files_that_do_not_count(repository: Repository, root: Path, name: str) 
 
 
 def test_a_digest_tells_what_a_version_computes_wherever_it_lies(tmp_path: Path, describe: Describe) -> None:
-    def digest(folder: str, **more: str) -> str:
+    def digest(folder: str, more: Mapping[str, str] | None = None) -> str:
         files = {"m/1/model.onnx": "", "m/1/data/w": "1", "m/config.pbtxt": "response_cache { enable: true }"}
-        put(tmp_path / folder, files | {path.replace("__", "/"): text for path, text in more.items()})
+        put(tmp_path / folder, {**files, **(more or {})})
         return Repository([tmp_path / folder], describe).read("m").digests[1]
 
     one = digest("one")
     assert one
     assert digest("two") == one
     os.utime(tmp_path / "one" / "m" / "1" / "model.onnx", (1, 1))
-    assert digest("one", **{"m__1__.gateway-latency.json": "x", "m__labels.txt": "x"}) == one
-    assert digest("three", **{"m__1__data__w": "2"}) != one
-    assert digest("four", **{"m__1__data__v": ""}) != one
+    assert digest("one", {"m/1/.gateway-latency.json": "x", "m/labels.txt": "x"}) == one
+    assert digest("three", {"m/1/data/w": "2"}) != one
+    assert digest("four", {"m/1/data/v": ""}) != one
     parameter = 'response_cache { enable: true } parameters { key: "a" value { string_value: "b" } }'
-    assert digest("five", **{"m__config.pbtxt": parameter}) != one
+    assert digest("five", {"m/config.pbtxt": parameter}) != one
 
 
 def test_only_what_is_cached_has_a_digest_and_what_cannot_be_read_has_none(
