@@ -20,7 +20,7 @@ from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import MAX_BYTES, idempotency
-from gateway.middleware.store import MemoryStore
+from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.queues.memory import MemoryQueue
 from gateway.repository import Changes, Fingerprint, Repository
@@ -67,7 +67,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         engines.describe,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
-        caches=settings.response_cache_bytes > 0,
+        caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
     names = list(await asyncio.to_thread(repository.scan))
     async with _queue(settings) as queue:
@@ -164,14 +164,29 @@ def _options(settings: Settings) -> ServiceOptions:
     )
 
 
-def _endpoint(settings: Settings, service: Service) -> Infer:
+async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway) -> Infer:
     """The whole stack that both transports call."""
+    service = gateway.service
+    repeats, responses = await _stores(stack, settings, gateway.queue)
     infer: Infer = service.infer
     if settings.response_cache_bytes:
-        infer = response_cache(infer, service.prepare, service.model_config, MemoryStore(settings.response_cache_bytes))
+        infer = response_cache(infer, service.prepare, service.model_config, responses)
     infer = classification(infer, service.model_config)
-    infer = idempotency(infer, service.prepare, MemoryStore(MAX_BYTES))
-    return access_log(infer) if settings.log_access else infer
+    infer = idempotency(infer, service.prepare, repeats)
+    return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
+
+
+async def _stores(stack: AsyncExitStack, settings: Settings, queue: Queue) -> tuple[ClaimStore, Store]:
+    """Where answers are kept for requests that come again: where the queue is."""
+    if settings.queue == "memory":
+        return MemoryStore(MAX_BYTES), MemoryStore(settings.response_cache_bytes)
+    from gateway.middleware.redis_store import RedisStore, SharedStore
+    from gateway.queues.redis.queue import RedisQueue
+
+    assert isinstance(queue, RedisQueue)
+    client, seal = queue.client, queue.seal
+    repeats = await stack.enter_async_context(RedisStore(client, client.keys.idempotency, seal, MAX_BYTES))
+    return repeats, SharedStore(client, client.keys.cached, seal, settings.response_cache_bytes)
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
@@ -191,7 +206,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, s
     """Open the ports, metrics first and so closed last."""
     tokens = _tokens(settings.token_file) if settings.token_file else None
     callers = Callers(tokens, settings.tenant_header)
-    infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
+    infer = await _endpoint(stack, settings, gateway)
     if settings.allow_metrics:
         metrics = HttpServer(
             Counted(MetricsApp(statistics.whole, tokens).__rsgi__),

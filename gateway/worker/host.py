@@ -129,6 +129,8 @@ class Host:
 
     def capacity(self) -> Capacity | None:
         """See `Admission.capacity`: as the place that answers most has it, for all of them."""
+        if self._stopped.is_set():
+            return None
         found: list[Capacity] = []
         for place in self._places:
             model = self._slots.scheduler.latency(self, place.device)

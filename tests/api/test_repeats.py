@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class App:
         url = f"http://127.0.0.1:{self.gateway.ports['http']}/v2/models/{model}/infer"
         return await asyncio.to_thread(requests.post, url, data=data, headers=headers, timeout=15)
 
-    def stats(self, model: str) -> dict[str, Any]:
-        (entry,) = self.gateway.service.statistics(model)
+    async def stats(self, model: str) -> dict[str, Any]:
+        (entry,) = await self.gateway.service.statistics(model)
         return {"inferences": entry["inference_count"]} | {
             name: duration["count"] for name, duration in entry["inference_stats"].items()
         }
@@ -72,7 +73,7 @@ class App:
 async def serving_app(folder: Path, **more: Any) -> AsyncIterator[App]:
     gate = folder / "gate"
     for name, config in (("plain", ""), ("cached", CACHED)):
-        (folder / "models" / name / "1").mkdir(parents=True)
+        (folder / "models" / name / "1").mkdir(parents=True, exist_ok=True)
         (folder / "models" / name / "config.pbtxt").write_text(CONFIG.format(more=config, gate=gate))
     ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
     settings = Settings(model_repository=(folder / "models",), response_cache_bytes=1 << 20, **ports, **more)
@@ -91,13 +92,13 @@ async def app(tmp_path: Path) -> AsyncIterator[App]:
 
 
 async def test_a_key_gives_one_result_over_http(app: App) -> None:
-    before = app.stats("plain")
+    before = await app.stats("plain")
     first = await app.post("plain", body(id="a"), **KEY)
     again = await app.post("plain", body(id="b"), **KEY)
     assert (first.status_code, again.status_code) == (200, 200)
     assert first.json()["outputs"] == again.json()["outputs"]
     assert (first.json()["id"], again.json()["id"]) == ("a", "b")
-    after = app.stats("plain")
+    after = await app.stats("plain")
     assert after["inferences"] - before["inferences"] == 1
     assert after["success"] - before["success"] == 2
 
@@ -141,7 +142,7 @@ async def test_a_repeat_joins_over_the_other_wire_and_outlives_the_first(
         run.release()
         (await gate.arrival()).release()
         assert (await repeat).json()["outputs"][0]["data"] == [1, 1]
-        assert app.stats("plain")["fail"] == 1
+        assert (await app.stats("plain"))["fail"] == 1
 
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
@@ -170,7 +171,7 @@ async def test_a_key_in_grpc_metadata(implementation: str) -> None:
         assert sorted(each.id for each in answers) == ["0", "1"]
         assert answers[0].raw_output_contents == answers[1].raw_output_contents
         assert server.model.held.empty()
-        (stats,) = server.service.statistics("m")
+        (stats,) = await server.service.statistics("m")
         assert (stats["inference_stats"]["success"]["count"], stats["inference_stats"]["fail"]["count"]) == (2, 1)
 
 
@@ -195,7 +196,7 @@ async def test_a_key_on_the_fastapi_route(app: App) -> None:
             await client.post("/v2/models/plain/infer", content=data, headers=KEY) for data in (body(), body(), body(2))
         ]
     assert [answer.status_code for answer in answers] == [200, 200, 409]
-    assert app.stats("plain")["inferences"] == 1
+    assert (await app.stats("plain"))["inferences"] == 1
 
 
 async def test_keys_belong_to_tenants(tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ async def test_keys_belong_to_tenants(tmp_path: Path) -> None:
 
 
 async def test_equal_requests_over_both_wires_are_computed_once(app: App) -> None:
-    before = app.stats("cached")
+    before = await app.stats("cached")
     tensor = tritonclient.http.InferInput("IN", [1, 2], "FP32")
     tensor.set_data_from_numpy(np.full((1, 2), 3, np.float32))
 
@@ -223,7 +224,7 @@ async def test_equal_requests_over_both_wires_are_computed_once(app: App) -> Non
         statistics = await client.get_inference_statistics("cached")
     assert (await app.post("cached", body(3))).json()["outputs"][0]["data"] == [3, 3]
     assert statistics.model_stats[0].inference_stats.cache_hit.count == 1
-    after = app.stats("cached")
+    after = await app.stats("cached")
     assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {
         "inferences": 1,
         "success": 3,
@@ -243,7 +244,7 @@ async def test_top_classes_come_from_the_cached_tensor(app: App) -> None:
     outputs = [{"name": "OUT", "parameters": {"classification": 1}}]
     assert (await app.post("cached", body(3, outputs=outputs))).json()["outputs"][0]["data"] == ["3.000000:1"]
     assert (await app.post("cached", body(3, outputs=[{"name": "OUT"}]))).json()["outputs"][0]["data"] == [3, 3]
-    assert app.stats("cached")["inferences"] == 1
+    assert (await app.stats("cached"))["inferences"] == 1
 
 
 async def test_a_model_loaded_anew_with_other_files_is_asked_anew(tmp_path: Path) -> None:
@@ -251,11 +252,11 @@ async def test_a_model_loaded_anew_with_other_files_is_asked_anew(tmp_path: Path
         await app.post("cached", body(3))
         await app.gateway.service.load("cached", {})  # nothing has changed
         await app.post("cached", body(3))
-        assert app.stats("cached")["inferences"] == 1
+        assert (await app.stats("cached"))["inferences"] == 1
         (tmp_path / "models" / "cached" / "1" / "weights").write_bytes(b"2")
         await app.gateway.service.load("cached", {})
         await app.post("cached", body(3))
-        assert app.stats("cached")["cache_miss"] == 2
+        assert (await app.stats("cached"))["cache_miss"] == 2
         await app.gateway.service.unload("cached")
         assert (await app.post("cached", body(3))).status_code == 404
 
@@ -269,4 +270,25 @@ async def test_a_stream_call_is_answered_from_the_cache(app: App) -> None:
             assert (answer.infer_response.id, answer.error_message) == (str(number), "")
             assert answer.infer_response.parameters["triton_final_response"].bool_param
         await stream.done_writing()
-    assert app.stats("cached")["cache_hit"] == 1
+    assert (await app.stats("cached"))["cache_hit"] == 1
+
+
+# --- a fleet
+
+
+async def test_two_gateways_give_one_result_and_share_what_is_cached(tmp_path: Path, redis_url: str) -> None:
+    fleet = {"queue": redis_url, "queue_prefix": f"test-{secrets.token_hex(8)}"}
+    async with serving_app(tmp_path, **fleet) as one, serving_app(tmp_path, role="gateway", **fleet) as two:
+        models = two.gateway.queue
+        await until(lambda: all((pool := models.pool(name)) and pool.versions for name in ("plain", "cached")))
+        async with Gate(one.gate) as gate, asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(one.post("plain", body(id="a"), **KEY))
+            run = await gate.arrival()
+            repeat = tasks.create_task(two.post("plain", body(id="b"), **KEY))
+            assert (await two.post("plain", body(2.0), **KEY)).status_code == 409
+            run.release()
+            assert [each.json()["outputs"][0]["data"] for each in (await first, await repeat)] == [[1, 1]] * 2
+        assert (await two.post("cached", body(3))).json()["outputs"][0]["data"] == [3, 3]
+        await models.client.call("PING")  # what was sent before it has arrived
+        assert (await one.post("cached", body(3))).json()["outputs"][0]["data"] == [3, 3]
+        assert (await one.stats("cached"))["cache_hit"] == 1
