@@ -13,12 +13,16 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
 from gateway.fleet import Fleet, joined
 from gateway.middleware.access_log import access_log
+from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
+from gateway.middleware.idempotency import MAX_BYTES, idempotency
+from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
@@ -31,6 +35,9 @@ from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, Tls
 from gateway.transport.metrics import MetricsApp
 from gateway.types import Infer
 from gateway.worker import Worker
+
+if TYPE_CHECKING:
+    from gateway.queues.redis.queue import RedisQueue
 
 
 @dataclass(slots=True)
@@ -64,6 +71,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         engines.describe,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
+        caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
     names = list(await asyncio.to_thread(repository.scan))
     async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
@@ -134,10 +142,26 @@ def _options(settings: Settings) -> ServiceOptions:
     )
 
 
-def _endpoint(settings: Settings, service: Service) -> Infer:
+async def _endpoint(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> Infer:
     """The whole stack that both transports call."""
-    infer = classification(service.infer, service.model_config)
-    return access_log(infer) if settings.log_access else infer
+    repeats, responses = await _stores(stack, settings, fleet.redis)
+    infer: Infer = service.infer
+    if settings.response_cache_bytes:
+        infer = response_cache(infer, service.prepare, service.model_config, responses)
+    infer = classification(infer, service.model_config)
+    infer = idempotency(infer, service.prepare, repeats)
+    return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
+
+
+async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue | None) -> tuple[ClaimStore, Store]:
+    """Where answers are kept for requests that come again: where the queue is."""
+    if queue is None:
+        return MemoryStore(MAX_BYTES), MemoryStore(settings.response_cache_bytes)
+    from gateway.middleware.redis_store import RedisStore, SharedStore
+
+    client, seal = queue.client, queue.seal
+    repeats = await stack.enter_async_context(RedisStore(client, client.keys.idempotency, seal, MAX_BYTES))
+    return repeats, SharedStore(client, client.keys.cached, seal, settings.response_cache_bytes)
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
@@ -157,7 +181,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     """Open the ports, metrics first and so closed last."""
     tokens = _tokens(settings.token_file) if settings.token_file else None
     callers = Callers(tokens, settings.tenant_header)
-    infer = await _recorded(stack, settings, _endpoint(settings, gateway.service))
+    infer = await _endpoint(stack, settings, gateway.service, fleet)
     if settings.allow_metrics:
         metrics = HttpServer(
             Counted(MetricsApp(fleet.statistics, tokens, process=fleet.process, figures=fleet.figures).__rsgi__),

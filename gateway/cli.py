@@ -181,6 +181,7 @@ def _models(settings: Settings) -> int:
         engines.describe,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
+        caches=settings.response_cache_bytes > 0,
     )
     try:
         names = list(repository.scan())

@@ -17,6 +17,7 @@ A request that is well formed and still not served gets one of these, and `reaso
 | `queue_full`    | the model's own `max_queue_size` is reached                        | 503  | UNAVAILABLE        | yes   |
 | `queue_timeout` | it waited longer than the model's own queue policy allows          | 503  | UNAVAILABLE        | yes   |
 | `unavailable`   | the model is not ready, or the server stops                        | 503  | UNAVAILABLE        | yes   |
+| `conflict`      | on arrival: its `Idempotency-Key` came before with another body    | 409  | ALREADY_EXISTS     | no    |
 
 `retry_after`, where it is known, is when to try again: `Retry-After` and `retry-after-ms` on HTTP,
 `google.rpc.RetryInfo`, `retry-after-ms` and, with grpcio, `grpc-retry-pushback-ms` on gRPC.
@@ -60,6 +61,13 @@ class AlreadyExists(GatewayError):
     """The name is taken. 400 on HTTP, as Triton has it."""
 
     grpc, http = 6, 400
+
+
+class Conflict(GatewayError):
+    """The request's idempotency key came before with another request. 409 on HTTP, unlike `AlreadyExists`."""
+
+    grpc, http = 6, 409
+    reason = "conflict"
 
 
 class Unsupported(GatewayError):
@@ -277,6 +285,22 @@ def no_worker(model: str) -> Unavailable:
     return Unavailable(
         f"Request for model '{model}' cannot be served: no live worker holds it; start a worker, or try again later",
         1.0,
+    )
+
+
+def keys_unavailable(why: str, retry_after: float | None) -> Unavailable:
+    """Whether a request with an idempotency key came before cannot be found out."""
+    return Unavailable(
+        f"the Idempotency-Key cannot be honoured now: {why}; try again later, or send the request without it",
+        retry_after,
+    )
+
+
+def key_reused() -> Conflict:
+    """An idempotency key whose first request asked for something else."""
+    return Conflict(
+        "this Idempotency-Key was used before with other inputs, outputs or parameters; give each request a key of its "
+        "own, and repeat a request as it was"
     )
 
 

@@ -198,6 +198,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     the worker was asked whether to accept it. Requests
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
+    Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
     """
 
     model_name: str
@@ -214,6 +215,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     size: int = 0
     signature: Hashable = None
     admitted: bool = False
+    idempotency_key: str = ""
 
 
 class Timings(msgspec.Struct, gc=False):
@@ -227,7 +229,10 @@ class Timings(msgspec.Struct, gc=False):
 
 
 class InferResponse(msgspec.Struct, eq=False, gc=False):
-    """One answer to a request; a unary model gives exactly one, with `final` true."""
+    """One answer to a request; a unary model gives exactly one, with `final` true.
+
+    `digest` tells what the version that answered computes, where its responses may be cached.
+    """
 
     model_name: str
     model_version: str
@@ -236,6 +241,7 @@ class InferResponse(msgspec.Struct, eq=False, gc=False):
     parameters: Mapping[str, Parameter] = NO_PARAMETERS
     timings: Timings | None = None
     final: bool = True
+    digest: str = ""
 
 
 class Responses(Protocol):

@@ -18,7 +18,11 @@ from pydantic.fields import FieldInfo
 from gateway.config.settings import Settings
 
 _METAVARS: dict[Any, str] = {int: "N", float: "N", FilePath | None: "FILE", Path | None: "DIR"}
-_ALIASES = {"model_repository": ["--model-store"], "server_id": ["--id"]}
+_ALIASES = {
+    "model_repository": ["--model-store"],
+    "server_id": ["--id"],
+    "response_cache_bytes": ["--cache-config", "--response-cache-byte-size"],
+}
 
 
 def parse_args(argv: Sequence[str], prog: str = "gateway serve") -> Settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gateway.config.check import ACCELERATORS, check, default_deadline_ms
+from gateway.config.check import ACCELERATORS, check, default_deadline_ms, response_cache_public
 from gateway.config.complete import normalise
 from gateway.config.model import (
     Batching,
@@ -13,6 +13,7 @@ from gateway.config.model import (
     ModelConfig,
     ModelConfigProto,
     QueuePolicy,
+    ResponseCache,
     TensorConfig,
     Warmup,
     WarmupInput,
@@ -35,6 +36,7 @@ def build(
     """
     full = normalise(proto, gpus)
     check(full, gpus, source)
+    public = response_cache_public(full, source)
     return ModelConfig(
         name=full.name,
         backend=full.backend,
@@ -51,6 +53,7 @@ def build(
         decoupled=full.model_transaction_policy.decoupled,
         proto=full,
         default_deadline_ms=default_deadline_ms(full, source),
+        response_cache=ResponseCache(public) if _caches(full) else None,
     )
 
 
@@ -113,6 +116,13 @@ def _queue_policy(policy: Any) -> QueuePolicy:
         delays=policy.timeout_action == policy.DELAY,
         allow_timeout_override=policy.allow_timeout_override,
     )
+
+
+def _caches(full: ModelConfigProto) -> bool:
+    # As in Triton: an answer is kept where it is the only one, and depends on nothing but its request.
+    kinds = full.WhichOneof("scheduling_choice")
+    alone = kinds not in ("sequence_batching", "ensemble_scheduling") and not full.model_transaction_policy.decoupled
+    return bool(full.response_cache.enable and alone)
 
 
 def _warmup(sample: Any) -> Warmup:

@@ -181,6 +181,7 @@ def _check_ordering(proto: ModelConfigProto, source: Source) -> None:
 
 
 _DEFAULT_DEADLINE = "default_deadline_ms"
+_CACHE_PUBLIC = "response_cache_public"
 
 
 def default_deadline_ms(proto: ModelConfigProto, source: Source) -> float | None:
@@ -197,6 +198,19 @@ def default_deadline_ms(proto: ModelConfigProto, source: Source) -> float | None
         "parameters",
         _DEFAULT_DEADLINE,
     )
+
+
+def response_cache_public(proto: ModelConfigProto, source: Source) -> bool:
+    """The parameter of this name, which only this gateway knows; False when it is not there."""
+    text = proto.parameters[_CACHE_PUBLIC].string_value if _CACHE_PUBLIC in proto.parameters else "false"
+    if text not in ("true", "false"):
+        raise source.error(
+            f"parameter {_CACHE_PUBLIC} must be true, to give responses to other tenants than they were computed for, "
+            f"or false, got '{text}'",
+            "parameters",
+            _CACHE_PUBLIC,
+        )
+    return text == "true"
 
 
 def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:

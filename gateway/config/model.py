@@ -89,6 +89,13 @@ class Warmup:
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseCache:
+    """The responses may be kept and given again to equal requests: of the same tenant or, if `public`, of any."""
+
+    public: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's configuration, complete and checked: every field filled, inputs and outputs known."""
 
@@ -107,3 +114,4 @@ class ModelConfig:
     decoupled: bool
     proto: ModelConfigProto
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
+    response_cache: ResponseCache | None = None

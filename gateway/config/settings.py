@@ -55,6 +55,9 @@ class Settings(BaseSettings):
         ge=0,
         lt=1e12,
     )
+    response_cache_bytes: NonNegativeInt = _setting(
+        0, "models", "bytes of responses kept for models with response_cache { enable: true }; 0: none"
+    )
     persist_latency: bool = _setting(
         True, "models", "keep what was learned of batch times in each version's folder, for the next start"
     )
@@ -174,6 +177,17 @@ class Settings(BaseSettings):
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("response_cache_bytes", mode="before")
+    @classmethod
+    def _read_cache_config(cls, value: Any) -> Any:
+        """Triton's form, `local,size=N`, too."""
+        if not isinstance(value, str) or "," not in value:
+            return value
+        kind, _, option = value.partition(",")
+        if kind != "local" or not option.startswith("size="):
+            raise ValueError("must be a number of bytes, or local,size=N as in Triton's --cache-config")
+        return option.removeprefix("size=")
 
     @model_validator(mode="before")
     @classmethod

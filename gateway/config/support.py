@@ -103,7 +103,6 @@ _WITHOUT_EFFECT = (
         ("dynamic_batching", "priority_levels"),
         "Set it to the number of levels; without it all requests have the same priority",
     ),
-    Gap(lambda proto: bool(proto.response_cache.enable), ("response_cache",), "Every request is computed"),
     Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
     Gap(
         _groups("passive", "secondary_devices", "host_policy"),

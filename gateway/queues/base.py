@@ -116,7 +116,10 @@ class Admission(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class VersionState:
-    """One version of a model in a pool: READY, LOADING, UNLOADING or UNAVAILABLE, and why."""
+    """One version of a model in a pool: READY, LOADING, UNLOADING or UNAVAILABLE, and why.
+
+    Versions of the same `digest` give the same answers; it is empty where the model's responses are not to be cached.
+    """
 
     version: str
     state: str
@@ -125,6 +128,7 @@ class VersionState:
     instances: tuple[InstanceState, ...] = ()
     admission: Admission | None = field(default=None, compare=False, repr=False)
     epoch: int = 0  # when it was unloaded last, see `Statistics.forget`
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
-"""Notices changed files by name, size and modification time, per version and for what versions share.
+"""Notices changed files by name, size and modification time, per version and for what versions share; and says what a
+version computes, by the content of its files.
 
-Reads no file's content. A file that is still being copied changes its fingerprint again and is simply seen
+Only a `digest` reads content. A file that is still being copied changes its fingerprint again and is simply seen
 as changed twice.
 """
 
@@ -11,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gateway.repository.layout import names
 
@@ -52,6 +54,24 @@ def fingerprint(model: Path, versions: Mapping[int, Path], override: str = "") -
     )
 
 
+def digest(folder: Path, config: Any) -> str:
+    """What a version computes: equal for equal files and configuration (a protobuf message), wherever they lie.
+
+    Empty when a file cannot be read.
+    """
+    state = hashlib.sha256(config.SerializeToString(deterministic=True))
+    try:
+        for path in sorted(_files(folder)):
+            state.update(f"\0{path.relative_to(folder)}\0".encode(errors="surrogateescape"))
+            if not path.is_file():
+                return ""  # a pipe would be read for ever
+            with path.open("rb") as file:
+                state.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError:
+        return ""
+    return state.hexdigest()
+
+
 def diff(previous: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> Changes:
     """Compare two scans of a repository."""
     return Changes(
@@ -63,12 +83,16 @@ def diff(previous: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) ->
 
 
 def _entries(path: Path) -> Iterator[str]:
+    return (_entry(file) for file in _files(path))
+
+
+def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
-        yield _entry(path)
+        yield path
     for folder, folders, files in os.walk(path):
         # Python writes __pycache__ beside a model while serving it. Linked folders are not followed: no loops.
         folders[:] = sorted(name for name in folders if name[0] not in "._")
-        yield from (_entry(Path(folder, name)) for name in sorted(files) if name[0] not in "._")
+        yield from (Path(folder, name) for name in sorted(files) if name[0] not in "._")
 
 
 def _entry(path: Path) -> str:

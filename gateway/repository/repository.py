@@ -8,7 +8,7 @@ it learns the inputs and outputs that a configuration leaves out.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.config.build import build
@@ -19,7 +19,7 @@ from gateway.config.parse import Source, empty, parse_json, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import GatewayError, InvalidArgument, NotFound, Unsupported
 from gateway.repository import layout
-from gateway.repository.fingerprint import Changes, Fingerprint, diff, fingerprint
+from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest, fingerprint
 from gateway.repository.layout import Found
 from gateway.types import ModelIO
 
@@ -29,7 +29,8 @@ class ModelSource:
     """A model as the repository has it now.
 
     `versions` are the folders that the version policy chooses, by number, lowest first. `warnings` say what
-    of the folder or its configuration has no effect.
+    of the folder or its configuration has no effect. `digests` tell what each version computes, for models whose
+    responses are cached: equal ones, on whatever machine, give equal answers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelSource:
     versions: Mapping[int, Path]
     warnings: tuple[str, ...]
     fingerprint: Fingerprint
+    digests: Mapping[int, str] = field(default_factory=dict)
 
 
 class Repository:
@@ -51,9 +53,11 @@ class Repository:
         gpus: Sequence[int] = (),
         default_max_batch_size: int = 4,
         config_name: str = "",
+        caches: bool = False,
     ) -> None:
         """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
-        the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it.
+        the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
+        `caches` nobody keeps responses, and models that ask for it are warned of.
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
@@ -61,6 +65,7 @@ class Repository:
         self._gpus = tuple(gpus)
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
+        self._caches = caches
 
     def scan(self) -> dict[str, Found]:
         """Every model folder in name order. Raises `GatewayError` when a repository cannot be read."""
@@ -100,12 +105,18 @@ class Repository:
             raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
         require_supported(proto, self._backends, source)
         config = self._config(proto, folder, chosen, source)
+        texts = [*ignored, *absent, *warnings(proto, source)]
+        cached = config.response_cache is not None
+        if cached and not self._caches:
+            text = "response_cache has no effect without --response-cache-bytes. Every request is computed"
+            texts.append(source.describe(text, "response_cache"))
         return ModelSource(
             name=name,
             config=config,
             versions=chosen,
-            warnings=(*ignored, *absent, *warnings(proto, source)),
+            warnings=tuple(texts),
             fingerprint=fingerprint(folder, numbered, override),
+            digests={number: digest(path, config.proto) for number, path in chosen.items()} if cached else {},
         )
 
     def _folder(self, name: str) -> Path:

@@ -7,7 +7,6 @@ from typing import Protocol, Self
 
 from gateway import errors
 from gateway.service.route import Route
-from gateway.statistics import VersionStatistics
 from gateway.types import InferRequest, InferResponse, Responses
 
 
@@ -72,18 +71,4 @@ class Inference:
             self._ended = True  # refused, and counted, before it began
             return
         self._answered = True
-        record_refusal(self._route.statistics, error, time.monotonic_ns() - self._started)
-
-
-def record_refusal(statistics: VersionStatistics, error: errors.GatewayError, total_ns: int) -> None:
-    """Count a request that was answered with an error."""
-    statistics.record_failure(failure_reason(error), total_ns)
-    if error.reason:
-        statistics.refused[error.reason] = statistics.refused.get(error.reason, 0) + 1
-
-
-def failure_reason(error: errors.GatewayError) -> str:
-    """Triton's `reason` label of `nv_inference_request_failure`."""
-    if isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
-        return "REJECTED"
-    return "BACKEND" if isinstance(error, errors.Internal) else "OTHER"
+        self._route.statistics.record_refusal(error, time.monotonic_ns() - self._started)

@@ -21,3 +21,4 @@ class Route:
     statistics: VersionStatistics
     admission: Admission | None
     default_deadline: float  # seconds; 0 for none
+    digest: str  # see `VersionState`

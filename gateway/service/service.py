@@ -15,7 +15,7 @@ from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.service.inference import Inference, record_refusal
+from gateway.service.inference import Inference
 from gateway.service.reports import Reports, count
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
@@ -100,11 +100,11 @@ class Service:
             return
         self._unread += 1
         if self._unread % _LET_THROUGH and (error := route.admission.turn_away(deadline)) is not None:
-            record_refusal(route.statistics, error, 0)
+            route.statistics.record_refusal(error, 0)
             raise error
 
-    def submit(self, request: InferRequest) -> tuple[Responses, Route]:
-        """Check, admit and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""
+    def prepare(self, request: InferRequest) -> Route:
+        """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""
         if self._draining:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
@@ -114,6 +114,15 @@ class Service:
             if request.deadline is None and route.default_deadline:
                 request.deadline = time.monotonic() + route.default_deadline
             route.checker.check(request)
+        except errors.GatewayError as error:
+            route.statistics.record_refusal(error, 0)
+            raise
+        return route
+
+    def submit(self, request: InferRequest) -> tuple[Responses, Route]:
+        """Check, admit and queue a request, its bytes reserved; `end` gives them back. For `Inference`."""
+        route = self.prepare(request)
+        try:
             # A lone request is always let in, however large: the transport's own limit bounded it.
             if self._inflight_bytes and self._inflight_bytes + request.size > self._options.max_inflight_bytes:
                 raise self._full()
@@ -123,14 +132,14 @@ class Service:
                 route.admission.admit(request)
                 request.admitted = True
         except errors.GatewayError as error:
-            record_refusal(route.statistics, error, 0)
+            route.statistics.record_refusal(error, 0)
             raise
         self._inflight_bytes += request.size
         route.statistics.pending += 1
         try:
             return self._queue.submit(route.lane, request), route
         except errors.GatewayError as error:
-            record_refusal(route.statistics, error, 0)
+            route.statistics.record_refusal(error, 0)
             self.end(request, route)
             raise
 
@@ -169,6 +178,7 @@ class Service:
             self._statistics.of(name, state.version, state.epoch),
             state.admission,
             (self._options.default_deadline_ms if own is None else own) / 1000,
+            state.digest,
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
         self._routes[name, version] = route

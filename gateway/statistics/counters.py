@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from gateway import errors
 from gateway.types import Timings
 
 TIME_BOUNDS_NS = tuple(
@@ -212,6 +213,24 @@ class VersionStatistics:
         self.failures[reason if reason in self.failures else "OTHER"] += 1
         self.failure_ns += total_ns
 
+    def record_refusal(self, error: errors.GatewayError, total_ns: int) -> None:
+        """Count a request that was answered with an error after `total_ns`."""
+        self.record_failure(failure_reason(error), total_ns)
+        if error.reason:
+            self.refused[error.reason] = self.refused.get(error.reason, 0) + 1
+
+    def record_cache_hit(self, total_ns: int, lookup_ns: int, rows: int) -> None:
+        """Count a request that was answered out of the response cache; `lookup_ns` of `total_ns` went there."""
+        self.cache_hit_count += 1
+        self.cache_hit_ns += lookup_ns
+        self.record_success(total_ns, None, rows)
+
+    def record_cache_miss(self, cache_ns: int) -> None:
+        """Count a request, whose success is counted apart, that the response cache took `cache_ns` of for nothing."""
+        self.cache_miss_count += 1
+        self.cache_miss_ns += cache_ns
+        self._counted.success_ns += cache_ns
+
     def record_batch(
         self, rows: int, compute_input_ns: int, compute_infer_ns: int, compute_output_ns: int, reason: str
     ) -> None:
@@ -250,6 +269,13 @@ class VersionStatistics:
             "batch_stats": [_batch_entry(size, self.batches[size]) for size in sorted(self.batches)],
             "memory_usage": [],
         }
+
+
+def failure_reason(error: errors.GatewayError) -> str:
+    """Triton's `reason` label of `nv_inference_request_failure`."""
+    if isinstance(error, errors.Unavailable | errors.ResourceExhausted | errors.DeadlineExceeded):
+        return "REJECTED"
+    return "BACKEND" if isinstance(error, errors.Internal) else "OTHER"
 
 
 def _duration(count: int, ns: int) -> Duration:

@@ -14,6 +14,7 @@ REMEDIES = {
     "queue_full": "the model's max_queue_size; raise it or leave it out: deadlines bound the queue too",
     "queue_timeout": "the model's default_timeout_microseconds; raise it or leave it out",
     "unavailable": "the model was not ready or the server stopped; its log says which",
+    "conflict": "an Idempotency-Key was used for two different requests; give each request its own",
 }
 """What to do about refused requests, by the reasons of the table of refusals."""
 

@@ -51,6 +51,7 @@ class Source:
     version: str
     path: Path
     fingerprint: object
+    digest: str = ""  # see `VersionState`
 
 
 class Host:
@@ -155,7 +156,8 @@ class Host:
             async with asyncio.TaskGroup() as tasks:
                 serving = [tasks.create_task(self._read(self._consumer))]
                 for engine, placement in self._engines:
-                    instance = Instance(engine, self.source.config, self.source.version, self._statistics)
+                    source = self.source
+                    instance = Instance(engine, source.config, source.version, self._statistics, source.digest)
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 # A measurement waits in line like a request, and would count against the model's own limit on that.

@@ -31,8 +31,12 @@ _WORTH_A_PAUSE = 0.002  # seconds; what a run may lose by waiting for the event 
 class Instance:
     """Runs the batches of one engine. One `serve` per run the engine may have open."""
 
-    def __init__(self, engine: Engine, config: ModelConfig, version: str, statistics: VersionStatistics) -> None:
+    def __init__(
+        self, engine: Engine, config: ModelConfig, version: str, statistics: VersionStatistics, digest: str = ""
+    ) -> None:
+        """`digest` tells what the version computes; see `VersionState`."""
         self._engine = engine
+        self._digest = digest
         self._config = config
         self._version = version
         self._statistics = statistics
@@ -132,7 +136,13 @@ class Instance:
                         timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
                         job.reply(
                             InferResponse(
-                                request.model_name, self._version, outputs, request.id, NO_PARAMETERS, timings
+                                request.model_name,
+                                self._version,
+                                outputs,
+                                request.id,
+                                NO_PARAMETERS,
+                                timings,
+                                digest=self._digest,
                             )
                         )
         finally:

@@ -120,7 +120,9 @@ class Worker:
         except errors.GatewayError as problem:
             raise self._unreadable(model, problem) from None
         wanted = {
-            str(number): Source(source.config, str(number), path, source.fingerprint.of(number))
+            str(number): Source(
+                source.config, str(number), path, source.fingerprint.of(number), source.digests.get(number, "")
+            )
             for number, path in source.versions.items()
         }
         changed = [w for w in wanted.values() if not _same(model.hosts.get(w.version), w)]
@@ -179,7 +181,9 @@ class Worker:
         version = host.source.version
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
-        model.states[version] = VersionState(version, "READY", "", host.source.config, host.instances, host, epoch)
+        model.states[version] = VersionState(
+            version, "READY", "", host.source.config, host.instances, host, epoch, host.source.digest
+        )
         self._publish(model)
         for warning in host.warnings:
             log_event("model_warning", logging.WARNING, model=model.name, version=version, warning=warning)

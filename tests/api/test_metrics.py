@@ -60,8 +60,8 @@ def statistics() -> Statistics:
     counters.record_success(1_000_000, Timings(400_000, 10_000, 200_000, 30_000, 5), 1)
     counters.record_success(1_500_000, Timings(700_000, 10_000, 200_000, 30_000, 5), 4)
     counters.record_failure("REJECTED", 90)
-    record_refusal(counters, Shed("for others"), 10)
-    record_refusal(counters, InvalidArgument("no such input"), 10)
+    counters.record_refusal(Shed("for others"), 10)
+    counters.record_refusal(InvalidArgument("no such input"), 10)
     counters.pending, counters.executing = 3, 1
     return statistics
 

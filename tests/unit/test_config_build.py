@@ -5,7 +5,15 @@ import pytest
 from gateway.config.build import build
 from gateway.config.complete import complete, fill_backend, normalise
 from gateway.config.fit import check_fit
-from gateway.config.model import Batching, InstanceGroup, ModelConfig, QueuePolicy, TensorConfig, WarmupInput
+from gateway.config.model import (
+    Batching,
+    InstanceGroup,
+    ModelConfig,
+    QueuePolicy,
+    ResponseCache,
+    TensorConfig,
+    WarmupInput,
+)
 from gateway.config.parse import Source, empty, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import InvalidArgument
@@ -246,6 +254,23 @@ def test_a_model_may_have_a_default_deadline(text: str, milliseconds: float | No
     assert made(IO_TEXT + text).default_deadline_ms == milliseconds
 
 
+@pytest.mark.parametrize(
+    ("text", "cache"),
+    [
+        ("", None),
+        ("response_cache { }", None),
+        ("response_cache { enable: true }", ResponseCache()),
+        ("response_cache { enable: true } model_transaction_policy { decoupled: true }", None),
+        ("response_cache { enable: true } sequence_batching { }", None),
+        ('response_cache { enable: true } parameters { key: "response_cache_public" value { string_value: "true" } }',
+         ResponseCache(public=True)),
+        ('parameters { key: "response_cache_public" value { string_value: "true" } }', None),
+    ],
+)  # fmt: skip
+def test_responses_are_cached_only_when_asked_and_where_there_is_one(text: str, cache: ResponseCache | None) -> None:
+    assert made(IO_TEXT + text).response_cache == cache
+
+
 def test_requests_are_joined_only_when_asked() -> None:
     assert made(IO_TEXT + "max_batch_size: 8").batching is None
     assert made(IO_TEXT + "max_batch_size: 1 dynamic_batching {}").batching == Batching(0, (1,))
@@ -325,6 +350,10 @@ def test_requests_are_joined_only_when_asked() -> None:
         ),
         (IO_TEXT + 'parameters { key: "default_deadline_ms" value { string_value: "-1" } }', "got '-1'"),
         (IO_TEXT + 'parameters { key: "default_deadline_ms" value { string_value: "nan" } }', "got 'nan'"),
+        (
+            IO_TEXT + 'parameters { key: "response_cache_public" value { string_value: "yes" } }',
+            "line 4: parameter response_cache_public must be true, to give responses to other tenants",
+        ),
         (
             IO_TEXT + 'platform: "tensorrt_plan" backend: "onnxruntime"',
             "line 4: unexpected 'platform' and 'backend' pair",
@@ -406,7 +435,6 @@ def test_what_would_change_answers_is_refused(text: str, field: str) -> None:
 @pytest.mark.parametrize(
     ("text", "field"),
     [
-        ("response_cache { enable: true }", "response_cache"),
         ("dynamic_batching { default_priority_level: 1 }", "priority_levels"),
         ("dynamic_batching { priority_queue_policy { key: 1 value { max_queue_size: 1 } } }", "priority_levels"),
         ("instance_group { rate_limiter { priority: 1 } }", "rate_limiter"),
@@ -434,12 +462,12 @@ def test_what_only_tunes_is_accepted_with_a_warning(text: str, field: str) -> No
 def test_every_field_of_the_schema_is_done_refused_or_warned_of() -> None:
     done = {
         "name", "platform", "backend", "version_policy", "max_batch_size", "input", "output", "instance_group",
-        "dynamic_batching", "optimization", "default_model_filename", "parameters", "model_warmup",
+        "dynamic_batching", "optimization", "default_model_filename", "parameters", "model_warmup", "response_cache",
     }  # fmt: skip
     gaps = {
         "ensemble_scheduling", "sequence_batching", "model_transaction_policy", "batch_input", "batch_output",
-        "model_operations", "model_repository_agents", "cc_model_filenames", "response_cache", "metric_tags",
-        "model_metrics", "runtime",
+        "model_operations", "model_repository_agents", "cc_model_filenames", "metric_tags", "model_metrics",
+        "runtime",
     }  # fmt: skip
     assert {field.name for field in empty().DESCRIPTOR.fields} == done | gaps
 

@@ -53,6 +53,25 @@ def test_a_tritonserver_command_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "size"),
+    [
+        ([], 0),
+        (["--response-cache-bytes", "1048576"], 1 << 20),
+        (["--cache-config", "local,size=1048576"], 1 << 20),
+        (["--cache-config=local,size=1048576"], 1 << 20),
+        (["--response-cache-byte-size=1048576"], 1 << 20),
+    ],
+)
+def test_the_response_cache_in_tritons_words(argv: list[str], size: int) -> None:
+    assert parse_args([*BASE, *argv]).response_cache_bytes == size
+
+
+@pytest.mark.parametrize("value", ["redis,host=x", "local,size=", "local,size=-1", "local,ttl=1", "much"])
+def test_a_response_cache_that_is_none(capsys: pytest.CaptureFixture[str], value: str) -> None:
+    assert "--response-cache-bytes (or GATEWAY_RESPONSE_CACHE_BYTES)" in refusal(capsys, *BASE, "--cache-config", value)
+
+
+@pytest.mark.parametrize(
     ("argv", "value"),
     [
         ([], True),

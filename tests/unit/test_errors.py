@@ -12,6 +12,7 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "InvalidArgument": (3, 400, False, ""),
     "NotFound": (5, 404, False, ""),
     "AlreadyExists": (6, 400, False, ""),
+    "Conflict": (6, 409, False, "conflict"),
     "Unsupported": (12, 501, False, ""),
     "Unavailable": (14, 503, True, "unavailable"),
     "QueueFull": (14, 503, True, "queue_full"),
@@ -27,7 +28,7 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "PermissionDenied": (7, 403, False, ""),
     "MethodNotAllowed": (12, 405, False, ""),
 }
-STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE"}
+STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS"}
 ARGUMENTS = {
     "str": "x",
     "int": 1,

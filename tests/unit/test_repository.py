@@ -238,7 +238,7 @@ def test_a_warm_up_file_in_its_folder(repository: Repository, root: Path) -> Non
     assert source.warnings == ()
 
 
-def test_what_has_no_effect_is_said(repository: Repository, root: Path) -> None:
+def test_what_has_no_effect_is_said(repository: Repository, root: Path, describe: Describe) -> None:
     put(root, {"m/1/model.onnx": "", "m/final/model.onnx": "", "m/007/model.onnx": "", "m/0/model.onnx": ""})
     put(root, {"m/config.pbtxt": "response_cache { enable: true }"})
     texts = repository.read("m").warnings
@@ -247,7 +247,10 @@ def test_what_has_no_effect_is_said(repository: Repository, root: Path) -> None:
         "folder 'm/007'",
         "folder 'm/final'",
     ]
-    assert texts[3].startswith("m/config.pbtxt line 1: response_cache has no effect")
+    assert texts[3] == (
+        "m/config.pbtxt line 1: response_cache has no effect without --response-cache-bytes. Every request is computed"
+    )
+    assert Repository([root], describe, caches=True).read("m").warnings == texts[:3]
 
 
 # --- versions
@@ -386,6 +389,33 @@ def test_files_that_do_not_count(repository: Repository, root: Path, name: str) 
     before = repository.changes({}).now
     put(root, {f"m/{name}": "more"})
     assert repository.changes(before).changed == ()
+
+
+def test_a_digest_tells_what_a_version_computes_wherever_it_lies(tmp_path: Path, describe: Describe) -> None:
+    def digest(folder: str, more: Mapping[str, str] | None = None) -> str:
+        files = {"m/1/model.onnx": "", "m/1/data/w": "1", "m/config.pbtxt": "response_cache { enable: true }"}
+        put(tmp_path / folder, {**files, **(more or {})})
+        return Repository([tmp_path / folder], describe).read("m").digests[1]
+
+    one = digest("one")
+    assert one
+    assert digest("two") == one
+    os.utime(tmp_path / "one" / "m" / "1" / "model.onnx", (1, 1))
+    assert digest("one", {"m/1/.gateway-latency.json": "x", "m/labels.txt": "x"}) == one
+    assert digest("three", {"m/1/data/w": "2"}) != one
+    assert digest("four", {"m/1/data/v": ""}) != one
+    parameter = 'response_cache { enable: true } parameters { key: "a" value { string_value: "b" } }'
+    assert digest("five", {"m/config.pbtxt": parameter}) != one
+
+
+def test_only_what_is_cached_has_a_digest_and_what_cannot_be_read_has_none(
+    repository: Repository, root: Path, tmp_path: Path
+) -> None:
+    put(root, {"m/1/model.onnx": ""})
+    assert repository.read("m").digests == {}
+    put(root, {"m/config.pbtxt": "response_cache { enable: true }"})
+    os.mkfifo(root / "m" / "1" / "pipe")
+    assert repository.read("m").digests == {1: ""}
 
 
 def test_a_new_version_leaves_the_fingerprints_of_the_others(repository: Repository, root: Path) -> None:

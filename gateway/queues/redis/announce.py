@@ -37,6 +37,7 @@ class _Version(msgspec.Struct, array_like=True, gc=False):
     proto: bytes
     instances: list[tuple[str, str]]
     epoch: int = 0
+    digest: str = ""
 
 
 class _Pool(msgspec.Struct, array_like=True, gc=False):
@@ -92,7 +93,7 @@ def _version(state: VersionState) -> _Version:
         proto = config.proto.SerializeToString()
         config = replace(config, proto=None)
     instances = [(each.device, each.provider) for each in state.instances]
-    return _Version(state.version, state.state, state.reason, config, proto, instances, state.epoch)
+    return _Version(state.version, state.state, state.reason, config, proto, instances, state.epoch, state.digest)
 
 
 def _read_pool(pool: _Pool) -> PoolState:
@@ -104,7 +105,9 @@ def _read_version(found: _Version) -> VersionState:
     if config is not None and found.proto:
         config = replace(config, proto=_config_message(found.proto))
     instances = tuple(InstanceState(device, provider) for device, provider in found.instances)
-    return VersionState(found.version, found.state, found.reason, config, instances, epoch=found.epoch)
+    return VersionState(
+        found.version, found.state, found.reason, config, instances, epoch=found.epoch, digest=found.digest
+    )
 
 
 def _config_message(data: bytes) -> Any:
@@ -133,4 +136,6 @@ def _better(known: VersionState, other: VersionState) -> VersionState:
     first = replace(first, epoch=max(known.epoch, other.epoch))
     if first.state != "READY" or second.state != "READY":
         return first
-    return replace(first, instances=first.instances + second.instances)
+    # Workers that compute different things: nobody knows whose answer a request will get.
+    digest = first.digest if first.digest == second.digest else ""
+    return replace(first, instances=first.instances + second.instances, digest=digest)

@@ -78,6 +78,7 @@ class _ResponseForm(msgspec.Struct, array_like=True, gc=False):
     model: str
     model_version: str
     tensors: _Tensors
+    digest: str = ""
 
 
 class _Response(msgspec.Struct, array_like=True, gc=False):
@@ -176,7 +177,7 @@ def pack_response(response: InferResponse) -> _Packed:
     described, parts = _described(response.outputs)
     timings = response.timings
     try:
-        form = _encode((response.model_name, response.model_version, described))
+        form = _encode((response.model_name, response.model_version, described, response.digest))
         parameters = dict(response.parameters) if response.parameters else _NONE
         times = None if timings is None else astuple(timings)
         return _RESPONSE + _encode((form, response.id, parameters, times, response.final)), parts
@@ -198,6 +199,7 @@ def unpack_response(header: Buffer, payload: Buffer) -> InferResponse:
         read.parameters or NO_PARAMETERS,
         None if read.timings is None else Timings(*read.timings),
         read.final,
+        form.digest,
     )
 
 
@@ -331,6 +333,7 @@ class _ResponseLayout(msgspec.Struct, frozen=True, gc=False):
     model: str
     model_version: str
     layout: _Layout
+    digest: str
 
 
 @lru_cache(maxsize=_REMEMBERED)
@@ -348,7 +351,7 @@ def _request_form(form: bytes) -> _RequestLayout:
 @lru_cache(maxsize=_REMEMBERED)
 def _response_form(form: bytes) -> _ResponseLayout:
     read = _decoded(form, _RESPONSE, _decode_response_form)
-    return _ResponseLayout(read.model, read.model_version, _layout(read.tensors))
+    return _ResponseLayout(read.model, read.model_version, _layout(read.tensors), read.digest)
 
 
 def _layout(described: _Tensors) -> _Layout:
@@ -383,10 +386,7 @@ def _tensors(layout: _Layout, payload: Buffer) -> dict[str, Tensor]:
         raise BadMessage(f"the tensors of a message have {layout.size} bytes, its payload has {len(payload)}")
     # Copying a few bytes is quicker than making a view of them.
     source = payload if layout.size <= _SMALL else memoryview(payload)
-    tensors: dict[str, Tensor] = {}
-    for name, datatype, shape, start, end in layout.cuts:
-        tensors[name] = Tensor(datatype, shape, source[start:end])
-    return tensors
+    return {name: Tensor(datatype, shape, source[start:end]) for name, datatype, shape, start, end in layout.cuts}
 
 
 def _read_elements(inputs: dict[str, Tensor]) -> None:

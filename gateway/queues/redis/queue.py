@@ -181,6 +181,16 @@ class RedisQueue:
     # --- what a fleet has besides
 
     @property
+    def client(self) -> RedisClient:
+        """The fleet's Redis, open for as long as this queue is."""
+        return self._client
+
+    @property
+    def seal(self) -> Seal:
+        """What this deployment signs with."""
+        return self._seal
+
+    @property
     def counts(self) -> Counts:
         """What happened here that operators may ask about."""
         return self._link.counts

@@ -20,6 +20,7 @@ from gateway.telemetry import Refusals
 from gateway.transport.auth import Header
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
+from gateway.transport.idempotency import HEADER, checked
 from gateway.types import Infer, InferRequest, InferResponse
 
 _T = TypeVar("_T")
@@ -33,11 +34,14 @@ _log = logging.getLogger("gateway.grpc")
 
 
 class Caller(NamedTuple):
-    """Who is calling, when the call ends (`time.monotonic` seconds), and how many seconds a request of it has."""
+    """Who is calling, when the call ends (`time.monotonic` seconds), how many seconds a request of it has, and the key
+    under which its one request is repeated.
+    """
 
     tenant: str
     deadline: float | None
     timeout: float | None
+    key: str | None = None
 
 
 class Running:
@@ -109,13 +113,16 @@ class Calls:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
         deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
         if self._authenticate is None:
+            timeout = repeated = None
+            # Of a key that is there twice the first counts, as on HTTP.
             for key, value in metadata:
-                if key == _TIMEOUT:
-                    return Caller("", deadline, _timeout(str(value)))
-            return Caller("", deadline, None)
-        # Of a key that is there twice the first counts, as on HTTP.
+                if key == _TIMEOUT and timeout is None:
+                    timeout = str(value)
+                elif key == HEADER and repeated is None:
+                    repeated = str(value)
+            return Caller("", deadline, _timeout(timeout), repeated)
         values: dict[str, Any] = dict(reversed(metadata))
-        return Caller(self._authenticate(values.get), deadline, _timeout(values.get(_TIMEOUT)))
+        return Caller(self._authenticate(values.get), deadline, _timeout(values.get(_TIMEOUT)), values.get(HEADER))
 
     def request(self, payload: bytes, caller: Caller) -> InferRequest:
         """A request from its serialized message. Raises `GatewayError`."""
@@ -139,7 +146,10 @@ class Calls:
         """ModelInfer: the one answer to a request, both serialized. Raises `GatewayError` only."""
         try:
             with self.running:
-                request = self.request(payload, self.caller(metadata, remaining))
+                caller = self.caller(metadata, remaining)
+                request = self.request(payload, caller)
+                if caller.key is not None:
+                    request.idempotency_key = checked(caller.key)
                 return sendable(codec.encode(await self._only(request)))
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
             known = explain(error)

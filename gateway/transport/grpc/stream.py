@@ -17,6 +17,7 @@ from gateway import errors
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.calls import Caller, Calls, explain, sendable, stopping
 from gateway.transport.grpc.trailers import retry_after_ms
+from gateway.transport.idempotency import HEADER
 
 
 class Stream:
@@ -27,6 +28,10 @@ class Stream:
         self._calls = calls
         self._context = context
         self._caller: Caller = calls.caller(metadata, context.time_remaining())
+        if self._caller.key is not None:
+            raise errors.InvalidArgument(
+                f"metadata '{HEADER}' is for one request, and a ModelStreamInfer call has many; send it with ModelInfer"
+            )
         self._fails_whole = ("triton_grpc_error", "true") in ((key, value) for key, value in metadata)
         self._writing = asyncio.Lock()
 

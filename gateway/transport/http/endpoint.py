@@ -14,6 +14,7 @@ from gateway.transport.auth import Header
 from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.limits import HttpLimits
+from gateway.transport.idempotency import checked
 from gateway.transport.lag import Lag
 from gateway.types import Infer
 
@@ -59,6 +60,9 @@ class InferEndpoint:
         request, plan = self._codec.decode(body, length, model, version, config)
         request.tenant = tenant
         request.deadline = deadline
+        key = header("idempotency-key")
+        if key is not None:
+            request.idempotency_key = checked(key)
         responses = self._infer(request)
         try:
             response = await anext(responses)
