@@ -66,10 +66,11 @@ class Refusals:
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
-    def note(self, kind: str, **fields: Field) -> None:
-        """Count one refusal; `fields` describe this one, as an example of its class."""
-        count = self._counts[kind] = self._counts.get(kind, 0) + 1
-        if str(count).rstrip("0") == "1":
+    def note(self, kind: str, times: int = 1, **fields: Field) -> None:
+        """Count so many refusals; `fields` describe one of them, as an example of its class."""
+        before = self._counts.get(kind, 0)
+        count = self._counts[kind] = before + times
+        if not before or len(str(count)) > len(str(before)):
             log_event("refused", logging.WARNING, kind=kind, count=count, **fields)
 
 

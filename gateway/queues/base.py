@@ -99,8 +99,13 @@ class Admission(Protocol):
     def admit(self, request: InferRequest) -> None:
         """Accept a checked request, to be settled once it is over. Raises the `GatewayError` to refuse it with."""
 
-    def turn_away(self, deadline: float) -> GatewayError | None:
-        """Why a request that nothing but the deadline is known of would be refused; None to look at the rest of it."""
+    def turn_away(self, deadline: float) -> float | None:
+        """Whether a request of which only the deadline is known would be refused: None to look at the rest of it,
+        else after how many seconds to try again. Any thread may ask: it changes nothing.
+        """
+
+    def turned_away(self, times: int) -> None:
+        """So many requests were refused because `turn_away` said so."""
 
     def settle(self, request: InferRequest) -> None:
         """An accepted request is answered or given up."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
@@ -87,10 +87,10 @@ def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Re
         return "spill"
     model = lane.fast[0].current
     again = max(end - deadline, model.mean(model.cap))  # not before the next batch has gone
-    refusal = _refuse("overload", end - at.now, deadline - at.now, again * (1 + at.jitter() / 2))
     # Others may be of less consequence to the queue, have more of it to themselves, or stand further ahead.
     alike = number == DEFAULT and len(lane.levels) == 1 and len(lane.tenants) < 2 and not lane.slow
-    return replace(refusal, until=end) if alike else refusal
+    again *= 1 + at.jitter() / 2
+    return _refuse("overload", end - at.now, deadline - at.now, again, end if alike else -math.inf)
 
 
 def _limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | None:
@@ -267,11 +267,13 @@ def _is_quiet(lane: Lane[W], now: float) -> bool:
     return not lane.fast
 
 
-def _refuse(reason: RefusalReason, needed: float, left: float, retry_after: float | None) -> Refusal:
+def _refuse(
+    reason: RefusalReason, needed: float, left: float, retry_after: float | None, until: float = -math.inf
+) -> Refusal:
     milliseconds = f"needs about {1e3 * needed:.3g} ms to be answered, its deadline is in {1e3 * left:.3g} ms"
     if reason == "deadline":
         return Refusal(reason, f"deadline below service time: the request {milliseconds}", retry_after)
-    return Refusal(reason, f"overloaded: the request {milliseconds}", retry_after)
+    return Refusal(reason, f"overloaded: the request {milliseconds}", retry_after, until)
 
 
 def _microseconds(request: Request) -> int:

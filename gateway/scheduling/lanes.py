@@ -243,6 +243,7 @@ class Lane(Generic[W]):
     standing_since: float = math.inf  # since when its queue has not been empty
     last_run: float = -math.inf
     closed_until: float = -math.inf  # requests whose deadline is before this are refused until something changes
+    closed_for: float = 0.0  # seconds; they had better not be back before the next batch has gone
     sweep_at: int = _SWEEP
     excess: float = 0.0  # how far it is above its fair share of a device, as of a moment ago
     excess_until: float = -math.inf
@@ -270,6 +271,11 @@ class Lane(Generic[W]):
         if entry.job is not None:
             self.waiting += entry.rows
             level.waiting += entry.rows
+
+    def close(self, until: float) -> None:
+        """Requests with a deadline before then are refused, until something changes."""
+        model = self.fast[0].current
+        self.closed_until, self.closed_for = until, model.mean(model.cap)
 
     @property
     def trusted(self) -> bool:

@@ -87,7 +87,8 @@ class DeadlineScheduler(Registry[W]):
             state.arrivals.add(request.rows, now)  # what gives way to all others makes no load by being refused
         if isinstance(verdict, Refusal):
             state.report.refused[verdict.reason] += 1
-            state.closed_until = max(state.closed_until, verdict.until)
+            if verdict.until > state.closed_until:
+                state.close(verdict.until)
             return verdict
         if verdict == "spill":
             number += SPILL
@@ -101,15 +102,21 @@ class DeadlineScheduler(Registry[W]):
             self._displace(state, now)
         return None
 
-    def turn_away(self, lane: LaneKey, deadline: float, now: float) -> Refusal | None:
-        """Refuse a request of which only the deadline is known, if one like it was refused and nothing has changed."""
+    def turn_away(self, lane: LaneKey, deadline: float) -> float | None:
+        """In how many seconds to try again with a request of which only the deadline is known, if it would be refused.
+
+        None when nothing like it was refused, or something has changed since. Changes nothing: any thread may ask.
+        """
         state = self._lanes.get(lane)
         if state is None or deadline > state.closed_until or len(state.levels) > 1:
             return None
-        state.arrivals.add(1, now)
-        state.report.refused["overload"] += 1
-        again = (state.closed_until - deadline) * (1 + self._jitter() / 2)
-        return Refusal("overload", "overloaded: too much waits for the request to be answered by its deadline", again)
+        return max(state.closed_until - deadline, state.closed_for) * (1 + self._jitter() / 2)
+
+    def turned_away(self, lane: LaneKey, times: int, now: float) -> None:
+        """So many requests were refused because `turn_away` said so."""
+        if (state := self._lanes.get(lane)) is not None:
+            state.arrivals.add(times, now)
+            state.report.refused["overload"] += times
 
     def settle(self, lane: LaneKey, request: Request, now: float) -> None:  # noqa: ARG002 - the entry knows its lane, closed or not
         """An admitted request is answered or given up."""
@@ -193,13 +200,16 @@ class DeadlineScheduler(Registry[W]):
         return answer
 
     def finished(self, run: Run[W], seconds: float, now: float, *, failed: bool = False, learn: bool = True) -> None:
-        """A run is over: its cores are free, and its duration is learned from unless it failed or is no typical one."""
+        """A run is over: its cores are free, and its duration is learned from unless it failed or is no typical one.
+
+        It took so many `seconds`; what has passed since is between its end and its answers.
+        """
         device = self._devices[run.device]
         active = next((each for each in device.active if each.run is run), None)
         if active is None:
             return
         device.active.remove(active)
-        run.ended = now
+        run.ended = min(run.started + seconds, now)
         device.free += run.cores
         active.seat.running -= 1
         lane = self._lanes.get(run.lane)

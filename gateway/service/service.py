@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
@@ -32,7 +32,13 @@ EXTENSIONS = (
 """The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
 
 
-_LET_THROUGH = 16  # one in so many is read and asked for its priority
+_LET_THROUGH = 16  # at least one in so many is read, and asked for its priority
+_READ_EVERY = 0.005  # seconds; as often as this reading one costs next to nothing
+_BEHIND = 0.003  # seconds; an event loop this far behind saves its time for requests that can be answered
+_FAR_BEHIND = 0.01  # seconds; further behind than this it is the loop that is overloaded,
+_TURNS = 8  # if a request would also wait for so many of its turns, and they are all the time there is
+_CROWD = 16  # requests on their way to the loop: enough for now, where
+_RECENTLY = 0.2  # seconds ago others were refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,13 @@ class ServiceOptions:
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
     default_deadline_ms: float = 0.0
+
+
+class Behind(NamedTuple):
+    """How far the event loop is behind with the requests that are handed to it."""
+
+    seconds: float
+    requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +94,8 @@ class Service:
         self._routes: dict[tuple[str, str], Route] = {}
         self._inflight_bytes = 0
         self._unread = 0
+        self._read_at = 0.0
+        self._closed: dict[tuple[str, str], float] = {}  # when `turn_away` said so last, by model and version
         self._draining = False
         self._started = False
 
@@ -90,18 +105,37 @@ class Service:
         """Run a request (an `Infer`). It begins when the first answer is asked for; closing cancels it."""
         return Inference(self, request)
 
-    def turn_away(self, model: str, version: str, deadline: float) -> None:
-        """Refuse a request before it is read, if one like it was refused a moment ago and nothing has changed since.
+    def turn_away(self, target: tuple[str, str], now: float, deadline: float, behind: Behind) -> float | None:
+        """Whether a request need not be read, because it would be refused: None, or when to try again, in seconds.
 
-        Its priority is not known yet; every so many are let through, and one of another priority ends this.
+        So it is when one like it was refused a moment ago and nothing has changed since, or when the event loop is
+        `behind` by much of the time it has. Its priority is not known yet: some are let through all the time, and
+        one of another priority ends this. Changes nothing that others see, so that other threads may ask.
         """
-        route = self._routes.get((model, version))
-        if route is None or route.admission is None or route.pool is not self._queue.pool(model):
-            return
+        route = self._routes.get(target)
+        if route is None or route.admission is None or route.pool is not self._queue.pool(target[0]) or self._draining:
+            return None
+        again = route.admission.turn_away(deadline - behind.seconds)
+        if again is not None:
+            self._closed[target] = now
+            if behind.seconds < _BEHIND and now - self._read_at > _READ_EVERY:
+                self._read_at, self._unread = now, 0
+                return None
+        elif behind.seconds > max(_FAR_BEHIND, (deadline - now) / _TURNS) or (
+            behind.requests > _CROWD and now - self._closed.get(target, 0.0) < _RECENTLY
+        ):
+            again = max(behind.seconds, _RECENTLY)
+        else:
+            return None
         self._unread += 1
-        if self._unread % _LET_THROUGH and (error := route.admission.turn_away(deadline)) is not None:
-            route.statistics.record_refusal(error, 0)
-            raise error
+        return again if self._unread % _LET_THROUGH else None
+
+    def turned_away(self, target: tuple[str, str], times: int) -> None:
+        """So many requests were refused because `turn_away` said so."""
+        if (route := self._routes.get(target)) is not None and route.admission is not None:
+            route.statistics.record_failure("REJECTED", 0, times)
+            route.statistics.refused["overload"] = route.statistics.refused.get("overload", 0) + times
+            route.admission.turned_away(times)
 
     def prepare(self, request: InferRequest) -> Route:
         """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""

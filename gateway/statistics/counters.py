@@ -208,9 +208,12 @@ class VersionStatistics:
             self._answers = []
         return self._counted
 
-    def record_failure(self, reason: str, total_ns: int) -> None:
-        """Count a request that ended without an answer after `total_ns`; `reason` is one of FAILURE_REASONS."""
-        self.failures[reason if reason in self.failures else "OTHER"] += 1
+    def record_failure(self, reason: str, total_ns: int, times: int = 1) -> None:
+        """Count a request that ended without an answer after `total_ns`, or several after so long in all.
+
+        `reason` is one of FAILURE_REASONS.
+        """
+        self.failures[reason if reason in self.failures else "OTHER"] += times
         self.failure_ns += total_ns
 
     def record_refusal(self, error: errors.GatewayError, total_ns: int) -> None:

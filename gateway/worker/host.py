@@ -23,7 +23,6 @@ from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
 from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
-from gateway.scheduling.refusals import refused
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
@@ -108,10 +107,13 @@ class Host:
         """See `Admission.admit`."""
         self._slots.admit(self, request, request.id)
 
-    def turn_away(self, deadline: float) -> errors.GatewayError | None:
+    def turn_away(self, deadline: float) -> float | None:
         """See `Admission.turn_away`."""
-        refusal = self._slots.scheduler.turn_away(self, deadline, time.monotonic())
-        return None if refusal is None else refused(refusal)
+        return self._slots.scheduler.turn_away(self, deadline)
+
+    def turned_away(self, times: int) -> None:
+        """See `Admission.turned_away`."""
+        self._slots.scheduler.turned_away(self, times, time.monotonic())
 
     def settle(self, request: InferRequest) -> None:
         """See `Admission.settle`."""

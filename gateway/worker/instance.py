@@ -78,12 +78,12 @@ class Instance:
             return False
         return True
 
-    def _computed(self, run: Run[Job], seat: Seat, whole: bool) -> None:
+    def _computed(self, run: Run[Job], seat: Seat, whole: bool, seconds: float) -> None:
         probe = run.jobs[0]
         if isinstance(probe, Probe):
             probe.ran(run)  # who measures says what is to be learned from it
             whole = False
-        seat.release(run, learn=whole)
+        seat.release(run, learn=whole, seconds=seconds)
 
     async def _retry(self, job: Job, cores: int) -> None:
         if job.done:
@@ -98,11 +98,14 @@ class Instance:
         jobs: list[Job],
         reason: str,
         cores: int,
-        computed: Callable[[], None] | None = None,
+        computed: Callable[[float], None] | None = None,
         *,
         hurry: bool = False,
     ) -> None:
-        """Run the jobs as one batch and answer them. `computed` is told in between, when the engine is free again."""
+        """Run the jobs as one batch and answer them.
+
+        `computed` is told in between, when the engine is free again, how many seconds it was at work.
+        """
         begun = time.monotonic_ns()
         requests = [job.request for job in jobs]
         rows = sum([request.rows for request in requests])
@@ -130,7 +133,7 @@ class Instance:
                         rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
                     )  # fmt: skip
                     if computed is not None:
-                        computed()
+                        computed((result.finished_ns - result.started_ns) / 1e9)
                     stacked, ran, split = spent
                     for job, request, outputs in zip(jobs, requests, answers, strict=True):
                         timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)

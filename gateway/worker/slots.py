@@ -19,6 +19,9 @@ from gateway.scheduling.refusals import refused
 from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.worker.ordering import Order
 
+_WAY = 0.002  # seconds that a batch may take from the decision to the engine and back,
+_WAY_SHARE = 0.1  # or this part of the time it runs
+
 
 class Seat:
     """One open run of an instance: waits here for its next batch. Made by `Slots.seat`.
@@ -49,12 +52,12 @@ class Seat:
         finally:
             self._slots.leave(self)
 
-    def release(self, run: Run[Job], *, learn: bool, failed: bool = False) -> None:
+    def release(self, run: Run[Job], *, learn: bool, failed: bool = False, seconds: float | None = None) -> None:
         """The run is over; its slots are free. What is no measurement of a whole run is not to be learned from.
 
-        Saying it again changes nothing.
+        The engine was at work for so many `seconds`, where that is known. Saying it again changes nothing.
         """
-        self._slots.finished(run, learn=learn, failed=failed)
+        self._slots.finished(run, learn=learn, failed=failed, seconds=seconds)
 
 
 class Slots:
@@ -135,10 +138,14 @@ class Slots:
             job.release()
         self.finished(run, learn=False)
 
-    def finished(self, run: Run[Job], *, learn: bool, failed: bool = False) -> None:
-        """A run is over."""
+    def finished(self, run: Run[Job], *, learn: bool, failed: bool = False, seconds: float | None = None) -> None:
+        """A run is over; see `Seat.release`."""
         now = time.monotonic()
-        self.scheduler.finished(run, now - run.started, now, failed=failed, learn=learn)
+        taken = now - run.started
+        if seconds is not None:
+            # The way to the engine and back is a part of every run; what an event loop that is behind adds is none.
+            taken = min(taken, seconds + max(_WAY, _WAY_SHARE * seconds))
+        self.scheduler.finished(run, taken, now, failed=failed, learn=learn)
         # At once: what is decided at the end of the turn begins behind the answers to this run's jobs.
         self._assign(run.device)
 

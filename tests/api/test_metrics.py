@@ -10,7 +10,6 @@ from gateway import __version__
 from gateway.errors import DeadlineTooShort, InvalidArgument, Shed
 from gateway.queues.base import Lane
 from gateway.queues.figures import FleetFigures, LaneFigures
-from gateway.service.inference import record_refusal
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
 from gateway.transport.fleet import FleetMetrics
@@ -195,8 +194,8 @@ async def test_the_queue_between_processes_and_the_workers_it_needs(statistics: 
     counters = statistics.of("digits", "3")
     for _ in range(10):
         counters.record_success(1, Timings(1, 1, 1, 1, 5), 3)
-    record_refusal(counters, Shed("for others"), 10)
-    record_refusal(counters, DeadlineTooShort("for any number of workers"), 10)
+    counters.record_refusal(Shed("for others"), 10)
+    counters.record_refusal(DeadlineTooShort("for any number of workers"), 10)
     # 30 rows answered and one refused request of nearly 3 rows, in 10 s, make 3.29 rows a second more.
     second = await values()
     assert second["gateway_desired_replicas", "digits"] == pytest.approx((3.29 + 60 * 35 / 12 / 30) / 4, abs=0.02)

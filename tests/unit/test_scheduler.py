@@ -118,6 +118,18 @@ def test_a_failed_run_teaches_nothing_and_its_jobs_may_come_back():
     assert bench.scheduler.report("m").failed == 1
 
 
+def test_what_an_event_loop_that_is_behind_adds_is_overhead_and_no_part_of_the_run():
+    bench = Bench()
+    bench.ask(None)
+    run = bench.runs.pop()
+    seconds = bench.true(1)
+    bench.now += seconds + 0.3
+    bench.scheduler.finished(run, seconds, bench.now)
+    assert bench.scheduler.report("m").actual_seconds == pytest.approx(seconds)
+    bench.answer(bench.jobs[0], "in_time")
+    assert bench.scheduler._at.overhead == pytest.approx(0.1 * 0.3)
+
+
 def test_how_long_answers_take_is_not_learned_from_who_leaves_while_his_run_lasts():
     bench = Bench(true=lambda rows: 0.4)
     bench.ask(None)

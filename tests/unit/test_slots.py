@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -293,6 +294,20 @@ async def test_settled_waits_for_what_waits_and_what_runs(new_model):
         assert not settled.done()
         model.seats[0].release(run, learn=True)
         await settled
+
+
+@pytest.mark.parametrize(("engine", "learned"), [(0.05, 0.055), (0.001, 0.003), (None, 0.3)])
+async def test_a_loop_that_is_behind_teaches_nothing_about_the_engine(new_model, monkeypatch, engine, learned):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    await model.add(request())
+    run = await model.seats[0].next()
+    clock = SimpleNamespace(monotonic=lambda: run.started + 0.3)
+    monkeypatch.setattr("gateway.worker.slots.time", clock)
+    seen = []
+    monkeypatch.setattr(slots.scheduler, "finished", lambda *told, **_: seen.append(told))
+    model.seats[0].release(run, learn=True, seconds=engine)
+    assert seen == [(run, pytest.approx(learned), run.started + 0.3)]
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2])

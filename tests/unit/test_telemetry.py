@@ -135,6 +135,15 @@ def test_refusals_are_logged_at_powers_of_ten_for_each_class(caplog: pytest.LogC
     assert {record.levelname for record in caplog.records} == {"WARNING"}
 
 
+def test_refusals_that_are_noted_together_are_logged_when_they_pass_a_power_of_ten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refusals = Refusals()
+    for times in (7, 2, 3, 80, 4, 2000):
+        refusals.note("Overloaded", times)
+    assert [record.msg.fields["count"] for record in caplog.records] == [7, 12, 2096]
+
+
 def test_metrics_text_is_exact() -> None:
     labels = {"model": 'a"b\\c\nd', "version": "1"}
     families = [

@@ -57,9 +57,15 @@ class FleetAdmission:
         self._rows += request.rows
         self._tenants[request.tenant] += request.rows
 
-    def turn_away(self, deadline: float) -> errors.GatewayError | None:
+    def turn_away(self, deadline: float) -> float | None:
         """See `Admission.turn_away`."""
-        return self._refuse(deadline, 1, None)
+        refusal = self._refuse(deadline, 1, None)
+        return (
+            None if refusal is None else refusal.retry_after
+        )  # without one it is no overload: it is read, and told so
+
+    def turned_away(self, times: int) -> None:
+        """See `Admission.turned_away`."""
 
     def settle(self, request: InferRequest) -> None:
         """See `Admission.settle`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,15 +23,13 @@ from gateway.transport.auth import Callers
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
-from gateway.transport.http.endpoint import InferEndpoint, body_too_large, read_body
+from gateway.transport.http.door import InferDoor, infer_target
+from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 from gateway.types import Infer
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
-_ARRIVED = 1 << 16  # such a body came with its head; a client that still sends a larger one might not read an answer
-_MODELS = "/v2/models/"
-_INFER = "/infer"
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
 
@@ -54,8 +52,10 @@ class HttpApp:
         self._building = asyncio.Lock()
         self._arriving = 0  # bytes of large bodies
         self._refusals = Refusals()
+        self.door: InferDoor | None = None
 
     async def __aenter__(self) -> Self:
+        self.door = InferDoor(self._service, self._callers, self._refusals)
         await self._disconnects.__aenter__()
         return self
 
@@ -68,11 +68,11 @@ class HttpApp:
         """Wait until every request that came in is answered."""
         await self._disconnects.finished()
 
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
-        """Answer one request. A client that leaves cancels its request and gets no answer."""
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
+        """See `RsgiApp`. A client that leaves cancels its request and gets no answer."""
         task = self._disconnects.begin(protocol)
         try:
-            status, headers, body = await self._reply(scope, protocol)
+            status, headers, body = await self._reply(scope, protocol, arrived)
             protocol.response_bytes(status, headers, body)
         except ProtocolClosed:
             pass  # the client left while its body was read
@@ -82,7 +82,7 @@ class HttpApp:
         finally:
             self._disconnects.end(task)
 
-    async def _reply(self, scope: Any, protocol: Any) -> Reply:
+    async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply:
         path: str = scope.path
         try:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
@@ -90,7 +90,7 @@ class HttpApp:
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
                 declared = headers.get("content-length")
                 size = self._small + 1 if declared is None else int(declared)
-                deadline = self._endpoint.deadline(target, headers.get, may_refuse=not tenant and size <= _ARRIVED)
+                deadline = deadline_of(headers.get, arrived)
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
@@ -100,6 +100,8 @@ class HttpApp:
             return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
+            if self.door is not None:
+                self.door.refused(error)
             return error_reply(error)
         except ProtocolClosed:
             raise
@@ -145,15 +147,3 @@ class HttpApp:
         from gateway.transport.http.routes import build
 
         return build(self._service, self._endpoint, self._limits, self._callers)
-
-
-@lru_cache(1024)
-def infer_target(path: str) -> tuple[str, str] | None:
-    """Model and version of an infer path, or None for another path."""
-    if not (path.startswith(_MODELS) and path.endswith(_INFER)):
-        return None
-    model, slash, rest = path[len(_MODELS) : -len(_INFER)].partition("/")
-    if not slash:
-        return (model, "") if model else None
-    word, _, version = rest.partition("/")
-    return (model, version) if model and word == "versions" and version.isascii() and version.isdecimal() else None

@@ -6,6 +6,7 @@ else for the caller to log and hide.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 
 from gateway.errors import Internal, InvalidArgument, Unsupported
@@ -15,10 +16,7 @@ from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
-from gateway.transport.lag import Lag
 from gateway.types import Infer
-
-_BEHIND = 0.003  # seconds; an event loop this far behind saves its time for requests that can be answered
 
 
 class InferEndpoint:
@@ -29,20 +27,6 @@ class InferEndpoint:
         self._infer = infer
         self._limits = limits
         self._codec = Codec(limits)
-        self._lag = Lag()
-
-    def deadline(self, target: tuple[str, str], header: Header, *, may_refuse: bool = False) -> float | None:
-        """When a request that came in just now must be answered, by its headers.
-
-        With `may_refuse` raises `GatewayError` if it need not be read: the event loop is behind, and it would be refused.
-        """
-        timeout = header("x-request-timeout-ms")
-        if timeout is None:
-            return None
-        deadline = self._lag.arrived() + _seconds(timeout)
-        if may_refuse and self._lag.seconds() > _BEHIND:
-            self._service.turn_away(*target, deadline)
-        return deadline
 
     async def answer(
         self, target: tuple[str, str], header: Header, body: bytes, tenant: str, deadline: float | None
@@ -78,6 +62,14 @@ class InferEndpoint:
         return headers, answer
 
 
+def deadline_of(header: Header, arrived: float | None = None) -> float | None:
+    """When a request that arrived then, or just now, must be answered by its headers."""
+    timeout = header("x-request-timeout-ms")
+    if timeout is None:
+        return None
+    return (time.monotonic() if arrived is None else arrived) + seconds_left(timeout)
+
+
 async def read_body(chunks: AsyncIterator[bytes], limit: int) -> bytes:
     """A body of undeclared length. Raises InvalidArgument when it grows beyond `limit` bytes."""
     parts: list[bytes] = []
@@ -98,7 +90,8 @@ def body_too_large(size: int, limit: int) -> InvalidArgument:
     )
 
 
-def _seconds(timeout: str) -> float:
+def seconds_left(timeout: str) -> float:
+    """What the header `x-request-timeout-ms` says. Raises InvalidArgument."""
     try:
         milliseconds = float(timeout)
     except ValueError:

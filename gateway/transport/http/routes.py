@@ -24,7 +24,7 @@ from gateway.transport.auth import Callers
 from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
-from gateway.transport.http.endpoint import InferEndpoint, read_body
+from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 
@@ -147,7 +147,7 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
 def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
         header, tenant = request.headers.get, request.state.tenant
-        deadline = endpoint.deadline((model, version), header)
+        deadline = deadline_of(header)
         body = await read_body(request.stream(), limits.max_request_bytes)
         headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
         return _response((200, headers, content))

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from granian.constants import HTTPModes, Interfaces, SSLProtocols
 from granian.http import HTTP1Settings
@@ -21,19 +21,11 @@ from granian.log import LogLevels
 from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
+from gateway.transport.http.handover import Door, RsgiApp, serving
+
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
 _FINISH = 5.0  # seconds a stop leaves requests that are inside the application, when all accepted work is done
 _LINGER = 1.0  # seconds a stop leaves the kernel to take the last answers
-
-
-class RsgiApp(Protocol):
-    """An application in granian's own interface (RSGI 1)."""
-
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
-        """Answer one request through `protocol`."""
-
-    async def finished(self) -> None:
-        """Wait until no request is inside. `Counted` gives this to an application that does not keep count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +94,14 @@ class HttpServer:
 class Counted:
     """An application, and how many requests are inside it. Costs every request a coroutine of its own."""
 
+    door: Door | None = None
+
     def __init__(self, answer: Callable[[Any, Any], Awaitable[None]]) -> None:
         self._answer = answer
         self._count = 0
         self._idle: asyncio.Event | None = None
 
-    async def __rsgi__(self, scope: Any, protocol: Any) -> None:
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
         """See `RsgiApp`."""
         self._count += 1
         try:
@@ -143,6 +137,11 @@ class _Embedded(Server):
             ssl_protocol_min=SSLProtocols.tls12,
         )
         self._listener = listener
+
+    @staticmethod
+    async def _spawn_rsgi_worker(number: int, stop: Any, app: RsgiApp, *rest: Any) -> None:
+        serving.set(app)  # in the context of this server's own task
+        await Server._spawn_rsgi_worker(number, stop, app, *rest)  # noqa: SLF001 - ours in its place
 
     def _init_shared_socket(self) -> None:
         self._shd = SocketHolder(self._listener.detach(), False, self.backlog)  # type: ignore[call-arg, assignment]

@@ -1,0 +1,104 @@
+"""From granian's thread to the event loop: what need not be read is answered on the way.
+
+granian calls Python on a thread of its own, which makes a coroutine of each request and gives it to the loop. An
+application with a `door` is asked about each request on that thread first, so that a flood of requests that would be
+refused costs the loop nothing; and each request brings along when it came, however long it waits for the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextvars import Context, ContextVar
+from typing import Any, Protocol, TypeAlias
+
+from granian import _futures
+
+from gateway.service import Behind
+from gateway.telemetry import log_event
+from gateway.transport.http.replies import Reply
+from gateway.transport.lag import Lag
+
+Watcher: TypeAlias = Any  # granian's CallbackWatcherHTTP: a request, and the end of it
+
+
+class Door(Protocol):
+    """Decides about requests before they reach the event loop."""
+
+    shut_until: float  # in `time.monotonic` seconds; it need not be asked after that
+
+    def turn_away(self, scope: Any, now: float, behind: Behind) -> Reply | None:
+        """What to answer a request at once, None to let it in. The event loop is `behind` by so much.
+
+        Called on granian's thread: with nothing but the GIL between it and the event loop it may look at
+        anything, but change only what is its own. It must not wait.
+        """
+
+
+class RsgiApp(Protocol):
+    """An application in granian's own interface (RSGI 1), with two additions."""
+
+    @property
+    def door(self) -> Door | None:
+        """Who is asked first; None for nobody."""
+
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
+        """Answer one request through `protocol`; it `arrived` then, in `time.monotonic` seconds."""
+
+    async def finished(self) -> None:
+        """Wait until no request is inside. `Counted` gives this to an application that does not keep count."""
+
+
+serving: ContextVar[RsgiApp] = ContextVar("serving")
+"""The application that a server is about to be started for. One of which granian does not ask here has no door."""
+
+
+def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Callable[..., Any]) -> Callable[..., None]:
+    app = serving.get(None)
+    if app is None or app.door is None:
+        return _granians(loop, context, callback)  # type: ignore[no-any-return, no-untyped-call]
+    return _through(app.door, app.__rsgi__, loop, context)
+
+
+def _through(
+    door: Door, answer: Callable[[Any, Any, float], Awaitable[None]], loop: asyncio.AbstractEventLoop, context: Context
+) -> Callable[[Watcher], None]:
+    """What granian calls with each request, on its thread."""
+    turn_away, call_soon, create_task = door.turn_away, loop.call_soon_threadsafe, loop.create_task
+    lag, monotonic = Lag(), time.monotonic
+
+    def take(watcher: Watcher, arrived: float) -> None:
+        lag.taken(arrived, monotonic())
+        watcher.taskref(create_task(_answered(answer, watcher, arrived)))
+
+    def hand_over(watcher: Watcher) -> None:
+        now = monotonic()
+        if now < door.shut_until:
+            try:
+                reply = turn_away(watcher.scope, now, lag.behind(now))
+                if reply is not None:
+                    watcher.proto.response_bytes(*reply)
+                    watcher.done()
+                    return
+            except Exception as fault:  # noqa: BLE001 - whatever is wrong with the door, the request is let in
+                log_event("door_fault", logging.ERROR, fault)
+        lag.handed(now)
+        call_soon(take, watcher, now, context=context)
+
+    return hand_over
+
+
+async def _answered(answer: Callable[[Any, Any, float], Awaitable[None]], watcher: Watcher, arrived: float) -> None:
+    try:
+        await answer(watcher.scope, watcher.proto, arrived)
+    except BaseException as fault:  # noqa: BLE001 - granian's to tell, as it does without a door
+        watcher.err(fault)
+    else:
+        watcher.done()
+
+
+# granian looks it up by name whenever a server starts.
+_granians = _futures._cbsched_aioschedule  # noqa: SLF001 - it has no public place for this
+_futures._cbsched_aioschedule = _handover  # noqa: SLF001

@@ -1,0 +1,179 @@
+"""Requests that are refused on granian's thread: without the event loop, counted once, and never by mistake."""
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import requests
+
+from gateway.errors import GatewayError, NotFound, Overloaded
+from gateway.queues.base import PoolState, VersionState
+from gateway.queues.memory import MemoryQueue
+from gateway.service import Behind, Service
+from gateway.service.service import ServiceOptions
+from gateway.statistics import Statistics
+from gateway.transport.auth import Callers
+from gateway.transport.http import HttpApp, HttpServer
+from gateway.transport.http.replies import Reply
+from gateway.types import InferRequest, InferResponse
+from tests.support import answer, model_config
+
+BODY = json.dumps({"inputs": [{"name": "IN", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]})
+TIMEOUT = {"x-request-timeout-ms": "1000"}
+COUNT = 48
+
+
+class Full(Service):
+    """A service that has room for nobody, but looks at what it lets through."""
+
+    asked = 0
+    again: float | None = 0.0123
+    threads: set[int]
+
+    def turn_away(self, target: tuple[str, str], now: float, deadline: float, behind: Behind) -> float | None:
+        self.asked += 1
+        self.threads = {threading.get_ident()}
+        assert now < deadline
+        return self.again
+
+
+@dataclass
+class Running:
+    url: str
+    service: Full
+    statistics: Statistics
+    app: HttpApp
+    seen: list[InferRequest] = field(default_factory=list)
+    error: GatewayError | None = None
+
+    def post(self, path: str = "m", body: str = BODY, **headers: str) -> requests.Response:
+        return requests.post(
+            f"{self.url}/v2/models/{path}/infer", data=body, headers={**TIMEOUT, **headers}, timeout=10
+        )
+
+    async def ask(self, **more: Any) -> requests.Response:
+        return await asyncio.to_thread(lambda: self.post(**more))
+
+
+@asynccontextmanager
+async def serving(callers: Callers | None = None) -> AsyncIterator[Running]:
+    queue = MemoryQueue()
+    queue.publish(PoolState("m", (VersionState("1", "READY", config=model_config()),)))
+
+    async def names() -> list[str]:
+        return ["m"]
+
+    statistics = Statistics()
+    service = Full(queue, statistics, names, ServiceOptions())
+
+    async def infer(request: InferRequest) -> AsyncIterator[InferResponse]:
+        running.seen.append(request)
+        if running.error is not None:
+            raise running.error
+        yield answer(request, OUT=request.inputs["IN"])
+
+    running = Running("", service, statistics, HttpApp(service, infer, callers=callers))  # type: ignore[arg-type]
+    async with running.app as app, HttpServer(app, "127.0.0.1", 0) as server:
+        assert app.door is not None
+        app.door.shut_until = math.inf  # as after a refusal
+        running.url = f"http://127.0.0.1:{server.port}"
+        await asyncio.to_thread(requests.get, f"{running.url}/v2/health/live", timeout=10)  # it listens by now
+        yield running
+
+
+async def test_a_refusal_needs_no_event_loop() -> None:
+    async with serving() as running:
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(running.post)
+            reply = asked.result()  # the event loop waits here, and does nothing else
+        assert running.service.threads != {threading.get_ident()}
+    assert reply.status_code == 429
+    assert reply.json() == {"error": "overloaded: too much waits for the request to be answered by its deadline"}
+    assert (reply.headers["retry-after"], reply.headers["retry-after-ms"]) == ("1", "13")
+    assert reply.headers["content-type"] == "application/json"
+
+
+async def test_each_is_counted_before_the_next_request_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(Full, "turned_away", lambda _self, target, times: told.append(times) or target == ("m", ""))
+    async with serving() as running:
+        await asyncio.gather(*(running.ask() for _ in range(COUNT)))
+        running.service.again = None
+        assert (await running.ask()).status_code == 200
+        assert sum(told) == COUNT
+        assert running.service.asked == COUNT + 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda running: running.post(**{"x-request-timeout-ms": "soon"}),
+        lambda running: requests.post(f"{running.url}/v2/models/m/infer", data=BODY, timeout=10),
+        lambda running: running.post(body=" " * (1 << 16) + BODY),
+        lambda running: requests.post(
+            f"{running.url}/v2/models/m/infer", data=iter([BODY.encode()]), headers=TIMEOUT, timeout=10
+        ),
+        lambda running: requests.get(f"{running.url}/v2/models/m", headers=TIMEOUT, timeout=10),
+        lambda running: requests.get(f"{running.url}/v2/health/live", headers=TIMEOUT, timeout=10),
+    ],
+    ids=["bad timeout", "no deadline", "large body", "body of unknown length", "metadata", "health"],
+)
+async def test_what_is_no_small_infer_request_with_a_deadline_is_let_in(
+    ask: Callable[[Running], requests.Response],
+) -> None:
+    async with serving() as running:
+        reply = await asyncio.to_thread(ask, running)
+        assert running.service.asked == 0
+        assert reply.status_code in (200, 400)
+
+
+async def test_a_tenant_is_let_in() -> None:
+    async with serving(Callers(header="x-tenant")) as running:
+        assert (await running.ask(**{"x-tenant": "acme"})).status_code == 200
+        assert running.service.asked == 0
+
+
+async def test_a_request_that_is_let_in_brings_its_arrival_along() -> None:
+    async with serving() as running:
+        running.service.again = None
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(running.post)
+            while not running.service.asked:
+                pass  # the event loop is busy
+            let_in = loop.time()
+            while loop.time() < let_in + 0.05:
+                pass
+            busy_until = loop.time()
+            reply = await asyncio.wrap_future(asked)
+        assert reply.status_code == 200
+        (request,) = running.seen
+        assert request.deadline is not None
+        assert request.deadline < busy_until + 1.0 - 0.05 + 0.02
+
+
+@pytest.mark.parametrize(("error", "asked"), [(Overloaded("full", 1.0), 1), (NotFound("no such model"), 0)])
+async def test_nobody_is_asked_until_one_was_refused_inside(error: GatewayError, asked: int) -> None:
+    async with serving() as running:
+        assert running.app.door is not None
+        running.app.door.shut_until = 0.0
+        running.service.again, running.error = None, error
+        for _ in range(2):
+            assert (await running.ask()).status_code == error.http
+        assert running.service.asked == asked
+
+
+async def test_a_fault_of_the_door_lets_the_request_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Reply:
+        raise AssertionError("the test's door was asked to break")
+
+    monkeypatch.setattr(Full, "turn_away", broken)
+    async with serving() as running:
+        assert (await running.ask()).status_code == 200
