@@ -121,7 +121,7 @@ def version_of(header: Buffer) -> int:
 def pack_request(request: InferRequest) -> _Packed:
     """The header and the parts of the payload, which are not copied: views of the request's tensors where they can be.
 
-    Not in it: form, admitted and deadline. Raises `InvalidArgument` for what msgpack cannot carry, such as a parameter
+    Not in it: form, admitted, deadline and idempotency key. Raises `InvalidArgument` for what msgpack cannot carry, such as a parameter
     of more than 64 bits.
     """
     described, parts = _described(request.inputs)
