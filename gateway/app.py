@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
 from gateway.fleet import Fleet, joined
+from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
@@ -37,6 +38,8 @@ from gateway.types import Infer
 from gateway.worker import Worker
 
 if TYPE_CHECKING:
+    from gateway.jobs.jobs import Jobs
+    from gateway.jobs.runner import JobRunner
     from gateway.queues.redis.queue import RedisQueue
 
 
@@ -48,6 +51,8 @@ class Gateway:
     queue: Queue
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    jobs: Jobs | None = None  # where there is a Redis to keep them
+    runner: JobRunner | None = None
 
     def failures(self) -> list[str]:
         """The models that did not load, each with its reason."""
@@ -100,7 +105,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                 queue.leave()
                 models.cancel()
                 try:
-                    await _drain(worker, settings.exit_timeout_secs)
+                    await _drain(worker, gateway, settings.exit_timeout_secs)
                 finally:
                     queue.close()
         if working is not None:
@@ -124,10 +129,14 @@ async def _names(queue: Queue, repository: Repository) -> list[str]:
     return sorted(queue.repository_names(await asyncio.to_thread(repository.scan)))
 
 
-async def _drain(worker: Worker, seconds: int) -> None:
+async def _drain(worker: Worker, gateway: Gateway, seconds: int) -> None:
+    if gateway.jobs is not None:
+        gateway.jobs.end_watches()
     try:
-        async with asyncio.timeout(seconds):
-            await worker.drain()
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
+            tasks.create_task(worker.drain())
+            if gateway.runner is not None:
+                tasks.create_task(gateway.runner.drain())
     except TimeoutError:
         log_event("drain_timed_out", logging.WARNING, seconds=seconds)
 
@@ -181,7 +190,14 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     """Open the ports, metrics first and so closed last."""
     tokens = _tokens(settings.token_file) if settings.token_file else None
     callers = Callers(tokens, settings.tenant_header)
-    infer = await _endpoint(stack, settings, gateway.service, fleet)
+    service = gateway.service
+    infer = await _endpoint(stack, settings, service, fleet)
+    if fleet.client is not None and settings.role != "worker":
+        from gateway.jobs.start import open_jobs, run_jobs
+
+        gateway.jobs = await stack.enter_async_context(open_jobs(settings, fleet.client, service.check))
+        runner = run_jobs(settings, gateway.jobs, infer, service.model_config, gateway.loaded)
+        gateway.runner = await stack.enter_async_context(runner)
     if settings.allow_metrics:
         metrics = HttpServer(
             Counted(MetricsApp(fleet.statistics, tokens, process=fleet.process, figures=fleet.figures).__rsgi__),
@@ -190,12 +206,11 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         )
         gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
     if settings.allow_grpc:
-        grpc = GrpcServer(
-            gateway.service, infer, None if callers.anonymous else callers.tenant, _grpc_options(settings)
-        )
+        authenticate = None if callers.anonymous else callers.tenant
+        grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, _grpc_options(settings))
         gateway.ports["grpc"] = (await stack.enter_async_context(grpc)).port
     if settings.allow_http:
-        app = await stack.enter_async_context(HttpApp(gateway.service, infer, _http_limits(settings), callers))
+        app = await stack.enter_async_context(HttpApp(service, infer, _http_limits(settings), callers, gateway.jobs))
         http = HttpServer(
             app,
             settings.http_address,

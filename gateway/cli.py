@@ -1,4 +1,4 @@
-"""The command `gateway`: `serve`, `models`, `explain`, `simulate` and `--version`. Turns errors into one line and an exit status."""
+"""The command `gateway`: `serve`, `models`, `explain`, `jobs`, `simulate` and `--version`. Turns errors into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ commands:
   worker    run models for gateways that share a queue in Redis; `serve --role worker`
   models    show what a folder of models would serve, and what is wrong with the rest
   explain   show why a running server batched, refused or was late
+  jobs      list, show, cancel and run again async jobs
   simulate  simulate the scheduling under load, and that of other servers beside it
 
 options:
@@ -42,7 +43,11 @@ options:
 
 
 # Each is a module with `run(arguments)`, imported for its command only.
-_ELSEWHERE = {"explain": "gateway.transport.explain", "simulate": "gateway.scheduling.simulator.cli"}
+_ELSEWHERE = {
+    "explain": "gateway.transport.explain",
+    "jobs": "gateway.jobs.cli",
+    "simulate": "gateway.scheduling.simulator.cli",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

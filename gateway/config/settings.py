@@ -95,6 +95,14 @@ class Settings(BaseSettings):
     queue_key_file: FilePath | None = _setting(
         None, "queue", "file with a key of 16 bytes or more; messages are signed with it, and none is read that is not"
     )
+    job_ttl_secs: PositiveInt = _setting(3600, "async jobs", "seconds that a job is kept once it has ended")
+    max_jobs: PositiveInt = _setting(10_000, "async jobs", "jobs that are kept at once, ended ones included")
+    webhook_allow: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (),
+        "async jobs",
+        "HOST[:PORT] for https, or http://HOST[:PORT], that jobs may call back; or a network such as 10.0.0.0/8 that such "
+        "hosts may be in; repeatable (variable: separated by ',')",
+    )
     share_ports: bool = _setting(
         False, "queue", "let other gateways on this machine listen on the same ports; the kernel spreads the callers"
     )
@@ -173,7 +181,7 @@ class Settings(BaseSettings):
     def _split_paths(cls, value: Any) -> Any:
         return value.split(os.pathsep) if isinstance(value, str) else value
 
-    @field_validator("load_model", mode="before")
+    @field_validator("load_model", "webhook_allow", mode="before")
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
@@ -214,6 +222,8 @@ class Settings(BaseSettings):
             raise ValueError("--http-tls-cert and --http-tls-key belong together; give both or neither")
         if self.grpc_use_ssl and (self.grpc_server_cert is None or self.grpc_server_key is None):
             raise ValueError("--grpc-use-ssl needs --grpc-server-cert and --grpc-server-key")
+        if self.webhook_allow and self.queue_key_file is None:
+            raise ValueError("--webhook-allow needs --queue-key-file FILE, whose key webhooks are signed with")
         if self.record_inputs and self.record is None:
             raise ValueError("--record-inputs needs --record DIR")
         if self.grpc_use_ssl_mutual and (not self.grpc_use_ssl or self.grpc_root_cert is None):

@@ -17,8 +17,11 @@ Cluster. Ids and field names are UTF-8.
 | `P:b:<id>`                    | string | a payload beside the stream; lives as long as its request                        |
 | `P:i:<digest>`                | string | idempotency record; has a TTL                                                    |
 | `P:c:<digest>`                | string | response cache entry; has a TTL                                                  |
-| `P:j:<job>`                   | hash   | one async job; has a TTL                                                         |
-| `P:jobs:<state>`              | zset   | async jobs by state                                                              |
+| `P:j:{jobs}:<job>`            | hash   | one async job, fields in `gateway.jobs.record`; has a TTL                        |
+| `P:jobs:{jobs}:<state>`       | zset   | async jobs by state: when they may run, when their lease ends, when they ended   |
+| `P:jobs:{jobs}:hooks`         | zset   | webhooks to deliver, by the time of the next attempt                             |
+| `P:jobs:{jobs}:events`        | stream | changes of state of all jobs; MAXLEN ~ 10000, plain XREAD                        |
+| `P:jobs:{jobs}:key:<digest>`  | string | the job that an idempotency key stands for; has a TTL                            |
 
 `RedisClient` promises: commands go out in the order they were called, in as few pipelines as there are loop turns; a
 command is sent at most once, so a lost connection fails it with `Disconnected` and says nothing of whether it ran;

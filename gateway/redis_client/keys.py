@@ -50,11 +50,23 @@ class Keys:
 
     def job(self, job: str) -> str:
         """The record of one async job."""
-        return f"{self.prefix}:j:{job}"
+        return f"{self.prefix}:j:{{jobs}}:{job}"
 
     def jobs(self, state: str) -> str:
         """The index of the async jobs in one state."""
-        return f"{self.prefix}:jobs:{state}"
+        return f"{self.prefix}:jobs:{{jobs}}:{state}"
+
+    def job_events(self) -> str:
+        """The changes of state of all async jobs."""
+        return f"{self.prefix}:jobs:{{jobs}}:events"
+
+    def job_hooks(self) -> str:
+        """The webhooks that are to be delivered, by the time of the next attempt."""
+        return f"{self.prefix}:jobs:{{jobs}}:hooks"
+
+    def job_key(self, digest: str) -> str:
+        """The job that an idempotency key stands for."""
+        return f"{self.prefix}:jobs:{{jobs}}:key:{digest}"
 
 
 def _lane(model: str, version: str) -> str:

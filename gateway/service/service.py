@@ -137,6 +137,22 @@ class Service:
             route.statistics.refused["overload"] = route.statistics.refused.get("overload", 0) + times
             route.admission.turned_away(times)
 
+    def check(self, request: InferRequest) -> None:
+        """Check a request that is to be run later; its `deadline` may be set by its parameters, and by nothing else."""
+        if self._draining:
+            raise errors.stopping()
+        route = self._resolve(request.model_name, request.model_version)
+        try:
+            if route.config.decoupled:
+                raise errors.Unsupported("async jobs don't support models with decoupled transaction policy")
+            if request.parameters.get("sequence_id"):
+                raise errors.Unsupported("a request of a sequence cannot be an async job, because those may run twice")
+            _apply_parameters(request)
+            route.checker.check(request)
+        except errors.GatewayError as error:
+            route.statistics.record_refusal(error, 0)
+            raise
+
     def prepare(self, request: InferRequest) -> Route:
         """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""
         if self._draining:

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
@@ -25,9 +25,14 @@ from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.door import InferDoor, infer_target
 from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
+from gateway.transport.http.jobs import PATH as JOBS
+from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 from gateway.types import Infer
+
+if TYPE_CHECKING:
+    from gateway.jobs.jobs import Jobs
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
@@ -36,16 +41,23 @@ _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 class HttpApp:
     """Serves a `Service` over HTTP; an async context manager, to be open while requests come.
 
-    `infer` answers inference: `service.infer` or a wrapper of it. Without `callers` everybody may call.
+    `infer` answers inference: `service.infer` or a wrapper of it. Without `callers` everybody may call; without `jobs`
+    there is no async inference.
     """
 
     def __init__(
-        self, service: Service, infer: Infer, limits: HttpLimits | None = None, callers: Callers | None = None
+        self,
+        service: Service,
+        infer: Infer,
+        limits: HttpLimits | None = None,
+        callers: Callers | None = None,
+        jobs: Jobs | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
+        self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
@@ -73,7 +85,10 @@ class HttpApp:
         task = self._disconnects.begin(protocol)
         try:
             status, headers, body = await self._reply(scope, protocol, arrived)
-            protocol.response_bytes(status, headers, body)
+            if isinstance(body, bytes):
+                protocol.response_bytes(status, headers, body)
+            else:
+                await _send(protocol.response_stream(status, headers), body)
         except ProtocolClosed:
             pass  # the client left while its body was read
         except asyncio.CancelledError:
@@ -82,7 +97,7 @@ class HttpApp:
         finally:
             self._disconnects.end(task)
 
-    async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply:
+    async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
         path: str = scope.path
         try:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
@@ -90,14 +105,15 @@ class HttpApp:
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
                 declared = headers.get("content-length")
                 size = self._small + 1 if declared is None else int(declared)
+                query = scope.query_string
+                job = query and wants_job(query)
                 deadline = deadline_of(headers.get, arrived)
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
+                if job:
+                    return await self._jobs.submit(target, headers.get, body, (tenant, deadline), query)
                 return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
-            if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
-                return health(self._service, word)
-            asgi = self._asgi or await self._build()
-            return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
+            return await self._other(scope, protocol)
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
             if self.door is not None:
@@ -107,6 +123,16 @@ class HttpApp:
             raise
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
+
+    async def _other(self, scope: Any, protocol: Any) -> Reply | Stream:
+        path: str = scope.path
+        if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
+            return health(self._service, word)
+        if path.startswith(JOBS) and path[len(JOBS) :][:1] in ("", "/"):
+            get = scope.headers.get
+            return await self._jobs.reply(scope.method, path, scope.query_string, get, self._callers.tenant(get))
+        asgi = self._asgi or await self._build()
+        return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
 
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")
@@ -146,4 +172,10 @@ class HttpApp:
     def _import(self) -> AsgiApp:
         from gateway.transport.http.routes import build
 
-        return build(self._service, self._endpoint, self._limits, self._callers)
+        return build(self._service, self._endpoint, self._limits, self._callers, self._jobs)
+
+
+async def _send(transport: Any, pieces: AsyncGenerator[bytes, None]) -> None:
+    async with aclosing(pieces) as body:
+        async for piece in body:
+            await transport.send_bytes(piece)

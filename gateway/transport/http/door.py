@@ -50,6 +50,8 @@ class InferDoor:
 
     def turn_away(self, scope: Any, now: float, behind: Behind) -> Reply | None:
         """See `Door`."""
+        if scope.query_string:  # it asks for a job, which has time
+            return None
         # A tenant's share is its own: whose request it is would have to be found out first.
         if not self._callers.anonymous or scope.method != "POST" or (target := infer_target(scope.path)) is None:
             return None

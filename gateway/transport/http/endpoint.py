@@ -14,9 +14,10 @@ from gateway.service import Service
 from gateway.transport.auth import Header
 from gateway.transport.http.codec import Codec, Headers, encode
 from gateway.transport.http.compression import accepted, compress, decompress
+from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
-from gateway.types import Infer
+from gateway.types import Infer, InferRequest
 
 
 class InferEndpoint:
@@ -32,6 +33,22 @@ class InferEndpoint:
         self, target: tuple[str, str], header: Header, body: bytes, tenant: str, deadline: float | None
     ) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
+        request, plan = await self.read(target, header, body)
+        request.tenant = tenant
+        request.deadline = deadline
+        responses = self._infer(request)
+        try:
+            response = await anext(responses)
+        except StopAsyncIteration:
+            raise Internal(f"model '{target[0]}' ended without an answer") from None
+        finally:
+            await responses.aclose()
+        headers, answer = encode(response, plan)
+        accept = header("accept-encoding")
+        return (headers, answer) if accept is None else await packed(headers, answer, accept)
+
+    async def read(self, target: tuple[str, str], header: Header, body: bytes) -> tuple[InferRequest, ResponsePlan]:
+        """The request in a body, and how its response is to be written."""
         model, version = target
         # An unknown model is reported before a bad body, as in Triton.
         config = self._service.model_config(model, version)
@@ -42,24 +59,17 @@ class InferEndpoint:
             body = await decompress(body, encoding, self._limits.max_input_size)
         length = header("inference-header-content-length")
         request, plan = self._codec.decode(body, length, model, version, config)
-        request.tenant = tenant
-        request.deadline = deadline
         key = header("idempotency-key")
         if key is not None:
             request.idempotency_key = checked(key)
-        responses = self._infer(request)
-        try:
-            response = await anext(responses)
-        except StopAsyncIteration:
-            raise Internal(f"model '{model}' ended without an answer") from None
-        finally:
-            await responses.aclose()
-        headers, answer = encode(response, plan)
-        accept = header("accept-encoding")
-        if accept is not None and (packing := accepted(accept)) != "identity":
-            headers = [*headers, ("content-encoding", packing)]
-            answer = await compress(answer, packing)
+        return request, plan
+
+
+async def packed(headers: Headers, answer: bytes, accept: str) -> tuple[Headers, bytes]:
+    """Headers and body in the encoding that an Accept-Encoding header asks for."""
+    if (packing := accepted(accept)) == "identity":
         return headers, answer
+    return [*headers, ("content-encoding", packing)], await compress(answer, packing)
 
 
 def deadline_of(header: Header, arrived: float | None = None) -> float | None:

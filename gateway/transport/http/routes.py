@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import orjson
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.params import Depends as Dependency
-from fastapi.responses import HTMLResponse, Response
+from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,6 +25,8 @@ from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
+from gateway.transport.http.jobs import PATH as JOBS
+from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
 
@@ -40,15 +42,25 @@ _INFER_EXAMPLE = {
 }
 _INFER_TEXT = """JSON in and out, or Triton's binary tensor data: then the body is the JSON followed by the tensors'
 bytes, the header `Inference-Header-Content-Length` says where the JSON ends, and each binary input has the
-parameter `binary_data_size` in place of `data`."""
+parameter `binary_data_size` in place of `data`. With the query `async=1` the request becomes a job: the answer is 202
+with the job's path as `Location`; the query `callback=URL` names who is told of its end."""
+_JOBS_TEXT = """Jobs are infer requests sent with `async=1`. They are kept in Redis, survive restarts, and are run by any
+gateway; without Redis the answer is 501."""
 
 _EXPLAIN_TEXT = """Not part of Triton's protocol: why each batch closed, predicted and actual times, refusals by reason,
 what is known of the batches on each device, and what a request of one row would be told now. `gateway explain MODEL`
 shows it to people. Counters start at zero when the version is loaded; times are in milliseconds."""
 
 
-def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, callers: Callers) -> AsgiApp:
+def build(
+    service: Service,
+    endpoint: InferEndpoint,
+    limits: HttpLimits,
+    callers: Callers,
+    jobs: JobsEndpoint | None = None,
+) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
+    jobs = jobs or JobsEndpoint(endpoint, None)
 
     async def authorize(request: Request) -> None:
         request.state.tenant = callers.tenant(request.headers.get)
@@ -76,7 +88,8 @@ def build(service: Service, endpoint: InferEndpoint, limits: HttpLimits, callers
     protected = [Depends(authorize)]
     _add_metadata(app, service, protected)
     _add_control(app, service, limits, protected)
-    _add_infer(app, endpoint, limits, protected)
+    _add_infer(app, endpoint, jobs, limits, protected)
+    _add_jobs(app, jobs, protected)
     return app
 
 
@@ -144,11 +157,19 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
         return Response()
 
 
-def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
+def _add_infer(
+    app: FastAPI,
+    endpoint: InferEndpoint,
+    jobs: JobsEndpoint,
+    limits: HttpLimits,
+    dependencies: Sequence[Dependency],
+) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
         header, tenant = request.headers.get, request.state.tenant
         deadline = deadline_of(header)
         body = await read_body(request.stream(), limits.max_request_bytes)
+        if (query := request.url.query) and wants_job(query):
+            return _response(await jobs.submit((model, version), header, body, (tenant, deadline), query))
         headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
         return _response((200, headers, content))
 
@@ -168,6 +189,24 @@ def _add_infer(app: FastAPI, endpoint: InferEndpoint, limits: HttpLimits, depend
             description=_INFER_TEXT,
             openapi_extra={"requestBody": body},
             dependencies=[*dependencies],
+        )
+
+
+def _add_jobs(app: FastAPI, jobs: JobsEndpoint, dependencies: Sequence[Dependency]) -> None:
+    async def answer(request: Request) -> Response:
+        query, path = request.url.query, request.url.path
+        reply = await jobs.reply(request.method, path, query, request.headers.get, request.state.tenant)
+        return _response(reply)
+
+    for method, path, summary in (
+        ("GET", JOBS, "Your jobs, the newest first; query parameters: state, limit"),
+        ("GET", JOBS + "/{job}", "A job: its state, and its result or error"),
+        ("DELETE", JOBS + "/{job}", "Cancel a job"),
+        ("GET", JOBS + "/{job}/result", "What the infer request would have been answered"),
+        ("GET", JOBS + "/{job}/events", "A job's changes of state, as server-sent events"),
+    ):
+        app.add_api_route(
+            path, answer, methods=[method], summary=summary, description=_JOBS_TEXT, dependencies=[*dependencies]
         )
 
 
@@ -193,6 +232,8 @@ def _json(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
 
-def _response(reply: Reply) -> Response:
+def _response(reply: Reply | Stream) -> Response:
     status, headers, body = reply
-    return Response(body, status, dict(headers))
+    if isinstance(body, bytes):
+        return Response(body, status, dict(headers))
+    return StreamingResponse(body, status, dict(headers))
