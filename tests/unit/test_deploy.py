@@ -189,9 +189,9 @@ def test_gateways_and_workers_have_budgets_and_autoscalers(objects):
 # --- probes and metrics
 
 
-def endpoints() -> set[str]:
-    """Every path with `health` in it that the HTTP port answers by itself."""
-    source = (ROOT / "gateway/transport/http/app.py").read_text()
+def endpoints(port: str) -> set[str]:
+    """The paths of health that a port answers by itself, and without a token."""
+    source = (ROOT / {"http": "gateway/transport/http/app.py", "metrics": "gateway/transport/metrics.py"}[port]).read_text()
     return set(re.findall(r'"(/v2/health/\w+)"', source))
 
 
@@ -200,7 +200,7 @@ def test_probes_ask_for_paths_that_are_answered(objects):
     for name in ("gateway", "worker"):
         container = deploy.containers(objects)[name]
         asked = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")}
-        assert {each["path"] for each in asked.values()} <= endpoints()
+        assert all(each["path"] in endpoints(each["port"]) for each in asked.values())
         assert asked["liveness"]["path"] == "/v2/health/live"
         assert asked["readiness"]["path"] == "/v2/health/ready"
         assert {each["port"] for each in asked.values()} == {"http" if name == "gateway" else "metrics"}
@@ -220,13 +220,13 @@ def test_health_checks_ask_the_metrics_port_for_a_path_that_is_answered(words):
     assert (python, option) == ("python", "-c")
     compile(program, "healthcheck", "exec")
     assert f"'127.0.0.1', {PORTS['metrics']}" in program
-    assert set(re.findall(r"/v2/\w+/\w+", program)) <= endpoints()
+    assert set(re.findall(r"/v2/\w+/\w+", program)) <= endpoints("metrics")
 
 
 def exported() -> set[str]:
     """The names of every metric family, from the source that makes them."""
     names = set()
-    for path in [*(ROOT / "gateway/transport").glob("metrics*.py"), *(ROOT / "gateway/transport/metrics").glob("*.py")]:
+    for path in (ROOT / "gateway/transport").glob("*.py"):
         constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         names |= {each for each in constants if isinstance(each, str) and re.fullmatch(r"(nv|gateway)_\w+", each)}
     assert {"nv_inference_request_success", "gateway_request_seconds"} <= names
@@ -258,16 +258,21 @@ def test_alerts_and_scalers_ask_for_metrics_that_are_exported():
     assert plain <= exported()
 
 
-def test_alerts_tell_reasons_that_there_are_and_never_add_targets_up():
+@pytest.mark.parametrize("query", queries())
+def test_targets_are_never_added_up(query: str):
+    """Each of them tells of the whole fleet."""
+    assert all("instance" in kept for kept in re.findall(r"sum by \((.*?)\)", query))
+    assert all(rest.startswith("max by (model, version) ") for rest in re.findall(r"sum\((.*)", query))
+    assert re.search(r"\b(max|absent)\b|^up\{", query)
+
+
+def test_alerts_tell_reasons_that_there_are():
     readme = (ROOT / "README.md").read_text()
     refusals = set(re.findall(r"^\| `(\w+)` +\|", readme, re.MULTILINE))
     for rule in rules():
         for name, reasons in re.findall(r'(\w+)\{reason=~?"([\w|]+)"\}', rule["expr"]):
             known = set(FAILURE_REASONS) if name == "nv_inference_request_failure" else refusals
             assert set(reasons.split("|")) <= known
-        # Each target tells of the whole fleet.
-        assert all("instance" in kept for kept in re.findall(r"sum by \((.*?)\)", rule["expr"]))
-        assert "sum(" not in rule["expr"]
 
 
 def test_prometheus_shows_a_token_to_the_targets_that_there_are():
@@ -599,11 +604,14 @@ def test_scalers_watch_streams_that_the_gateway_writes(objects):
 
 def test_every_file_is_in_the_readme():
     readme = (DEPLOY / "README.md").read_text()
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "."],
-                             cwd=DEPLOY, check=True, capture_output=True, text=True, timeout=15).stdout.split()  # fmt: skip
-    folders = {f"{Path(name).parent}/" for name in tracked}
-    assert len(tracked) > 20
-    assert [name for name in tracked if not (name in readme or f"{Path(name).parent}/" in readme and f"{Path(name).parent}/" in folders)] == ["README.md"]
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "."]
+    done = subprocess.run(listing, cwd=DEPLOY, check=True, capture_output=True, text=True, timeout=15)
+    parts = ("kubernetes/base/", "kubernetes/keda/")
+    files = [name for name in done.stdout.split() if not name.startswith((*parts, "README.md"))]
+    assert len(files) > 15
+    named = [name for name in files if f"({name})" in readme or f"`{Path(name).name}`" in readme]
+    assert [name for name in files if name not in named and not name.endswith("kustomization.yaml")] == []
+    assert all(f"({part})" in readme for part in parts)
 
 
 def test_kustomizations_name_every_file():
