@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import shutil
 import subprocess
-import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ import redis
 from gateway.redis_client import Keys
 from gateway.redis_client.keys import GROUP
 from gateway.redis_server import find_server
-from tests.deploy_files import DEPLOY, ROOT
+from tests.deploy_files import DEPLOY, ROOT, compose
+from tests.system.process import GatewayProcess, started
 
 KEYS = Keys("lockgate")
 NEVER = ["KEYS *", "FLUSHALL", "FLUSHDB", "EVAL 'return 1' 0", "SCRIPT LOAD x", "FUNCTION LIST", "CONFIG GET *", "ACL LIST",
@@ -143,3 +146,58 @@ def test_every_command_in_the_source_is_allowed(server: Path):
         used = sent(commands_of(admin))
     assert {"xadd", "xreadgroup", "xack", "xgroup|create", "multi", "auth"} <= used
     assert sorted(name for name in used if f"+{name}" not in allowed) == []
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(ROOT / "model_repo/add_sub", folder / "add_sub")
+    return folder
+
+
+def run(stack: ExitStack, service: str, server: Path, secrets: Path, models: Path) -> GatewayProcess:
+    """What compose runs for a service, with the paths and addresses of this machine."""
+    command, *flags = compose()["services"][service]["command"]
+    here = {"--queue": f"unix://{server}", "--model-repository": str(models)}
+    flags = [
+        f"{name}={here.get(name) or value.replace('/run/secrets', str(secrets)).replace('0.0.0.0', '127.0.0.1')}"
+        for name, _, value in (flag.partition("=") for flag in flags)
+    ]
+    return stack.enter_context(started(*flags, command=command))
+
+
+def ask(process: GatewayProcess, path: str, secrets: Path | None = None, body: dict | None = None, port: str = "http") -> str:
+    token = None if secrets is None else (secrets / "tokens").read_text().splitlines()[0].partition(":")[2]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{process.ports[port]}{path}",
+        None if body is None else json.dumps(body).encode(),
+        {} if token is None else {"Authorization": f"Bearer {token}"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
+
+
+SUM = {"inputs": [{"name": name, "datatype": "FP32", "shape": [1, 16], "data": [*range(16)]} for name in ("INPUT0", "INPUT1")]}
+
+
+@pytest.mark.slow
+def test_the_command_lines_of_compose_serve_and_drain(server: Path, secrets: Path, models: Path):
+    with ExitStack() as stack:
+        worker = run(stack, "worker", server, secrets, models)
+        worker.wait_for("model_ready", model="add_sub")
+        gateways = [run(stack, name, server, secrets, models) for name in ("gateway-1", "gateway-2")]
+        for gateway in gateways:
+            gateway.wait_ready()
+            assert "true" in ask(gateway, "/v2/health/ready")
+            answer = json.loads(ask(gateway, "/v2/models/add_sub/infer", secrets, SUM))
+            assert answer["outputs"][0]["data"] == [2 * number for number in range(16)]
+        worker.wait_ready()
+        for process in (worker, *gateways):
+            # As health checks and probes ask: on the metrics port and without a token.
+            assert "true" in ask(process, "/v2/health/live", port="metrics")
+            assert "true" in ask(process, "/v2/health/ready", port="metrics")
+            assert "nv_inference_request_success" in ask(process, "/metrics", secrets, port="metrics")
+        assert [process.terminate() for process in (*gateways, worker)] == [0, 0, 0]
+    with connected(server, user="admin") as admin:
+        assert [(entry["reason"], entry["object"]) for entry in admin.acl_log() if entry["username"] == "lockgate"
+                and "test" not in entry["client-info"]] == []  # fmt: skip
