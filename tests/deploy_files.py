@@ -80,11 +80,18 @@ def renderings() -> dict[str, list[Document]]:
 
 def templates(objects: list[Document]) -> dict[str, Document]:
     """The pod templates, by the name of what makes the pods."""
-    return {each["metadata"]["name"]: each["spec"]["template"] for each in objects if "template" in each.get("spec", {})}
+    return {
+        each["metadata"]["name"]: each["spec"]["template"] for each in objects if "template" in each.get("spec", {})
+    }
 
 
 def containers(objects: list[Document]) -> dict[str, Document]:
-    return {name: each for pod in templates(objects).values() for each in pod["spec"]["containers"] for name in [each["name"]]}
+    return {
+        name: each
+        for pod in templates(objects).values()
+        for each in pod["spec"]["containers"]
+        for name in [each["name"]]
+    }
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:

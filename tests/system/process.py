@@ -82,10 +82,16 @@ class GatewayProcess:
 
 @contextmanager
 def started(*flags: str, command: str = "serve") -> Iterator[GatewayProcess]:
-    """A gateway for the duration of the block; killed if it is still there at the end."""
-    gateway = GatewayProcess(*flags, command=command)
-    try:
+    """A gateway for the duration of the block, with its ports open; killed if it is still there at the end."""
+    with ending(GatewayProcess(*flags, command=command)) as gateway:
         gateway.wait_listening()
+        yield gateway
+
+
+@contextmanager
+def ending(gateway: GatewayProcess) -> Iterator[GatewayProcess]:
+    """The process has ended when the block has, killed if need be."""
+    try:
         yield gateway
     finally:
         if gateway.process.poll() is None:

@@ -18,7 +18,7 @@ from gateway.redis_client import Keys
 from gateway.redis_client.keys import GROUP
 from gateway.redis_server import find_server
 from tests.deploy_files import DEPLOY, ROOT, compose
-from tests.system.process import GatewayProcess, started
+from tests.system.process import GatewayProcess, ending
 
 KEYS = Keys("lockgate")
 NEVER = ["KEYS *", "FLUSHALL", "FLUSHDB", "EVAL 'return 1' 0", "SCRIPT LOAD x", "FUNCTION LIST", "CONFIG GET *", "ACL LIST",
@@ -62,7 +62,9 @@ def connected(socket: Path, secrets: Path | None = None, user: str | None = None
     password = "any"
     if secrets is not None:
         password = (secrets / {"lockgate": "redis_password", "keda": "keda_password"}[user or ""]).read_text()
-    client = redis.Redis(unix_socket_path=str(socket), username=user, password=password if user else None, protocol=2, retry=None)
+    client = redis.Redis(
+        unix_socket_path=str(socket), username=user, password=password if user else None, protocol=2, retry=None
+    )
     try:
         yield client
     finally:
@@ -88,7 +90,9 @@ def test_everybody_else_may_only_ping(server: Path):
 def test_the_user_of_gateways_and_workers_may_not_harm_the_server_or_others(server: Path, secrets: Path):
     with connected(server, secrets, "lockgate") as user:
         assert [command for command in NEVER if not refused(user, command)] == []
-        assert all(refused(user, command) for command in ("SET other 1", "GET other", "XADD q * a 1", "DEL {other}:models"))
+        assert all(
+            refused(user, command) for command in ("SET other 1", "GET other", "XADD q * a 1", "DEL {other}:models")
+        )
 
 
 def test_the_scaler_may_ask_for_the_lag_and_nothing_else(server: Path, secrets: Path):
@@ -163,10 +167,12 @@ def run(stack: ExitStack, service: str, server: Path, secrets: Path, models: Pat
         f"{name}={here.get(name) or value.replace('/run/secrets', str(secrets)).replace('0.0.0.0', '127.0.0.1')}"
         for name, _, value in (flag.partition("=") for flag in flags)
     ]
-    return stack.enter_context(started(*flags, command=command))
+    return stack.enter_context(ending(GatewayProcess(*flags, command=command)))
 
 
-def ask(process: GatewayProcess, path: str, secrets: Path | None = None, body: dict | None = None, port: str = "http") -> str:
+def ask(
+    process: GatewayProcess, path: str, secrets: Path | None = None, body: dict | None = None, port: str = "http"
+) -> str:
     token = None if secrets is None else (secrets / "tokens").read_text().splitlines()[0].partition(":")[2]
     request = urllib.request.Request(
         f"http://127.0.0.1:{process.ports[port]}{path}",
@@ -177,21 +183,24 @@ def ask(process: GatewayProcess, path: str, secrets: Path | None = None, body: d
         return response.read().decode()
 
 
-SUM = {"inputs": [{"name": name, "datatype": "FP32", "shape": [1, 16], "data": [*range(16)]} for name in ("INPUT0", "INPUT1")]}
+SUM = {
+    "inputs": [
+        {"name": name, "datatype": "FP32", "shape": [1, 16], "data": [*range(16)]} for name in ("INPUT0", "INPUT1")
+    ]
+}
 
 
 @pytest.mark.slow
 def test_the_command_lines_of_compose_serve_and_drain(server: Path, secrets: Path, models: Path):
     with ExitStack() as stack:
-        worker = run(stack, "worker", server, secrets, models)
+        worker, *gateways = (run(stack, name, server, secrets, models) for name in ("worker", "gateway-1", "gateway-2"))
         worker.wait_for("model_ready", model="add_sub")
-        gateways = [run(stack, name, server, secrets, models) for name in ("gateway-1", "gateway-2")]
+        for process in (worker, *gateways):
+            process.wait_listening()
+            process.wait_ready()
         for gateway in gateways:
-            gateway.wait_ready()
-            assert "true" in ask(gateway, "/v2/health/ready")
             answer = json.loads(ask(gateway, "/v2/models/add_sub/infer", secrets, SUM))
             assert answer["outputs"][0]["data"] == [2 * number for number in range(16)]
-        worker.wait_ready()
         for process in (worker, *gateways):
             # As health checks and probes ask: on the metrics port and without a token.
             assert "true" in ask(process, "/v2/health/live", port="metrics")
