@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ from gateway.telemetry import log_event
 from gateway.transport.auth import Callers, Tokens
 from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
 from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, TlsFiles
+from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp
 from gateway.types import Infer
 from gateway.worker import Worker
@@ -200,7 +202,15 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         gateway.runner = await stack.enter_async_context(runner)
     if settings.allow_metrics:
         metrics = HttpServer(
-            Counted(MetricsApp(fleet.statistics, tokens, process=fleet.process, figures=fleet.figures).__rsgi__),
+            Counted(
+                MetricsApp(
+                    fleet.statistics,
+                    tokens,
+                    process=fleet.process,
+                    figures=fleet.figures,
+                    health=partial(health, gateway.service),
+                ).__rsgi__
+            ),
             settings.metrics_address,
             settings.metrics_port,
         )

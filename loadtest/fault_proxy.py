@@ -177,6 +177,8 @@ class _Connection:
             if way.swallow:
                 way.swallowed += len(data)
                 continue
+            if writer.is_closing():
+                raise ConnectionResetError("the other end is gone")
             room = len(data) if way.reset_after is None else max(0, way.reset_after - carried)
             writer.write(data[:room])
             await writer.drain()

@@ -25,7 +25,7 @@ Cluster. Ids and field names are UTF-8.
 
 `RedisClient` promises: commands go out in the order they were called, in as few pipelines as there are loop turns; a
 command is sent at most once, so a lost connection fails it with `Disconnected` and says nothing of whether it ran;
-one caller's failure or cancellation is nobody else's. Replies are RESP2's: bytes, int, None and lists of those.
+one caller's failure or cancellation is nobody else's. What is large goes by `bulk`, so that nothing waits behind it. Replies are RESP2's: bytes, int, None and lists of those.
 """
 
 from gateway.redis_client.client import Reader, RedisClient

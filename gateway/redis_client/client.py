@@ -16,6 +16,8 @@ from gateway.redis_client.options import RedisOptions
 from gateway.redis_client.route import make_route
 from gateway.redis_client.wire import Command, Disconnected, Reply, Wire, Word
 
+_BULK = 4  # connections for large commands, per process
+
 
 class RedisClient:
     """Redis, for as long as this async context manager is open.
@@ -30,6 +32,8 @@ class RedisClient:
         self.generation = 0
         self._news = asyncio.Event()
         self._readers: set[Reader] = set()
+        self._room = asyncio.Semaphore(_BULK)
+        self._idle: list[Reader] = []  # made for `bulk`
         self._route = make_route(options, self._moved)
         self._group = asyncio.TaskGroup()
 
@@ -71,6 +75,21 @@ class RedisClient:
         The future has their replies, or the first error among them, which is the rule's exception: Redis runs the rest.
         """
         return self._route.atomic(commands)
+
+    async def bulk(self, *command: Word) -> Reply:
+        """Send one command that is large or has a large reply, beside the others: nothing waits behind it.
+
+        Raises as `call` does. There is no order between this and other calls. As many as have a connection run at a
+        time; a caller that is cancelled has its connection dropped.
+        """
+        link = self.link_of(command)
+        async with self._room:
+            self._idle.sort(key=lambda idle: idle.link is link)  # the last is the one that is connected there
+            reader = self._idle.pop() if self._idle else self.reader()
+            try:
+                return await reader.call(*command, seconds=0)
+            finally:
+                self._idle.append(reader)
 
     def reader(self) -> Reader:
         """A connection of its own for one caller that waits for long."""
@@ -134,7 +153,7 @@ class Reader:
     def __init__(self, client: RedisClient) -> None:
         self._client = client
         self._wire: Wire | None = None
-        self._link: Link | None = None
+        self.link: Link | None = None  # to the server that it is connected to
         self._id = 0
         self._dropped = ""  # why the connection that is being made is unwanted already
         self._delays = delays()
@@ -145,25 +164,26 @@ class Reader:
         Connects when there is no connection; waits up to `seconds` for Redis to be there. A lost connection is noticed
         at most `call_timeout` after `seconds`.
         """
-        wire = self._wire
-        if wire is None or wire.lost.is_set():
-            wire = await self._connect(self._client.link_of(command), seconds)
+        wire, link = self._wire, self._client.link_of(command)
+        if wire is None or wire.lost.is_set() or link is not self.link:
+            self.drop("the key is elsewhere")
+            wire = await self._connect(link, seconds)
         try:
             return await self._ask(wire, command, seconds)
         except ResponseError as error:
-            link = self._client.redirected(error)
-            if link is None:
+            moved = self._client.redirected(error)
+            if moved is None:
                 raise
-        wire.close("the key is elsewhere")
-        return await self._ask(await self._connect(link, seconds), command, seconds)
+        self.drop("the key is elsewhere")
+        return await self._ask(await self._connect(moved, seconds), command, seconds)
 
     async def unblock(self) -> None:
         """Make a blocked command return as if its time were over; nothing happens when none is blocked just then.
 
         Raises as `RedisClient.call` does.
         """
-        if self._wire is not None and self._link is not None and not self._wire.lost.is_set():
-            await self._link.call(("CLIENT", "UNBLOCK", self._id))
+        if self._id and self.link is not None and self._wire is not None and not self._wire.lost.is_set():
+            await self.link.call(("CLIENT", "UNBLOCK", self._id))
 
     def drop(self, why: str) -> None:
         """End the connection; the call under way fails with `Disconnected`, the next one connects again."""
@@ -185,24 +205,22 @@ class Reader:
             raise
 
     async def _connect(self, link: Link, seconds: float) -> Wire:
-        self._dropped = ""
+        self._dropped, self._id = "", 0
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await link.settled.wait()
         try:
-            wire = await link.dial()
-            try:
-                self._id = await wire.call(("CLIENT", "ID"))
-            except BaseException:
-                wire.close("the reader gave it up at once")
-                raise
+            self._wire = wire = await link.dial()
+            with suppress(ResponseError):  # an ACL without CLIENT ID: then nothing can be unblocked
+                self._id = await self._ask(wire, ("CLIENT", "ID"), 0)
         except Disconnected:
-            # A caller that asks again at once must not spin.
-            await asyncio.sleep(next(self._delays))
+            if link.connected:
+                # The link is there and this connection is not; a caller that asks again at once must not spin.
+                await asyncio.sleep(next(self._delays))
             raise
         if self._dropped:
             wire.close(self._dropped)
             raise Disconnected(self._dropped)
         self._delays = delays()
-        self._link, self._wire = link, wire
+        self.link = link
         return wire

@@ -54,8 +54,6 @@ class Wire(asyncio.Protocol):
         self.lost = asyncio.Event()
         self.why = ""
         self.on_lost: Callable[[], None] = _nothing
-        self.commands = 0
-        self.pipelines = 0
         self.name = name
         self._patience = patience
         self._loop = asyncio.get_running_loop()
@@ -100,7 +98,6 @@ class Wire(asyncio.Protocol):
             _fail(sink, self.why)
             return
         self._unsent += packed
-        self.commands += 1
         if not self._waiting:
             self._flush_soon()
         self._waiting.append(sink)
@@ -112,9 +109,8 @@ class Wire(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flushing = False
-        if not self._unsent or self._transport is None:
+        if not self._unsent or self._transport is None or self._transport.is_closing():
             return
-        self.pipelines += 1
         self._under_way = len(self._waiting)
         self._transport.writelines(self._unsent)
         self._unsent = []

@@ -24,7 +24,9 @@ from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
 from gateway.transport.fleet import FleetMetrics, ReadFigures
-from gateway.transport.http.replies import error_reply
+from gateway.transport.http.replies import Reply, error_reply
+
+_PROBES = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
 Scope: TypeAlias = Any  # granian.rsgi.Scope
 Protocol: TypeAlias = Any  # granian.rsgi.HTTPProtocol
@@ -188,7 +190,10 @@ class HostMetrics:
 
 
 class MetricsApp:
-    """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too."""
+    """The RSGI application of the metrics port: GET /metrics. With `tokens`, a scraper must show one too.
+
+    Health is here as well, without a token: for probes of processes that have no other port.
+    """
 
     def __init__(
         self,
@@ -197,10 +202,12 @@ class MetricsApp:
         *,
         process: str = "",
         figures: ReadFigures | None = None,
+        health: Callable[[str], Reply] | None = None,
     ) -> None:
         """`fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
-        `figures` tells of the queue.
+        `figures` tells of the queue. `health` answers for "live" and "ready".
         """
+        self._health = health
         self._fleet = fleet
         self._queue = FleetMetrics(figures)
         self._tokens = tokens
@@ -211,6 +218,9 @@ class MetricsApp:
 
     async def __rsgi__(self, scope: Scope, protocol: Protocol) -> None:
         """Answer one request: 200 with the metrics, 401 without a token, 404 for another path, 405 for another method."""
+        if self._health is not None and scope.method == "GET" and (word := _PROBES.get(scope.path)):
+            protocol.response_bytes(*self._health(word))
+            return
         try:
             if self._tokens is not None:
                 self._tokens.tenant(scope.headers.get("authorization"))

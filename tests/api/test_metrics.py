@@ -268,3 +268,15 @@ def test_host_metrics_are_absent_where_proc_does_not_tell(tmp_path: Path, stat: 
     if stat is not None:
         write_proc(tmp_path, stat)
     assert HostMetrics(tmp_path).collect() == []
+
+
+async def test_probes_learn_of_health_without_a_token() -> None:
+    def health(word: str) -> tuple[int, list[tuple[str, str]], bytes]:
+        return (200 if word == "live" else 400), [], word.encode()
+
+    app = MetricsApp(Statistics().whole, Tokens({"t" * 16: "ops"}), health=health)
+    for word, status in (("live", 200), ("ready", 400)):
+        response = await get(app, f"/v2/health/{word}")
+        assert (response.status, response.body) == (status, word.encode())
+    assert (await get(app, "/v2/health/other")).status == 401
+    assert (await get(app, "/v2/health/live", "POST")).status == 401

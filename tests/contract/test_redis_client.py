@@ -129,6 +129,19 @@ async def test_cancelled_callers_disturb_nobody(client, key):
     ]  # fmt: skip
 
 
+async def test_bulk_goes_beside_the_other_calls(client):
+    keys = [client.keys.payload(str(number)) for number in range(12)]
+    values = [os.urandom(300_000) for _ in keys]
+    lost = asyncio.ensure_future(client.bulk("SET", client.keys.payload("lost"), values[0], "PX", 60_000))
+    await settle()
+    lost.cancel()
+    await asyncio.gather(*(client.bulk("SET", *pair, "PX", 60_000) for pair in zip(keys, values, strict=True)))
+    assert await asyncio.gather(*(client.bulk("GET", key) for key in keys)) == values
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await client.bulk("LPUSH", keys[0], 1)
+    assert await client.call("STRLEN", keys[0]) == 300_000
+
+
 async def test_the_clock_is_redis_clock(client, key):
     before = client.clock(key)
     seconds, micros = await client.call("TIME")
@@ -209,6 +222,24 @@ async def test_what_is_called_while_a_pipeline_is_unanswered_is_the_next_one(sin
     assert await reads(single) - before <= 4
 
 
+async def test_bulk_uses_few_connections_again_and_again():
+    with redis_server() as url:
+        async with RedisClient(options(url)) as client:
+            for _ in range(3):
+                await asyncio.gather(*(client.bulk("SET", str(number), bytes(100_000)) for number in range(20)))
+            assert len((await client.call("CLIENT", "LIST")).splitlines()) == 1 + 4
+
+
+async def test_nothing_waits_behind_bulk(single):
+    """The large commands are all sent before the small one, which is answered before the last of them."""
+    key = single.keys.payload("x")
+    large = [asyncio.ensure_future(single.bulk("SET", key, bytes(8_000_000), "PX", 60_000)) for _ in range(8)]
+    await settle()
+    await single.call("PING")
+    assert not all(call.done() for call in large)
+    await asyncio.gather(*large)
+
+
 async def test_a_full_server_is_an_error_of_its_own():
     with redis_server() as url:
         async with RedisClient(options(url)) as client:
@@ -260,6 +291,8 @@ async def test_a_user_with_few_rights_can_work():
             async with RedisClient(options(url.replace("unix://", "unix://few:pw@"))) as client:
                 assert client.clock() > 1e9
                 await client.call("XADD", "s", "*", "f", "v")
+                await client.bulk("XADD", "s", "*", "f", "v")
+                await client.reader().unblock()
                 await admin.call("CLIENT", "KILL", "USER", "few")
                 await back(client)
                 assert client.generation == 2  # who it is cannot be known, so the worst is assumed

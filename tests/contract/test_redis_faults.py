@@ -202,6 +202,7 @@ async def test_a_server_that_dies_and_comes_back_empty_is_another_generation():
         assert await reader.call("PING", seconds=5) == b"PONG"
 
 
+@pytest.mark.slow
 async def test_when_the_primary_dies_calls_and_readers_follow_to_the_promoted_replica():
     now = ("sentinel down-after-milliseconds svc 300", "sentinel failover-timeout svc 2000")
     with ExitStack() as stack:
@@ -233,6 +234,7 @@ async def until_sentinel_knows_a_replica(port):
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 async def test_a_primary_that_sentinels_have_left_is_left_though_it_serves_on():
     """After a switch the old primary serves for 8 s and more; what is written there is lost."""
     with redis_on_port() as first, redis_on_port() as second, sentinel(first) as port:
@@ -265,6 +267,7 @@ async def test_a_replica_is_not_written_to():
             assert "is a replica" in str(error) or "loading" in str(error)
 
 
+@pytest.mark.slow
 async def test_a_slot_that_moves_is_followed():
     with cluster_node() as first, cluster_node() as second:
         async with (
@@ -309,6 +312,7 @@ async def follow(client, one, two):
     assert await client.call("SET", "{a}k", 1) == b"OK"
 
 
+@pytest.mark.slow
 async def test_a_cluster_comes_back():
     with cluster_node() as port:
         async with FaultProxy(f"127.0.0.1:{port}") as proxy, RedisClient(options(f"redis://{proxy.address}")) as one:
@@ -348,11 +352,12 @@ def pki(tmp_path_factory):
     def openssl(command):
         subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
 
+    usage = "-addext keyUsage=critical,keyCertSign"
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
     for authority in ("ca", "other"):
-        openssl(f"req -x509 {key} -days 2 -subj /CN={authority} -keyout {authority}.key -out {authority}.pem")
+        openssl(f"req -x509 {key} {usage} -days 2 -subj /CN={authority} -keyout {authority}.key -out {authority}.pem")
     for name in ("server", "client"):
-        (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+        (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\nauthorityKeyIdentifier=keyid")
         openssl(f"req {key} -subj /CN={name} -keyout {name}.key -out {name}.csr")
         openssl(
             f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out {name}.pem"

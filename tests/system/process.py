@@ -19,10 +19,10 @@ ROOT = Path(__file__).parents[2]
 class GatewayProcess:
     """One `gateway serve`. Its log is read line by line, so waiting is on what it says."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, command: str = "serve") -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "gateway", "serve", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0",
+                sys.executable, "-m", "gateway", command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0",
                 "--log-format", "json", *flags,
             ],
             cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -36,7 +36,7 @@ class GatewayProcess:
     def wait_listening(self) -> None:
         """Until its ports are open; `ports` has them from then on."""
         listening = self.wait_for("listening")
-        self.ports = {name: listening[name] for name in ("http", "grpc", "metrics")}
+        self.ports = {name: listening[name] for name in ("http", "grpc", "metrics") if name in listening}
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -81,11 +81,17 @@ class GatewayProcess:
 
 
 @contextmanager
-def started(*flags: str) -> Iterator[GatewayProcess]:
-    """A gateway for the duration of the block; killed if it is still there at the end."""
-    gateway = GatewayProcess(*flags)
-    try:
+def started(*flags: str, command: str = "serve") -> Iterator[GatewayProcess]:
+    """A gateway for the duration of the block, with its ports open; killed if it is still there at the end."""
+    with ending(GatewayProcess(*flags, command=command)) as gateway:
         gateway.wait_listening()
+        yield gateway
+
+
+@contextmanager
+def ending(gateway: GatewayProcess) -> Iterator[GatewayProcess]:
+    """The process has ended when the block has, killed if need be."""
+    try:
         yield gateway
     finally:
         if gateway.process.poll() is None:
