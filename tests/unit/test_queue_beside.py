@@ -390,6 +390,7 @@ async def test_a_write_that_finds_no_room_goes_through_redis(remote, folder, cap
     """A limit on the size of files stands in for a full folder: a write falls short, and the next one fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    await remote.put("warm", [b"x" * 6000], same_host=False, ttl=60)  # opens the connection for large commands
     before = descriptors()
     try:
         references = [await share(remote, [b"x" * 3000, b"y" * 3000]) for _ in range(2)]

@@ -65,7 +65,7 @@ class Payloads:
             return f"f:{size}:{name}"
         key = self._client.keys.payload(unique)
         data = memoryview(parts[0]) if len(parts) == 1 else b"".join(parts)
-        await self._client.call("SET", key, data, "PX", max(1, round(ttl * 1000)))
+        await self._client.bulk("SET", key, data, "PX", max(1, round(ttl * 1000)))
         return f"b:{size}:{unique}"
 
     async def get(self, reference: str) -> Buffer:
@@ -78,7 +78,7 @@ class Payloads:
             if self._files is None:
                 raise BadMessage("a payload is in the shared memory of another host")
             return self._files.read(name, size)
-        data: bytes | None = await self._client.call("GET", self._client.keys.payload(name))
+        data: bytes | None = await self._client.bulk("GET", self._client.keys.payload(name))
         if data is None:
             raise Missing("the data of this request is no longer there; send it again")
         if len(data) != size:
