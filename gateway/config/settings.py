@@ -103,6 +103,9 @@ class Settings(BaseSettings):
         "HOST[:PORT] for https, or http://HOST[:PORT], that jobs may call back; or a network such as 10.0.0.0/8 that such "
         "hosts may be in; repeatable (variable: separated by ',')",
     )
+    queue_shared_memory: bool = _setting(
+        True, "queue", "payloads over 256 KiB go through /dev/shm where both ends share it, not through Redis"
+    )
     share_ports: bool = _setting(
         False, "queue", "let other gateways on this machine listen on the same ports; the kernel spreads the callers"
     )

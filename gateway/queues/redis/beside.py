@@ -33,14 +33,16 @@ _WORD = re.compile(r"[0-9A-Za-z_-]{1,64}")
 class Payloads:
     """The payloads of one process. `host` is equal for two processes that can hand each other files; None for none."""
 
-    def __init__(self, client: RedisClient, owner: str, folder: Path = FOLDER) -> None:
-        """`owner` is the process id, a word."""
+    def __init__(self, client: RedisClient, owner: str, folder: Path | None = FOLDER) -> None:
+        """`owner` is the process id, a word. Without a `folder` everything goes through Redis."""
         self._client = client
         self._owner = owner
         self._serial = count()
         self._full = False
         self._files: SharedFiles | None = None
         self.host: str | None = None
+        if folder is None:
+            return
         try:
             self._files = SharedFiles(folder)
             self.host = self._files.host

@@ -34,6 +34,7 @@ from gateway.queues.redis.link import Bell, Counts, Link
 from gateway.queues.redis.message import BadMessage, Seal
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.recovery import Recovery
+from gateway.queues.redis.shared_files import FOLDER
 from gateway.redis_client import Disconnected, RedisClient
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
@@ -48,11 +49,17 @@ _FLUSH = 2.0  # seconds that a stop gives the last answers and acknowledgements
 class RedisQueue:
     """The `Queue` protocol over Redis, an async context manager. Enter it before anything is submitted or consumed."""
 
-    def __init__(self, client: RedisClient, role: Role = "all", *, key: bytes | None = None) -> None:
-        """`client` is entered and left by the caller. With `key` messages are signed, and none is read that is not."""
+    def __init__(
+        self, client: RedisClient, role: Role = "all", *, key: bytes | None = None, shares: bool = True
+    ) -> None:
+        """`client` is entered and left by the caller. With `key` messages are signed, and none is read that is not.
+
+        With `shares` large payloads go through shared memory where both ends have it.
+        """
         self.process = f"{role}-{secrets.token_hex(16)}"
         self._client = client
         self._role = role
+        self._shares = shares
         self._seal = Seal(key)
         self._lanes: dict[Lane, LaneReader] = {}
         self._cancelled = Cancelled()
@@ -65,7 +72,7 @@ class RedisQueue:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
-        payloads = Payloads(self._client, self.process)
+        payloads = Payloads(self._client, self.process, FOLDER if self._shares else None)
         link = self._link = Link(self._client, self.process, self._seal, payloads, self._tasks)
         self._outbox = Outbox(link)
         self._calls = Calls(link, self._cancel, self._shares_memory)
