@@ -94,7 +94,7 @@ def fleet(
         yield System(name, of.ports[0].http, pids)
 
 
-def measure(
+def measure(  # noqa: PLR0917 - what it is, and how it is loaded
     part: str, system: System, wire: bodies.Wire, pair: int, connections: int, seconds: float, **more: int
 ) -> Row:
     """Load one system."""
