@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -55,6 +56,13 @@ class Gateway:
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
+    listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
+
+    async def leave(self) -> None:
+        """Leave the ports to the other processes that listen on them; what is accepted goes on."""
+        async with asyncio.TaskGroup() as tasks:
+            for listener in self.listeners:
+                tasks.create_task(listener.leave())
 
     def failures(self) -> list[str]:
         """The models that did not load, each with its reason."""
@@ -118,7 +126,7 @@ def _worker(settings: Settings, queue: Queue, repository: Repository, statistics
     return Worker(
         queue,
         repository.read,
-        placement.devices(),
+        placement.devices(settings.cpu_cores),
         statistics,
         settings.model_load_thread_count,
         measures=True,
@@ -137,6 +145,7 @@ async def _drain(worker: Worker, gateway: Gateway, seconds: int) -> None:
     try:
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
             tasks.create_task(worker.drain())
+            tasks.create_task(gateway.service.finished())
             if gateway.runner is not None:
                 tasks.create_task(gateway.runner.drain())
     except TimeoutError:
@@ -213,12 +222,14 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
             ),
             settings.metrics_address,
             settings.metrics_port,
+            share=settings.share_ports,
+            listener=_inherited(settings.metrics_fd),
         )
-        gateway.ports["metrics"] = (await stack.enter_async_context(metrics)).port
+        await _open(stack, gateway, "metrics", metrics)
     if settings.allow_grpc:
         authenticate = None if callers.anonymous else callers.tenant
         grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, _grpc_options(settings))
-        gateway.ports["grpc"] = (await stack.enter_async_context(grpc)).port
+        await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
         app = await stack.enter_async_context(HttpApp(service, infer, _http_limits(settings), callers, gateway.jobs))
         http = HttpServer(
@@ -229,9 +240,26 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
             if settings.http_tls_cert and settings.http_tls_key
             else None,
             max_connections=settings.max_connections,
+            share=settings.share_ports,
+            listener=_inherited(settings.http_fd),
         )
-        gateway.ports["http"] = (await stack.enter_async_context(http)).port
-    log_event("listening", **gateway.ports)
+        await _open(stack, gateway, "http", http)
+    if gateway.ports:
+        log_event("listening", **gateway.ports)
+
+
+async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: HttpServer | GrpcServer) -> None:
+    await stack.enter_async_context(listener)
+    gateway.ports[name] = listener.port
+    gateway.listeners.append(listener)
+
+
+def _inherited(descriptor: int | None) -> socket.socket | None:
+    """A listening socket that whoever started this process made."""
+    try:
+        return None if descriptor is None else socket.socket(fileno=descriptor)
+    except OSError as problem:
+        raise errors.InvalidArgument(f"descriptor {descriptor} is no open socket: {problem.strerror}") from None
 
 
 def _tokens(file: Path) -> Tokens:
@@ -275,6 +303,7 @@ def _grpc_options(settings: Settings) -> GrpcOptions:
         max_request_tensors=settings.max_request_tensors,
         max_connections=settings.max_connections,
         grace=float(settings.exit_timeout_secs),
+        share=settings.share_ports,
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import importlib
+import json
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from gateway import __version__, engines, errors, placement
+from gateway import __version__, engines, errors, placement, supervisor
 from gateway.app import Gateway, running
 from gateway.config.arguments import parse_args
 from gateway.config.fit import check_fit
@@ -55,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments.pop(0) if arguments else "--help"
     if command == "worker":
-        return _serve(parse_args([*arguments, "--role", "worker"], prog="gateway worker"))
-    if command in ("serve", "models"):
+        arguments += ["--role", "worker"]
+    if command in ("serve", "worker", "models"):
         settings = parse_args(arguments, prog=f"gateway {command}")
-        return _serve(settings) if command == "serve" else _models(settings)
+        return _models(settings) if command == "models" else _serve(settings, arguments)
     if command in _ELSEWHERE:
         return int(importlib.import_module(_ELSEWHERE[command]).run(arguments))
     if command in ("--version", "-V", "version"):
@@ -71,11 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _serve(settings: Settings) -> int:
-    configure_logging(settings.log_format, settings.log_verbose)
-    _keep_freed_memory()
-    _let_threads_finish()
+def _serve(settings: Settings, arguments: Sequence[str]) -> int:
+    several = supervisor.plan(settings) is not None
+    configure_logging(settings.log_format, settings.log_verbose, "supervisor" if several else settings.process_name)
     try:
+        if several:
+            return _run(supervisor.supervise(settings, arguments, _show))
+        _keep_freed_memory()
+        _let_threads_finish()
         return _run(serve(settings))
     except (OSError, errors.GatewayError) as problem:
         print(f"gateway: {problem}", file=sys.stderr)
@@ -94,13 +98,18 @@ def _leaf(group: BaseException) -> BaseException:
 
 
 async def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, drain, and return the exit status. A second signal ends the process at once."""
+    """Serve until SIGTERM or SIGINT, drain, and return the exit status. A second signal ends the process at once.
+
+    On SIGTERM a process that shares its ports leaves its callers to the others; on SIGINT it refuses them.
+    """
     stop = asyncio.Event()
+    received: list[signal.Signals] = []
 
     def on_signal(number: signal.Signals) -> None:
         if stop.is_set():
             log_event("stop_forced", logging.WARNING, signal=number.name)
             os._exit(1)
+        received.append(number)
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -110,6 +119,9 @@ async def serve(settings: Settings) -> int:
         outcome = tasks.create_task(_announce(gateway, settings, stop))
         await stop.wait()
         outcome.cancel()
+        if settings.share_ports and signal.SIGTERM in received:
+            _tell(settings, state="leaving")
+            await gateway.leave()
     return outcome.result() if not outcome.cancelled() else 0
 
 
@@ -117,12 +129,26 @@ async def _announce(gateway: Gateway, settings: Settings, stop: asyncio.Event) -
     """Once the first loads have ended, show what is served; stop with status 1 if that is not all and must be."""
     await gateway.loaded.wait()
     _settle_memory()
-    print(table(gateway.queue.pools()), file=sys.stderr)
-    if settings.exit_on_error and (failures := gateway.failures()):
+    models = table(gateway.queue.pools())
+    failures = gateway.failures() if settings.exit_on_error else []
+    if failures or settings.status_fd is None:
+        _show(models)
+    if failures:
         log_event("exit_on_error", logging.ERROR, models=len(failures), first=failures[0])
         stop.set()
         return 1
+    _tell(settings, state="ready", table=models)
     return 0
+
+
+def _tell(settings: Settings, **news: str) -> None:
+    """Tell whoever started this process, if it wants to know."""
+    if settings.status_fd is not None:
+        os.write(settings.status_fd, json.dumps(news).encode() + b"\n")
+
+
+def _show(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _keep_freed_memory() -> None:

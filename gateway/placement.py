@@ -37,9 +37,9 @@ class Placement:
     cores: int
 
 
-def devices() -> list[Device]:
-    """The devices of this process: its share of the CPU. GPUs are not looked for yet."""
-    return [Device("cpu", "cpu", cpu_cores())]
+def devices(cores: int = 0) -> list[Device]:
+    """The devices of this process: `cores` cores, or 0 for all that it may use. GPUs are not looked for yet."""
+    return [Device("cpu", "cpu", cores or cpu_cores())]
 
 
 def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:

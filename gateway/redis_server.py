@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gateway.child import mortal
 from gateway.errors import Unavailable
 from gateway.telemetry import log_event
 
@@ -31,12 +31,6 @@ _STOP = 5.0  # seconds a SIGTERM leaves the server to write its file
 _STEADY = 5.0  # seconds a server must have run for its end to be no repetition of the one before
 _FIRST_DELAY, _LAST_DELAY = 0.05, 5.0  # seconds before a server that died is started again
 _MAX_PATH = 107  # bytes of a unix socket's path that every kernel takes
-# Asks for SIGKILL at the death of its parent, which must still be the one that asked, and becomes the server. The
-# signal comes when the parent's thread ends, so the server is started from the event loop's own thread.
-_SHIM = """import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-os.getppid() == int(sys.argv[1]) or sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 class EmbeddedServer:
@@ -126,11 +120,13 @@ class EmbeddedServer:
 
     async def _start(self) -> None:
         """Start the process and wait until it says that it is ready."""
-        command = [self._binary, *self._arguments()]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *command]
         self._process = await asyncio.create_subprocess_exec(
-            *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, cwd=self._home, start_new_session=True
+            *mortal([self._binary, *self._arguments()]),
+            stdin=DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            cwd=self._home,
+            start_new_session=True,
         )
         said: deque[str] = deque(maxlen=3)
         try:

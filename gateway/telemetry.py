@@ -39,20 +39,21 @@ class Event:
 def log_event(event: str, level: int = logging.INFO, trace_of: BaseException | None = None, /, **fields: Field) -> None:
     """Log one event, its name in snake_case, with its fields in the order given; `trace_of` adds its traceback.
 
-    DEBUG events appear with `--log-verbose` 1 or more. A field cannot be called time, level, event or trace.
+    DEBUG events appear with `--log-verbose` 1 or more. A field cannot be called time, level, source, event or trace.
     """
     logger = logging.getLogger(_LOGGER)
     if logger.isEnabledFor(level):
         logger.log(level, Event(event, fields), exc_info=trace_of)
 
 
-def configure_logging(log_format: LogFormat, verbose: int) -> None:
+def configure_logging(log_format: LogFormat, verbose: int, process: str = "") -> None:
     """Send every log line of the process to standard error in this format; `verbose` > 0 adds DEBUG events.
 
-    Other libraries' records of WARNING and above become events named `log`. Call it again to change it.
+    Other libraries' records of WARNING and above become events named `log`. `process` is named in each line,
+    for a log that several processes write. Call it again to change it.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    handler.setFormatter(_JsonFormatter(process) if log_format == "json" else _TextFormatter(process))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger(_LOGGER).setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
 
@@ -75,10 +76,14 @@ class Refusals:
 
 
 class _TextFormatter(logging.Formatter):
-    """`<time> <LEVEL> <event> key=value ...`, a traceback indented below it."""
+    """`<time> <LEVEL> <event> key=value ...`, a traceback indented below it; after the level the process, if named."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = f"[{process}] " if process else ""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_timestamp(record)} {record.levelname} {_event_of(record)}"
+        line = f"{_timestamp(record)} {record.levelname} {self._process}{_event_of(record)}"
         if record.exc_info:
             # Indented, so that no text inside an exception can pass for a line of its own.
             line += "".join(f"\n    {trace}" for trace in self.formatException(record.exc_info).splitlines())
@@ -86,11 +91,15 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, event, then the fields."""
+    """One JSON object a line: time, level, source (the process, if it is named), event, then the fields."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = {"source": process} if process else {}
 
     def format(self, record: logging.LogRecord) -> str:
         event = _event_of(record)
-        head = {"time": _timestamp(record), "level": record.levelname, "event": event.name}
+        head = {"time": _timestamp(record), "level": record.levelname, **self._process, "event": event.name}
         line: dict[str, Field] = {**head, **event.fields, **head}
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)

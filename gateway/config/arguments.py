@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import FilePath, ValidationError
+from pydantic import FilePath, NonNegativeInt, ValidationError
 from pydantic.fields import FieldInfo
 
 from gateway.config.settings import Settings
 
-_METAVARS: dict[Any, str] = {int: "N", float: "N", FilePath | None: "FILE", Path | None: "DIR"}
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    float: "N",
+    NonNegativeInt | None: "N",
+    FilePath | None: "FILE",
+    Path | None: "DIR",
+}
 _ALIASES = {
     "model_repository": ["--model-store"],
     "server_id": ["--id"],

@@ -47,6 +47,9 @@ class Settings(BaseSettings):
     default_max_batch_size: NonNegativeInt = _setting(
         4, "models", "max_batch_size of a model that can take batches and whose configuration leaves it open"
     )
+    cpu_cores: NonNegativeInt = _setting(
+        0, "models", "CPU cores that models run on; 0: all that this process may use, shared by --workers"
+    )
     model_load_thread_count: PositiveInt = _setting(4, "models", "how many models are loaded side by side")
     default_deadline_ms: float = _setting(
         0.0,
@@ -109,6 +112,16 @@ class Settings(BaseSettings):
     share_ports: bool = _setting(
         False, "queue", "let other gateways on this machine listen on the same ports; the kernel spreads the callers"
     )
+
+    # What a supervisor tells the processes that it starts.
+    http_fd: NonNegativeInt | None = _setting(
+        None, "process", "descriptor of an open socket that listens, instead of --http-address and --http-port"
+    )
+    metrics_fd: NonNegativeInt | None = _setting(None, "process", "the same for metrics")
+    status_fd: NonNegativeInt | None = _setting(
+        None, "process", "descriptor to write a line of JSON to when ready, and when about to leave its ports"
+    )
+    process_name: str = _setting("", "process", "name of this process, in each line of its log")
 
     allow_http: bool = _setting(True, "http", "serve HTTP")
     http_address: str = _setting("127.0.0.1", "http", "address to listen on")

@@ -6,6 +6,7 @@ process or on other machines. It keeps no request: once submitted, a request is 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Service:
         self._unread = 0
         self._read_at = 0.0
         self._closed: dict[tuple[str, str], float] = {}  # when `turn_away` said so last, by model and version
+        self._open = 0  # submitted and not over
+        self._all_over = asyncio.Event()
         self._draining = False
         self._started = False
 
@@ -185,6 +188,7 @@ class Service:
             route.statistics.record_refusal(error, 0)
             raise
         self._inflight_bytes += request.size
+        self._open += 1
         route.statistics.pending += 1
         try:
             return self._queue.submit(route.lane, request), route
@@ -202,6 +206,9 @@ class Service:
             if deadline is not None and time.monotonic() > deadline:
                 counted.late += 1
         self._inflight_bytes -= request.size
+        self._open -= 1
+        if not self._open:
+            self._all_over.set()
         route.statistics.pending -= 1
 
     def _full(self) -> errors.GatewayError:
@@ -327,6 +334,12 @@ class Service:
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
         self._draining = True
+
+    async def finished(self) -> None:
+        """Wait until every accepted request is answered, by whichever worker."""
+        while self._open:
+            self._all_over.clear()
+            await self._all_over.wait()
 
 
 def _pick(pool: PoolState, version: str) -> VersionState:

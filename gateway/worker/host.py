@@ -134,6 +134,8 @@ class Host:
         if self._stopped.is_set():
             return None
         found: list[Capacity] = []
+        if self._stopped.is_set():
+            return None
         for place in self._places:
             model = self._slots.scheduler.latency(self, place.device)
             if model.known:

@@ -52,6 +52,37 @@ async def test_two_servers_do_not_share_a_port(implementation):
                 pass
 
 
+async def test_servers_share_a_port_if_both_say_so(implementation):
+    async with serving(implementation, share=True) as leaving:
+        port = leaving.server.port
+        async with serving(implementation, port=port, share=True):
+            leaving.stop.set()
+            await asyncio.wait({leaving.task})
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+                assert (await stub.ModelInfer(message("shared"))).id == "shared"
+
+
+async def test_a_shared_port_is_refused_to_one_that_does_not_share(implementation):
+    async with serving(implementation, share=True) as first:
+        with pytest.raises(OSError, match="cannot listen"):
+            async with serving(implementation, port=first.server.port):
+                pass
+
+
+async def test_a_server_that_leaves_accepts_nobody_and_answers_those_it_has(implementation):
+    async with serving(implementation, share=True) as running, grpc.aio.insecure_channel(running.url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert (await stub.ModelInfer(message("before"))).id == "before"
+        await running.server.leave()
+        with socket.socket() as late:
+            late.setblocking(False)
+            late.connect_ex(("127.0.0.1", running.server.port))
+            assert (await stub.ModelInfer(message("after"))).id == "after"
+            with pytest.raises(OSError, match="not connected"):
+                late.getpeername()
+
+
 async def test_ipv6(implementation):
     async with (
         serving(implementation, host="::1") as running,
@@ -222,7 +253,7 @@ async def test_a_front_that_dies_ends_the_server(monkeypatch):
 def test_a_loop_that_is_closed_under_a_front_closes_the_front():
     pytest.importorskip("pygrpc_native")
     loop = asyncio.new_event_loop()
-    front = native_front("127.0.0.1:0", Calls(None, None, GrpcOptions()), Keepalive())
+    front = native_front("127.0.0.1:0", Calls(None, None, GrpcOptions()), GrpcOptions())
 
     async def start():
         started = await front.__aenter__()

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from gateway.transport.http import Counted, HttpServer, TlsFiles
-from tests.support import background
+from gateway.transport.ports import listening
+from tests.support import background, settle
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -153,6 +154,53 @@ async def test_connections_over_the_limit_wait_their_turn() -> None:
                 assert not late.done()
                 writer.close()
             assert (await late).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_server_that_leaves_ends_its_connections_and_the_other_takes_the_callers() -> None:
+    app = App()
+    async with HttpServer(Counted(app.answer), "127.0.0.1", 0, share=True) as leaving:
+        reader, writer = await connect(leaving.port)
+        writer.write(GET)
+        assert b"connection: close" not in await reader.readuntil(b"ok")
+        async with HttpServer(Counted(App().answer), "127.0.0.1", leaving.port, share=True) as staying:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(leaving.leave())
+                await settle()
+                writer.write(GET)
+                assert b"connection: close" in await reader.readuntil(b"ok")
+                assert await reader.read() == b""
+            for _ in range(20):
+                await get(staying.port)
+        assert app.entered._value == 2
+    writer.close()
+
+
+async def test_a_request_that_runs_when_its_server_leaves_is_answered() -> None:
+    app = App()
+    app.free.clear()
+    async with HttpServer(Counted(app.answer), "127.0.0.1", 0, share=True) as server:
+        reader, writer = await connect(server.port)
+        writer.write(GET)
+        await app.entered.acquire()
+        await server.leave()
+        with pytest.raises(ConnectionRefusedError):
+            await connect(server.port)
+        app.free.set()
+        assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_listener_of_others_is_served_and_left_open() -> None:
+    held = await listening("127.0.0.1", 0, 10, share=True)
+    with held:
+        async with HttpServer(Counted(App().answer), "", 0, listener=held.dup()) as server:
+            assert server.port == held.getsockname()[1]
+            await get(server.port)
+        reader, writer = await connect(server.port)  # nobody is there to accept it, and it is not refused
+        writer.write(GET)
+        async with HttpServer(Counted(App().answer), "", 0, listener=held.dup()):
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+        writer.close()
 
 
 @pytest.fixture

@@ -15,6 +15,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
+CONFIG = """
+backend: "fake"
+max_batch_size: 8
+dynamic_batching {}
+input { name: "IN" data_type: TYPE_FP32 dims: 2 }
+output { name: "OUT" data_type: TYPE_FP32 dims: 2 }
+instance_group { kind: KIND_CPU count: 1 }
+"""
+
+
+def write_model(repository: Path, name: str, **parameters: str) -> None:
+    (repository / name / "1").mkdir(parents=True, exist_ok=True)
+    more = "".join(
+        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n' for key, value in parameters.items()
+    )
+    (repository / name / "config.pbtxt").write_text(CONFIG + more)
+
 
 class GatewayProcess:
     """One `gateway serve`. Its log is read line by line, so waiting is on what it says."""

@@ -21,18 +21,9 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
 from gateway.engines.fake import Gate
-from tests.system.process import ROOT, started
+from tests.system.process import CONFIG, ROOT, started, write_model
 
 pytestmark = pytest.mark.slow
-
-CONFIG = """
-backend: "fake"
-max_batch_size: 8
-dynamic_batching {}
-input { name: "IN" data_type: TYPE_FP32 dims: 2 }
-output { name: "OUT" data_type: TYPE_FP32 dims: 2 }
-instance_group { kind: KIND_CPU count: 1 }
-"""
 
 
 @pytest.fixture
@@ -40,14 +31,6 @@ def short():
     """A folder whose path is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="gw") as folder:
         yield Path(folder)
-
-
-def write_model(repository: Path, name: str, **parameters: str) -> None:
-    (repository / name / "1").mkdir(parents=True, exist_ok=True)
-    more = "".join(
-        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n' for key, value in parameters.items()
-    )
-    (repository / name / "config.pbtxt").write_text(CONFIG + more)
 
 
 def tensor(module, value: float):

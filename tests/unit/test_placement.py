@@ -111,3 +111,4 @@ def test_the_cpu_is_one_device() -> None:
     (cpu,) = devices()
     assert (cpu.name, cpu.kind) == ("cpu", "cpu")
     assert 1 <= cpu.cores <= AFFINITY
+    assert devices(3)[0].cores == 3  # as the operator says, whatever is there

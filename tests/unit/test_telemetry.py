@@ -29,8 +29,8 @@ def lines(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Callable
     saved = root.handlers, root.level, ours.level
     root.handlers = []
 
-    def configure(log_format: LogFormat, verbose: int = 0) -> Callable[[], list[str]]:
-        configure_logging(log_format, verbose)
+    def configure(log_format: LogFormat, verbose: int = 0, process: str = "") -> Callable[[], list[str]]:
+        configure_logging(log_format, verbose, process)
         return lambda: capsys.readouterr().err.splitlines()  # noqa: PLW0108 - read when called, not now
 
     yield configure
@@ -56,6 +56,17 @@ def test_text_line(lines) -> None:
     time, rest = line.split(" ", 1)
     assert TIME.fullmatch(time)
     assert rest == "INFO model_loaded model=digits version=1 seconds=0.25 cold=true reason=null"
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_each_line_names_its_process(lines, log_format) -> None:
+    read = lines(log_format, process="worker-1")
+    log_event("model_loaded", source="forged")
+    (line,) = read()
+    if log_format == "json":
+        assert json.loads(line)["source"] == "worker-1"
+    else:
+        assert line.split(" ", 1)[1] == "INFO [worker-1] model_loaded source=forged"
 
 
 def test_text_quotes_what_could_be_misread(lines) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gateway import errors
 from gateway.transport.grpc.calls import Calls, stopping
-from gateway.transport.grpc.options import Keepalive
+from gateway.transport.grpc.options import GrpcOptions
 from gateway.transport.grpc.trailers import trailers
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -29,7 +29,7 @@ _log = logging.getLogger("gateway.grpc")
 
 
 @asynccontextmanager
-async def native_front(address: str, calls: Calls, keepalive: Keepalive) -> AsyncIterator[Front]:
+async def native_front(address: str, calls: Calls, options: GrpcOptions) -> AsyncIterator[Front]:
     """A bound front, to be `start`ed; the block's end closes it once what was answered has been sent.
 
     Raises OSError when `address` cannot be bound. A front that fails while it serves cancels the block and
@@ -37,6 +37,7 @@ async def native_front(address: str, calls: Calls, keepalive: Keepalive) -> Asyn
     """
     from pygrpc_native import NativeGrpcFront
 
+    keepalive = options.keepalive
     native = NativeGrpcFront(
         address,
         [(_METHOD, False)],
@@ -46,6 +47,7 @@ async def native_front(address: str, calls: Calls, keepalive: Keepalive) -> Asyn
         keepalive_time_ms=max(keepalive.time_ms, 1),
         keepalive_timeout_ms=max(keepalive.timeout_ms, 1),
         keepalive_permit_without_calls=keepalive.permit_without_calls,
+        reuse_port=options.share,
     )
     try:
         async with asyncio.TaskGroup() as group:

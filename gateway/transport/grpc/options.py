@@ -39,7 +39,8 @@ class GrpcOptions:
     """Where and how to listen. Port 0 takes a free one; `grace` is how many seconds a stop waits for answers.
 
     `max_request_tensors` is how many inputs, and how many outputs, one request may name. The native front knows
-    no `max_connections`. `native` False keeps grpcio in charge even where `pygrpc_native` is installed.
+    no `max_connections`. `native` False keeps grpcio in charge even where `pygrpc_native` is installed. With `share`
+    other processes may listen on the port too.
     """
 
     host: str = "127.0.0.1"
@@ -51,3 +52,4 @@ class GrpcOptions:
     tls: Tls | None = None
     native: bool = True
     grace: float = 30.0
+    share: bool = False

@@ -6,6 +6,7 @@ grpcio server behind it the rest; otherwise grpcio serves everything. Clients ca
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from contextlib import AsyncExitStack
 from importlib.util import find_spec
@@ -20,7 +21,10 @@ from gateway.transport.grpc.calls import Authenticate, Calls
 from gateway.transport.grpc.native import native_front
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions, Keepalive, Tls
 from gateway.transport.grpc.servicer import add_handlers
+from gateway.transport.ports import own_listeners, turn_away
 from gateway.types import Infer
+
+_HANDSHAKES = 0.2  # seconds for connections that are being made
 
 
 class GrpcServer:
@@ -52,9 +56,19 @@ class GrpcServer:
     ) -> bool | None:
         return await self._stack.__aexit__(kind, error, trace)
 
+    async def leave(self) -> None:
+        """Leave the port to the processes that share it. Returns when no new connection can come.
+
+        Calls on connections that are there go on coming, because neither library can send their clients away
+        without ending the calls that run.
+        """
+        for listener in own_listeners(self.port):
+            turn_away(listener)
+        await asyncio.sleep(_HANDSHAKES)
+
     async def _start_native(self, stack: AsyncExitStack) -> None:
         try:
-            front = await stack.enter_async_context(native_front(self._address(), self._calls, self._options.keepalive))
+            front = await stack.enter_async_context(native_front(self._address(), self._calls, self._options))
         except OSError as problem:
             raise self._cannot_bind() from problem
         # A directory of its own, so that nobody else can reach the socket.
@@ -113,8 +127,8 @@ def _channel_options(options: GrpcOptions) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", options.max_request_bytes),
         ("grpc.max_send_message_length", INT32_MAX),
         ("grpc.max_allowed_incoming_connections", options.max_connections),
-        # Without this a second server on the port would start, and take half of the calls.
-        ("grpc.so_reuseport", 0),
+        # By itself grpcio shares: a second server on the port would start, and take half of the calls.
+        ("grpc.so_reuseport", int(options.share)),
         *_keepalive_options(options.keepalive),
     ]
 

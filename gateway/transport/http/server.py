@@ -1,7 +1,8 @@
 """`HttpServer`: one listening socket served by granian's embedded server, on the caller's event loop.
 
-Serves any RSGI application. Promises one TCP port, known before the first request and never shared with
-another process; no signal handlers; and a stop that closes the port first and lets running requests finish.
+Serves any RSGI application. Promises one TCP port, known before the first request and not shared with another
+process unless that is asked for; no signal handlers; and a stop that closes the port first and lets running
+requests finish.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from granian.log import LogLevels
 from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
+from gateway.transport.http.farewell import Farewell
 from gateway.transport.http.handover import Door, RsgiApp, serving
+from gateway.transport.ports import listening, turn_away
 
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
 _FINISH = 5.0  # seconds a stop leaves requests that are inside the application, when all accepted work is done
 _LINGER = 1.0  # seconds a stop leaves the kernel to take the last answers
+_FAREWELL = 1.0  # seconds in which callers that keep their connection are told to make another
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +48,33 @@ class HttpServer:
     """
 
     def __init__(
-        self, app: RsgiApp, host: str, port: int, *, tls: TlsFiles | None = None, max_connections: int = 1000
+        self,
+        app: RsgiApp,
+        host: str,
+        port: int,
+        *,
+        tls: TlsFiles | None = None,
+        max_connections: int = 1000,
+        share: bool = False,
+        listener: socket.socket | None = None,
     ) -> None:
+        """With `share` other processes may listen on the port too. A `listener` made elsewhere is used as it is."""
         self.port = port
         self._host = host
         self._tls = tls
         self._max_connections = max_connections
+        self._share = share
+        self._listener = listener
         self._app = app
         self._stopping = False
         self._group = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
-        listener = await _listen(self._host, self.port, self._max_connections)
+        listener = self._listener or await listening(self._host, self.port, self._max_connections, share=self._share)
         self.port = listener.getsockname()[1]
+        self._descriptor = listener.fileno()
+        if self._share:
+            self._app = Farewell(self._app)  # only here, because the application is open by now
         try:
             self._server = _Embedded(listener, self._app, self._tls, self._max_connections)
         except BaseException:
@@ -66,6 +84,23 @@ class HttpServer:
         self._serving = self._group.create_task(self._serve(), name=f"http:{self.port}")
         return self
 
+    async def leave(self) -> None:
+        """Leave the port to the processes that share it. Returns when no new request can come.
+
+        Callers that are connected are answered and told to connect anew. Whoever made the listener has to see to it
+        that no new ones come.
+        """
+        assert isinstance(self._app, Farewell), "nobody shares the port"
+        self._app.leaving = True
+        if self._listener is None:
+            turn_away(self._descriptor)
+        await asyncio.sleep(_FAREWELL)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._server.stop()  # type: ignore[no-untyped-call]
+
     async def _serve(self) -> None:
         await self._server.serve()
         if not self._stopping:
@@ -74,8 +109,7 @@ class HttpServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True
-        self._server.stop()  # type: ignore[no-untyped-call]
+        self._stop()
         try:
             # What is left may be a client that stalls in the middle of its body, for ever.
             with suppress(TimeoutError):
@@ -145,21 +179,3 @@ class _Embedded(Server):
 
     def _init_shared_socket(self) -> None:
         self._shd = SocketHolder(self._listener.detach(), False, self.backlog)  # type: ignore[call-arg, assignment]
-
-
-async def _listen(host: str, port: int, backlog: int) -> socket.socket:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted sockets inherit it; with Nagle's algorithm a response can wait 40 ms for an acknowledgement.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        listener.setblocking(False)
-        listener.bind(address)
-        listener.listen(backlog)
-    except OSError as problem:
-        listener.close()
-        raise OSError(problem.errno, f"cannot listen on {host}:{port}: {problem.strerror}") from None
-    return listener
