@@ -116,7 +116,9 @@ class Service:
         one of another priority ends this. Changes nothing that others see, so that other threads may ask.
         """
         route = self._routes.get(target)
-        if route is None or route.admission is None or route.pool is not self._queue.pool(target[0]) or self._draining:
+        if route is None or route.admission is None or route.pool is not self._queue.pool(target[0]):
+            return None
+        if self._draining or route.config.response_cache is not None:  # where an answer may be found without a run
             return None
         again = route.admission.turn_away(deadline - behind.seconds)
         if again is not None:
@@ -133,11 +135,10 @@ class Service:
         self._unread += 1
         return again if self._unread % _LET_THROUGH else None
 
-    def turned_away(self, target: tuple[str, str], times: int) -> None:
-        """So many requests were refused because `turn_away` said so."""
+    def turned_away(self, target: tuple[str, str], error: errors.GatewayError, times: int) -> None:
+        """So many requests were refused with this error because `turn_away` said so."""
         if (route := self._routes.get(target)) is not None and route.admission is not None:
-            route.statistics.record_failure("REJECTED", 0, times)
-            route.statistics.refused["overload"] = route.statistics.refused.get("overload", 0) + times
+            route.statistics.record_refusal(error, 0, times)
             route.admission.turned_away(times)
 
     def check(self, request: InferRequest) -> None:

@@ -216,11 +216,11 @@ class VersionStatistics:
         self.failures[reason if reason in self.failures else "OTHER"] += times
         self.failure_ns += total_ns
 
-    def record_refusal(self, error: errors.GatewayError, total_ns: int) -> None:
-        """Count a request that was answered with an error after `total_ns`."""
-        self.record_failure(failure_reason(error), total_ns)
+    def record_refusal(self, error: errors.GatewayError, total_ns: int, times: int = 1) -> None:
+        """Count a request that was answered with an error after `total_ns`, or several after so long in all."""
+        self.record_failure(failure_reason(error), total_ns, times)
         if error.reason:
-            self.refused[error.reason] = self.refused.get(error.reason, 0) + 1
+            self.refused[error.reason] = self.refused.get(error.reason, 0) + times
 
     def record_cache_hit(self, total_ns: int, lookup_ns: int, rows: int) -> None:
         """Count a request that was answered out of the response cache; `lookup_ns` of `total_ns` went there."""

@@ -102,7 +102,9 @@ async def test_a_refusal_needs_no_event_loop() -> None:
 
 async def test_each_is_counted_before_the_next_request_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[int] = []
-    monkeypatch.setattr(Full, "turned_away", lambda _self, target, times: told.append(times) or target == ("m", ""))
+    monkeypatch.setattr(
+        Full, "turned_away", lambda _self, target, _error, times: told.append(times) or target == ("m", "")
+    )
     async with serving() as running:
         await asyncio.gather(*(running.ask() for _ in range(COUNT)))
         running.service.again = None
@@ -120,10 +122,11 @@ async def test_each_is_counted_before_the_next_request_is_answered(monkeypatch: 
         lambda running: requests.post(
             f"{running.url}/v2/models/m/infer", data=iter([BODY.encode()]), headers=TIMEOUT, timeout=10
         ),
+        lambda running: running.post(**{"idempotency-key": "k"}),
         lambda running: requests.get(f"{running.url}/v2/models/m", headers=TIMEOUT, timeout=10),
         lambda running: requests.get(f"{running.url}/v2/health/live", headers=TIMEOUT, timeout=10),
     ],
-    ids=["bad timeout", "no deadline", "large body", "body of unknown length", "metadata", "health"],
+    ids=["bad timeout", "no deadline", "large body", "body of unknown length", "repeat", "metadata", "health"],
 )
 async def test_what_is_no_small_infer_request_with_a_deadline_is_let_in(
     ask: Callable[[Running], requests.Response],

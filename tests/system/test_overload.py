@@ -14,7 +14,7 @@ SLOW = PUBLISHED.slower(4)
 
 def test_half_more_than_the_capacity_with_retries_is_answered_or_refused_and_counted_once() -> None:
     with fake_gateway((sys.executable, "-m", "gateway"), SLOW) as fake:
-        cell = measure(fake, Spec("storm", 1.5, warm=1.5, seconds=3.0, retries=True, pace=SLOW), seed=1)
+        cell = measure(fake, Spec("storm", 1.5, warm=1.0, seconds=2.0, retries=True, pace=SLOW), seed=1)
     real = cell.real
     assert real.attempts > real.offered  # the refused asked again
     assert real.kinds[OVERLOAD] > 0

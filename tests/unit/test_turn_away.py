@@ -1,7 +1,11 @@
 """Which requests are refused unread: those like others that were refused, and what a crowded event loop has no time for."""
 
+from dataclasses import replace
+
 import pytest
 
+from gateway.config.model import ResponseCache
+from gateway.errors import Overloaded
 from gateway.queues.base import PoolState, VersionState
 from gateway.queues.memory import MemoryQueue
 from gateway.service import Behind, Service
@@ -40,10 +44,9 @@ class Rig:
     async def names(self):
         return ["m"]
 
-    def publish(self):
-        self.queue.publish(
-            PoolState("m", (VersionState("1", "READY", config=model_config(), admission=self.admission),))
-        )
+    def publish(self, **config):
+        version = VersionState("1", "READY", config=replace(model_config(), **config), admission=self.admission)
+        self.queue.publish(PoolState("m", (version,)))
 
     def ask(self, behind=NEAR, *, left=1.0, now=100.0):
         return self.service.turn_away(TARGET, now, now + left, behind)
@@ -105,6 +108,13 @@ def test_a_model_that_changed_or_that_nobody_knows_turns_nobody_away(rig):
     assert rig.refused() == 0
 
 
+def test_what_may_be_in_the_response_cache_is_looked_for(rig):
+    rig.publish(response_cache=ResponseCache())
+    rig.service.model_config("m")
+    rig.admission.closed = 200.0
+    assert rig.refused() == 0
+
+
 def test_a_server_that_drains_says_so_itself(rig):
     rig.admission.closed = 200.0
     rig.service.drain()
@@ -112,7 +122,7 @@ def test_a_server_that_drains_says_so_itself(rig):
 
 
 def test_those_turned_away_are_counted_as_refused_for_overload(rig):
-    rig.service.turned_away(TARGET, 3)
-    rig.service.turned_away(("gone", ""), 5)
+    rig.service.turned_away(TARGET, Overloaded("full"), 3)
+    rig.service.turned_away(("gone", ""), Overloaded("full"), 5)
     counted = rig.statistics.of("m", "1")
     assert (counted.refused, counted.failures["REJECTED"], rig.admission.told) == ({"overload": 3}, 3, 3)

@@ -20,6 +20,7 @@ from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
 from gateway.transport.http.endpoint import seconds_left
 from gateway.transport.http.replies import Reply, error_reply
+from gateway.transport.idempotency import HEADER
 
 _ARRIVED = 1 << 16  # such a body came with its head; a client that still sends a larger one might not read an answer
 _WARY = 1.0  # seconds
@@ -57,7 +58,8 @@ class InferDoor:
             return None
         header = scope.headers.get
         timeout = header("x-request-timeout-ms")
-        if timeout is None or not _is_small(header("content-length")):
+        # A request that was made before may have its answer waiting.
+        if timeout is None or header(HEADER) is not None or not _is_small(header("content-length")):
             return None
         try:
             left = seconds_left(timeout)
@@ -80,13 +82,17 @@ class InferDoor:
         while self._away:
             away[self._away.popleft()] += 1
         for target, times in away.items():
-            self._service.turned_away(target, times)
+            self._service.turned_away(target, _refused(0), times)
             self._refusals.note(Overloaded.__name__, times, wire="http", reason=_WHY)
 
 
 @lru_cache(1024)
 def _refusal(milliseconds: int) -> Reply:
-    return error_reply(Overloaded(_WHY, milliseconds / 1e3))
+    return error_reply(_refused(milliseconds))
+
+
+def _refused(milliseconds: int) -> Overloaded:
+    return Overloaded(_WHY, milliseconds / 1e3)
 
 
 @lru_cache(1024)
