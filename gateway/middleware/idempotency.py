@@ -20,9 +20,6 @@ from gateway.middleware.flights import Counting, Flight, Flights, OneAnswer, Pre
 from gateway.middleware.store import ClaimStore, Kept, compact, replay, size_of
 from gateway.types import Infer, InferRequest, InferResponse, Responses
 
-MAX_BYTES = 64 << 20
-"""What the answers that are kept for keys may take in one process."""
-
 _SECONDS = 300.0
 _LARGEST = 256 << 10  # bytes of an answer that is kept
 
