@@ -350,6 +350,20 @@ async def test_a_repeat_at_another_gateway_gets_the_first_answer(redis_url: str)
         assert type(await ask(of.endpoints[1], keyed(3.0))) is errors.Conflict
 
 
+async def test_another_body_that_comes_first_at_a_gateway_spoils_nothing(redis_url: str) -> None:
+    """It asks Redis for the key, and while it does nobody here knows whose the key is."""
+    async with fleet(redis_url) as of, callers(of.rig) as asking:
+        first = await begin(asking, of, 0, keyed())
+        job = await of.rig.job()
+        async with asyncio.TaskGroup() as tasks:
+            conflict = tasks.create_task(ask(of.endpoints[1], keyed(2.0)))
+            repeat = tasks.create_task(ask(of.endpoints[1], keyed()))
+            assert type(await conflict) is errors.Conflict
+            job.reply(of.rig.answered(job.request, 7))
+            assert value_of(await repeat) == 7
+        assert value_of(await first) == 7
+
+
 async def test_when_the_first_leaves_the_repeat_elsewhere_runs(redis_url: str) -> None:
     async with fleet(redis_url) as of, callers(of.rig) as asking:
         first = await begin(asking, of, 0, keyed())
