@@ -24,7 +24,7 @@ from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
-from gateway.middleware.idempotency import MAX_BYTES, idempotency
+from gateway.middleware.idempotency import idempotency
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
@@ -176,12 +176,15 @@ async def _endpoint(stack: AsyncExitStack, settings: Settings, service: Service,
 async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue | None) -> tuple[ClaimStore, Store]:
     """Where answers are kept for requests that come again: where the queue is."""
     if queue is None:
-        return MemoryStore(MAX_BYTES), MemoryStore(settings.response_cache_bytes)
+        keys = MemoryStore(settings.idempotency_bytes, warns="idempotency_keys_forgotten")
+        return keys, MemoryStore(settings.response_cache_bytes)
     from gateway.middleware.redis_store import RedisStore, SharedStore
 
     client, seal = queue.client, queue.seal
-    repeats = await stack.enter_async_context(RedisStore(client, client.keys.idempotency, seal, MAX_BYTES))
-    return repeats, SharedStore(client, client.keys.cached, seal, settings.response_cache_bytes)
+    shared = RedisStore(client, client.keys.idempotency, seal, settings.idempotency_bytes)
+    return await stack.enter_async_context(shared), SharedStore(
+        client, client.keys.cached, seal, settings.response_cache_bytes
+    )
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:

@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     response_cache_bytes: NonNegativeInt = _setting(
         0, "models", "bytes of responses kept for models with response_cache { enable: true }; 0: none"
     )
+    idempotency_bytes: NonNegativeInt = _setting(
+        64 * MIB, "models", "bytes of answers kept for requests that come again under their Idempotency-Key"
+    )
     persist_latency: bool = _setting(
         True, "models", "keep what was learned of batch times in each version's folder, for the next start"
     )

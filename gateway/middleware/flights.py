@@ -24,11 +24,12 @@ from gateway.types import Infer, InferRequest, InferResponse
 class Flight:
     """A run that equal requests may wait for."""
 
-    __slots__ = ("_over", "body", "failed", "request")
+    __slots__ = ("_over", "body", "certain", "failed", "request")
 
     def __init__(self, request: InferRequest, body: bytes) -> None:
         self.request = request
         self.body = body
+        self.certain = False  # the key is known to belong to this body
         self.failed = False  # it ended with an error that was not for the lack of time
         self._over: asyncio.Future[Kept | None] = asyncio.get_running_loop().create_future()
 

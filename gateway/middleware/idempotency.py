@@ -20,9 +20,6 @@ from gateway.middleware.flights import Counting, Flight, Flights, OneAnswer, Pre
 from gateway.middleware.store import ClaimStore, Kept, compact, replay, size_of
 from gateway.types import Infer, InferRequest, InferResponse, Responses
 
-MAX_BYTES = 64 << 20
-"""What the answers that are kept for keys may take in one process."""
-
 _SECONDS = 300.0
 _LARGEST = 256 << 10  # bytes of an answer that is kept
 
@@ -58,7 +55,7 @@ class _Repeats:
         if response is None:
             with self._flights.leading(key, request, body) as flight:
                 with Counting(statistics, started):
-                    response = await self._known(key, body, request.deadline)
+                    response = await self._known(key, flight, request.deadline)
                 if response is None:
                     return await self._run(key, flight)
                 flight.land(Kept(body, response))
@@ -68,30 +65,31 @@ class _Repeats:
     async def _joined(self, key: bytes, body: bytes, request: InferRequest) -> InferResponse | None:
         """The answer of a run under way in this process; None when there is none any more."""
         while (flight := self._flights.of(key)) is not None:
-            if flight.body != body:
+            if flight.certain and flight.body != body:
                 raise errors.key_reused()
             kept = await flight.outcome(request.deadline)
             if kept is not None:
-                return kept.response
+                return _same(kept, body).response
         return None
 
-    async def _known(self, key: bytes, body: bytes, deadline: float | None) -> InferResponse | None:
+    async def _known(self, key: bytes, flight: Flight, deadline: float | None) -> InferResponse | None:
         """The answer that is kept, perhaps after a run elsewhere; None if it is for this process to run."""
         if deadline is None:
-            return await self._claimed(key, body)
+            return await self._claimed(key, flight)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await self._claimed(key, body)
+                return await self._claimed(key, flight)
         except TimeoutError:
             raise errors.deadline_passed() from None
 
-    async def _claimed(self, key: bytes, body: bytes) -> InferResponse | None:
-        while (kept := await self._store.claim(key, body)) is not None:
-            if kept.body != body:
-                raise errors.key_reused()
+    async def _claimed(self, key: bytes, flight: Flight) -> InferResponse | None:
+        while (kept := await self._store.claim(key, flight.body)) is not None:
+            _same(kept, flight.body)
+            flight.certain = True
             if not kept.pending:
                 return kept.response  # None if it was too large to be kept: it is computed again
             await self._store.settled(key)
+        flight.certain = True
         return None
 
     async def _run(self, key: bytes, flight: Flight) -> InferResponse:
@@ -109,6 +107,12 @@ class _Repeats:
         # Before the answer leaves: from then on a repeat finds it, whichever gateway it comes to.
         await self._store.put(key, Kept(flight.body, small), _SECONDS)
         return response
+
+
+def _same(kept: Kept, body: bytes) -> Kept:
+    if kept.body != body:
+        raise errors.key_reused()
+    return kept
 
 
 def _key_of(request: InferRequest) -> bytes:

@@ -32,7 +32,7 @@ _FIRST_LOOK, _LAST_LOOK = 0.005, 0.05  # seconds between looks at a run elsewher
 _SHORT_PATIENCE = 0.05  # seconds, where Redis can be done without
 _REST = 1.0  # seconds that it is then left alone
 _NEAR = 600.0  # seconds that what was found in Redis is kept here
-_LARGEST = 1 << 20  # bytes of a cached response that is shared: a larger one would hold up the queue
+_LARGEST = 256 << 10  # bytes of a cached response that is shared: a larger one would hold up the queue
 
 
 class _Claim:

@@ -7,6 +7,7 @@ in, tensor for tensor. A fleet of gateways shares one in Redis: `redis_store.py`
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from gateway.telemetry import log_event
 from gateway.types import InferResponse, Tensor, wires
 
 _BLOCKING = 1 << 20  # bytes; copying more holds up the event loop
@@ -66,10 +68,12 @@ class _Entry(NamedTuple):
 class MemoryStore:
     """A `ClaimStore` in this process. It has no pending entries: its requests wait for each other in `Flights`."""
 
-    def __init__(self, max_bytes: int, now: Callable[[], float] = time.monotonic) -> None:
-        """`max_bytes` bounds all entries together; a single one that is larger is not kept."""
+    def __init__(self, max_bytes: int, now: Callable[[], float] = time.monotonic, *, warns: str = "") -> None:
+        """`max_bytes` bounds all entries together; a single one that is larger is not kept. `warns` names the event to
+        log, once, when an entry is let go before its time.
+        """
         self.bytes = 0
-        self.evicted = 0  # entries let go for others before their time
+        self._warns = warns
         self._max_bytes = max_bytes
         self._now = now
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
@@ -94,7 +98,9 @@ class MemoryStore:
         now = self._now()
         while self.bytes + size > self._max_bytes:
             oldest = next(iter(self._entries))
-            self.evicted += self._entries[oldest].until > now
+            if self._warns and self._entries[oldest].until > now:
+                log_event(self._warns, logging.WARNING, entries=len(self._entries), max_bytes=self._max_bytes)
+                self._warns = ""
             self._drop(oldest)
         self._entries[key] = _Entry(kept, size, now + seconds)
         self.bytes += size

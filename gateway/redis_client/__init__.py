@@ -15,8 +15,8 @@ Cluster. Ids and field names are UTF-8.
 | `P:d:{<model>/<version>}`     | stream | dead letters of a lane                                                           |
 | `P:r:<process>`               | stream | replies to one gateway process; MAXLEN ~ 10000, lives as long as its heartbeat   |
 | `P:b:<id>`                    | string | a payload beside the stream; lives as long as its request                        |
-| `P:i:<digest>`                | string | idempotency record; has a TTL                                                    |
-| `P:c:<digest>`                | string | response cache entry; has a TTL                                                  |
+| `P:i:<digest>`                | string | a run under an idempotency key, 3 s to live and renewed; its answer, 5 min       |
+| `P:c:<digest>`                | string | response cache entry, written as an answer to a key is; an hour to live          |
 | `P:j:{jobs}:<job>`            | hash   | one async job, fields in `gateway.jobs.record`; has a TTL                        |
 | `P:jobs:{jobs}:<state>`       | zset   | async jobs by state: when they may run, when their lease ends, when they ended   |
 | `P:jobs:{jobs}:hooks`         | zset   | webhooks to deliver, by the time of the next attempt                             |

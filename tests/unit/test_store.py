@@ -35,7 +35,21 @@ async def test_what_is_put_is_got_until_its_time_is_over():
     assert await store.claim(b"a", b"") is entry
     clock.now = 10
     assert await store.get(b"a") is None
-    assert (store.bytes, store.evicted) == (0, 0)
+    assert store.bytes == 0
+
+
+async def test_letting_go_before_the_time_is_said_once(caplog: pytest.LogCaptureFixture):
+    clock = Clock()
+    store = MemoryStore(3_000, clock, warns="keys_forgotten")
+    for name in (b"a", b"b"):
+        await store.put(name, kept(), 10)
+    clock.now = 11
+    await store.put(b"c", kept(), 10)  # in the place of one whose time is over
+    assert caplog.records == []
+    for name in (b"d", b"e", b"f"):
+        await store.put(name, kept(), 10)
+    (record,) = caplog.records
+    assert record.msg.name == "keys_forgotten"
 
 
 async def test_the_bytes_are_those_of_the_entries():

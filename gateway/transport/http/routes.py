@@ -42,7 +42,8 @@ _INFER_EXAMPLE = {
 }
 _INFER_TEXT = """JSON in and out, or Triton's binary tensor data: then the body is the JSON followed by the tensors'
 bytes, the header `Inference-Header-Content-Length` says where the JSON ends, and each binary input has the
-parameter `binary_data_size` in place of `data`. With the query `async=1` the request becomes a job: the answer is 202
+parameter `binary_data_size` in place of `data`. A request that is sent again with the same `Idempotency-Key` header gets
+the first one's result. With the query `async=1` the request becomes a job: the answer is 202
 with the job's path as `Location`; the query `callback=URL` names who is told of its end."""
 _JOBS_TEXT = """Jobs are infer requests sent with `async=1`. They are kept in Redis, survive restarts, and are run by any
 gateway; without Redis the answer is 501."""
