@@ -243,7 +243,8 @@ async def test_a_request_that_redis_lost_is_sent_again(fleet):
             client = gateway._client
             for each in (1, 2, 3):
                 await client.call("DEL", client.keys.requests("m", "1", each))
-            await gateway._calls.audit(suspicious=True)
+            gateway._calls.suspect()
+            await gateway._calls.audit()
             (job,) = await take(held, 1)
             job.reply(answer(job.request))
             assert (await caller).id == "a"

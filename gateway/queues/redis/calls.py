@@ -7,6 +7,7 @@ the same id when the queue has lost it. How that is noticed: `audit` looks wheth
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,18 +20,18 @@ from gateway import errors
 from gateway.queues.answers import Answers
 from gateway.queues.base import Lane
 from gateway.queues.redis import wire
-from gateway.queues.redis.beside import INLINE
+from gateway.queues.redis.beside import INLINE, Missing
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import BadMessage, pack_request, unpack_error, unpack_response
 from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
-from gateway.telemetry import log_event
-from gateway.types import Buffer, InferRequest
+from gateway.types import Buffer, InferRequest, InferResponse
 
 _PATIENCE = 30.0  # seconds that a request without a deadline waits for a Redis that is away
 _YOUNG = 1.0  # seconds in which nothing is looked for: the usual wait is shorter, and looking costs a round trip
 _FOREVER = 3600.0  # seconds that the tensors of a request without a deadline are kept
 _MOST = 10_000  # pending entries asked for at once
+_SOME = 64  # entries read at once, which may have 256 KB each
 
 
 class RedisCall(Answers):
@@ -69,6 +70,7 @@ class Calls:
         self._unanswered: dict[Lane, set[RedisCall]] = defaultdict(set)
         self._emptied = asyncio.Event()
         self._down_since: float | None = None
+        self._suspicious = False
 
     def submit(self, lane: Lane, request: InferRequest, klass: int) -> RedisCall:
         """Send a request. Raises `DeadlineExceeded` when its deadline is over."""
@@ -107,6 +109,12 @@ class Calls:
             self._emptied.clear()
             await self._emptied.wait()
 
+    async def answered(self) -> None:
+        """Wait until no call is unanswered."""
+        while self._unanswered:
+            self._emptied.clear()
+            await self._emptied.wait()
+
     def close(self) -> None:
         """Answer all that still waits."""
         for call in list(self._calls.values()):
@@ -115,32 +123,36 @@ class Calls:
     # --- answers
 
     async def deliver(self, frame: wire.Frame) -> None:
-        """An answer has come."""
+        """An answer has come. Raises `BadMessage` when it is none."""
         call = self._calls.get(frame.call)
         if call is None or call.done:
             self._link.counts.duplicates += 1
+            if frame.kind == wire.ELSEWHERE:
+                self._link.payloads.remove(_reference(frame))
             return
-        if frame.kind == wire.ERROR:
-            call.answered = True
-            call.fail(unpack_error(frame.header))
-            return
-        payload: Buffer = frame.rest
-        if frame.kind == wire.ELSEWHERE:
-            reference = bytes(frame.rest).decode()
-            try:
-                payload = await self._link.payloads.get(reference)
-            except (errors.GatewayError, RedisError) as problem:
-                call.fail(errors.Unavailable(f"the answer was lost on its way: {problem}"))
-                return
-            self._link.payloads.remove(reference)
         try:
-            response = unpack_response(frame.header, payload)
+            answer = unpack_error(frame.header) if frame.kind == wire.ERROR else await self._response(frame)
         except BadMessage as problem:
             self._link.damaged(problem, "an answer")
-            call.fail(errors.Internal("the answer was damaged on its way; the server's log has the details"))
+            answer = errors.Internal("the answer was damaged on its way; the server's log has the details")
+        except (Missing, Disconnected, RedisError) as problem:
+            self._link.report("answer_lost", logging.WARNING, reason=str(problem))
+            call.missing = True  # so that it is sent again
             return
-        call.answered = response.final
-        call.reply(response)
+        if isinstance(answer, errors.GatewayError):
+            call.answered = True
+            call.fail(answer)
+        else:
+            call.answered = answer.final
+            call.reply(answer)
+
+    async def _response(self, frame: wire.Frame) -> InferResponse:
+        if frame.kind != wire.ELSEWHERE:
+            return unpack_response(frame.header, frame.rest)
+        reference = _reference(frame)
+        response = unpack_response(frame.header, await self._link.payloads.get(reference))
+        self._link.payloads.remove(reference)
+        return response
 
     # --- sending
 
@@ -158,13 +170,13 @@ class Calls:
             self._add(call, header, wire.PAYLOAD, payload, (payload,))
 
     async def _send_large(self, call: RedisCall, header: bytes, parts: Sequence[Buffer]) -> None:
+        if call.reference:
+            self._link.payloads.remove(call.reference)  # what was sent before was lost, and it perhaps too
+        ttl = _FOREVER if call.request.deadline is None else call.request.deadline - time.monotonic() + 10
         try:
-            if not call.reference:
-                ttl = _FOREVER if call.request.deadline is None else call.request.deadline - time.monotonic() + 10
-                name = call.id.hex()
-                call.reference = await self._link.payloads.put(
-                    name, parts, same_host=self._share(call.lane), ttl=max(ttl, 1)
-                )
+            call.reference = await self._link.payloads.put(
+                call.id.hex(), parts, same_host=self._share(call.lane), ttl=max(ttl, 1)
+            )
         except (Disconnected, RedisError, errors.GatewayError) as problem:
             self._refused(call, problem)
             return
@@ -196,7 +208,7 @@ class Calls:
     def _refused(self, call: RedisCall, problem: BaseException) -> None:
         call.sending = False
         if isinstance(problem, ResponseError):
-            log_event("request_not_stored", reason=str(problem), model=call.lane.model)
+            self._link.report("request_not_stored", reason=str(problem), model=call.lane.model)
             call.fail(
                 errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)")
             )
@@ -205,34 +217,48 @@ class Calls:
 
     # --- what the queue has lost
 
-    async def audit(self, *, suspicious: bool = False) -> None:
-        """Send again what is neither waiting nor being worked on any more; `suspicious` after Redis was away."""
+    def suspect(self) -> None:
+        """Redis was away or is another one: believe nothing of what it was given before."""
+        self._suspicious = True
+
+    async def audit(self) -> None:
+        """Send again what is neither waiting nor being worked on any more. Raises `Disconnected`."""
         now = time.monotonic()
-        streams: dict[str, list[RedisCall]] = defaultdict(list)
-        for call in self._calls.values():
-            if not call.done and (suspicious or call.missing or now - call.sent > _YOUNG):
-                streams[call.stream].append(call)
         if not self._link.client.connected:
             self._wait_for_redis(now)
             return
         self._down_since = None
-        for stream, calls in streams.items():
-            there = await self._present(stream, [call for call in calls if call.entries], suspicious=suspicious)
-            for call in calls:
-                self._judge(call, there, suspicious=suspicious)
+        suspicious, self._suspicious = self._suspicious, False
+        streams: dict[str, list[RedisCall]] = defaultdict(list)
+        for call in self._calls.values():
+            if not call.done and (suspicious or call.missing or now - call.sent > _YOUNG):
+                streams[call.stream].append(call)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for stream, calls in streams.items():
+                    group.create_task(self._audit(stream, calls, suspicious=suspicious))
+        except* (Disconnected, RedisError) as problems:
+            self._suspicious |= suspicious
+            raise problems.exceptions[0] from None
+
+    async def _audit(self, stream: str, calls: Sequence[RedisCall], *, suspicious: bool) -> None:
+        entries = sorted((entry for call in calls for entry in call.entries), key=wire.order)
+        there = await self._present(stream, entries, suspicious=suspicious) if entries else set()
+        for call in calls:
+            self._judge(call, there, suspicious=suspicious)
 
     def _judge(self, call: RedisCall, there: set[bytes], *, suspicious: bool) -> None:
-        if call.done:
+        if call.done or call.sending:
             return
         if any(entry in there for entry in call.entries):
             call.missing = False
-        elif not (call.missing or suspicious):
-            call.missing = True  # its answer may be on the way: look once more
-        elif not call.sending:
+        elif call.missing or suspicious:
             self._link.counts.resubmitted += 1
             call.missing = False
             call.entries.clear()
             self._send(call)
+        else:
+            call.missing = True  # its answer may be on the way: look once more
 
     def _wait_for_redis(self, now: float) -> None:
         self._down_since = self._down_since or now
@@ -241,24 +267,46 @@ class Calls:
                 if call.request.deadline is None:
                     call.fail(errors.Unavailable("the queue's Redis cannot be reached; try again later"))
 
-    async def _present(self, stream: str, calls: list[RedisCall], *, suspicious: bool) -> set[bytes]:
-        """Which entries of these calls are waiting or being worked on. Raises `Disconnected`."""
-        found: set[bytes] = set()
-        if not calls:
-            return found
-        entries = sorted((entry for call in calls for entry in call.entries), key=wire.order)
+    async def _present(self, stream: str, entries: Sequence[bytes], *, suspicious: bool) -> set[bytes]:
+        """Which of these entries, in order, are waiting or being worked on. Raises `Disconnected`."""
+        client = self._link.client
         try:
-            groups = await self._link.client.call("XINFO", "GROUPS", stream)
+            groups = await client.call("XINFO", "GROUPS", stream)
         except ResponseError:
-            return found  # no such stream
+            return set()  # no such stream
         ours = [group for group in map(wire.fields, groups) if group[b"name"] == GROUP.encode()]
         delivered = wire.order(ours[0][b"last-delivered-id"]) if ours else (0, 0)
-        if ours:
-            pending = await self._link.client.call("XPENDING", stream, GROUP, entries[0], entries[-1], _MOST)
-            found = {each[0] for each in pending}
-        for entry in entries:
-            if entry in found or wire.order(entry) <= delivered:
-                continue
-            if not suspicious or await self._link.client.call("XRANGE", stream, entry, entry):
-                found.add(entry)
+        found = await self._pending(stream, entries) if ours else set()
+        waiting = [entry for entry in entries if wire.order(entry) > delivered]
+        # Where the oldest is, the others are too: Redis forgets what is old, all that is young, or everything.
+        if suspicious or (waiting and not await self._stored(stream, waiting[:1])):
+            waiting = await self._stored(stream, waiting)
+        return found.union(waiting)
+
+    async def _pending(self, stream: str, entries: Sequence[bytes]) -> set[bytes]:
+        """Those of a range of entries that were delivered and are not acknowledged."""
+        found: set[bytes] = set()
+        first = entries[0]
+        while True:
+            some = await self._link.client.call("XPENDING", stream, GROUP, first, entries[-1], _MOST)
+            found.update(each[0] for each in some)
+            if len(some) < _MOST:
+                return found
+            first = b"(" + some[-1][0]
+
+    async def _stored(self, stream: str, entries: Sequence[bytes]) -> list[bytes]:
+        """Those of these entries that are in the stream."""
+        found: list[bytes] = []
+        for start in range(0, len(entries), _SOME):
+            some = entries[start : start + _SOME]
+            replies = await asyncio.gather(*(self._link.client.call("XRANGE", stream, each, each) for each in some))
+            found += [entry for entry, reply in zip(some, replies, strict=True) if reply]
         return found
+
+
+def _reference(frame: wire.Frame) -> str:
+    """Where the tensors of an answer lie. Raises `BadMessage`."""
+    try:
+        return str(frame.rest, "utf-8")
+    except UnicodeDecodeError:
+        raise BadMessage("an answer does not say where its tensors are") from None

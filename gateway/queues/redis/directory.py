@@ -1,7 +1,7 @@
 """Who is alive, who holds what: every process announces itself and reads the others' announcements.
 
-A process that is silent for two seconds is dead to the others. After Redis was away nobody is declared dead for as
-long, because nobody could announce anything.
+A process that is silent for two seconds is dead to the others. Who could not hear or be heard for a while itself, be it
+that Redis was away or full or that this process stood still, declares nobody dead for as long again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from redis.exceptions import RedisError
@@ -25,7 +25,8 @@ from gateway.telemetry import log_event
 BEAT = 0.5  # seconds
 _LIVES = 2.0  # seconds from an announcement to the death of who made it
 _DEAD_KNOWN = 10_000  # processes
-_HOLDING_LIVES = 600.0  # seconds; written anew in half of that
+_HOLDING_LIVES = 600.0  # seconds
+_LEAST = 0.02  # seconds between two looks, however much news there is
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class Member:
     """Another process."""
 
     announcement: Announcement
+    heard: float  # when it was last known to be alive
     pools: dict[str, PoolState] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     digest: bytes = b""
@@ -73,9 +75,10 @@ class Directory:
         self._known: set[str] = set()  # models that somebody held once
         self._admissions: dict[Lane, FleetAdmission] = {}
         self._bell = Bell()
-        self._holding = b""
-        self._written: tuple[bytes, float] = (b"", 0.0)
-        self._calm = 0.0  # nobody is dead before this time
+        self._unreadable: set[str] = set()  # live processes of another release
+        self._written: tuple[bytes, bool] = (b"", False)  # what others can know: the digest of what is held, `leaving`
+        self._looked = 0.0  # when the others were last looked at
+        self._calm = 0.0  # nobody is declared dead before this time
 
     # --- what this process holds
 
@@ -154,51 +157,73 @@ class Directory:
         """Whether a process is known to have died."""
         return process in self.dead
 
+    def is_alive(self, process: str) -> bool:
+        """Whether a process announces itself, be it in another release's way."""
+        return process in self.members or process in self._unreadable or process == self._link.process
+
+    @property
+    def sure(self) -> bool:
+        """Whether silence means something now."""
+        return time.monotonic() > self._calm
+
     # --- the beat
 
     async def run(self) -> None:
         """Announce and look around until cancelled."""
+        client = self._link.client
         while True:
+            began = time.monotonic()
             try:
-                await self.announce()
+                announced = self.announce()
                 await self.refresh()
+                await announced
             except Disconnected:
-                self._calm = time.monotonic() + _LIVES + BEAT
-            except RedisError as problem:  # e.g. no memory left: the others think that this process has died
-                log_event("not_announced", logging.ERROR, reason=str(problem))
-            await self._bell.wait(BEAT)
+                self._deaf()
+            except RedisError as problem:
+                self._deaf()
+                self._link.report("not_announced", reason=str(problem))
+                # A full Redis takes nothing new, but keeps what it has for longer.
+                lives = client.call("PEXPIRE", client.keys.process(self._link.process), int(_LIVES * 1000))
+                lives.add_done_callback(_seen)
+            await self._bell.wait(max(BEAT - (time.monotonic() - began), _LEAST))
 
     def wake(self) -> None:
         """Somebody has news."""
         self._bell.ring()
 
-    async def announce(self) -> None:
-        """Tell the others of this process. Raises `Disconnected`."""
-        client, process, now = self._link.client, self._link.process, time.monotonic()
+    def announce(self) -> asyncio.Future[bytes]:
+        """Tell the others of this process. The future fails where Redis did not take it."""
+        client, process = self._link.client, self._link.process
         holding = announce.pack_holding(self._own.values(), self.names)
-        digest = announce.digest(holding)
-        written, at = self._written
-        news = digest != written
-        if news or now - at > _HOLDING_LIVES / 2:
-            await client.call("SET", client.keys.holding(process), holding, "PX", int(_HOLDING_LIVES * 1000))
-            if self._own:
-                known = [word for model in self._own for word in (model, process)]
-                await client.call("HSET", client.keys.models, *known)
-            self._written = digest, now
+        now = announce.digest(holding), self.leaving
+        news = now != self._written
+        key, lives = client.keys.holding(process), int(_HOLDING_LIVES * 1000)
+        kept = client.call("SET", key, holding, "PX", lives) if news else client.call("PEXPIRE", key, lives)
+        kept.add_done_callback(self._kept)
+        if news and self._own:
+            known = [word for model in self._own for word in (model, process)]
+            client.call("HSET", client.keys.models, *known).add_done_callback(_seen)
         own = Announcement(
             self._role,
             self._link.payloads.host or "",
             self._link.reads,
             self.leaving,
-            digest,
+            now[0],
             self._capacities(),
             {f"{lane.model}/{lane.version}": rows for lane, rows in self._rows().items()},
         )
-        announced = client.call("SET", client.keys.process(process), announce.encode(own), "PX", int(_LIVES * 1000))
         client.call("HSET", client.keys.processes, process, self._role).add_done_callback(_seen)
-        await announced
+        announced = client.call("SET", client.keys.process(process), announce.encode(own), "PX", int(_LIVES * 1000))
+        announced.add_done_callback(_seen)
+        self._written = now
         if news:
             self._news()
+        return announced
+
+    def _kept(self, done: asyncio.Future[bytes | int | None]) -> None:
+        """What is held was not written, or Redis has lost it: write it with the next announcement."""
+        if done.cancelled() or done.exception() is not None or not done.result():
+            self._written = (b"", False)
 
     async def refresh(self) -> None:
         """Read who is there. Raises `Disconnected`."""
@@ -206,24 +231,36 @@ class Directory:
         roles, known = await asyncio.gather(
             client.call("HGETALL", client.keys.processes), client.call("HKEYS", client.keys.models)
         )
-        names = [name.decode() for name in roles[::2] if name.decode() != self._link.process]
+        names = list({name.decode() for name in roles[::2]} - {self._link.process} | self.members.keys())
         found = await client.call("MGET", *map(client.keys.process, names)) if names else []
-        silent = set(self.members)
+        now = time.monotonic()
+        if now - self._looked > _LIVES - BEAT:
+            self._deaf()
+        self._looked = now
+        silent = [process for process, data in zip(names, found, strict=True) if data is None]
+        self._unreadable.clear()
         for process, data in zip(names, found, strict=True):
             own = None if data is None else announce.read_announcement(data)
             if own is not None:
-                silent.discard(process)
                 await self._see(process, own)
-        if time.monotonic() > self._calm:
-            self._bury(silent)
+            elif data is not None:
+                self._unreadable.add(process)
+        if self.sure:
+            self._bury(silent, now)
         self._learn(known)
         self._weigh()
 
+    def _deaf(self) -> None:
+        """Nothing is known of anybody for a while now, nor of us."""
+        self._calm = time.monotonic() + _LIVES + BEAT
+
     async def _see(self, process: str, own: Announcement) -> None:
+        now = time.monotonic()
         member = self.members.get(process)
         if member is None:
-            member = self.members[process] = Member(own)
+            member = self.members[process] = Member(own, now)
             self.dead.pop(process, None)
+        member.heard = now
         left = own.leaving and not member.announcement.leaving
         member.announcement = own
         self._link.hosts[process] = own.host
@@ -241,25 +278,33 @@ class Directory:
             for model in member.pools:
                 self._merge(model)
 
-    def _bury(self, silent: set[str]) -> None:
+    def _bury(self, silent: Sequence[str], now: float) -> None:
         """Their announcements have lapsed, or they said good-bye."""
+        client = self._link.client
         for process in silent:
-            member = self.members.pop(process)
-            self._link.hosts.pop(process, None)
-            self.dead[process] = None
-            if len(self.dead) > _DEAD_KNOWN:
-                self.dead.pop(next(iter(self.dead)))
-            log_event("process_gone", logging.WARNING, process=process)
-            client = self._link.client
+            member = self.members.get(process)
+            if member is not None:
+                if now - member.heard < _LIVES / 2 and not member.announcement.leaving:
+                    continue  # Redis has lost it, not its process
+                self._forget_member(process, member)
+            # One that lives after all puts itself there again.
             client.call("HDEL", client.keys.processes, process).add_done_callback(_seen)
-            for model in member.pools:
-                self._merge(model)
-            self._died(process)
+
+    def _forget_member(self, process: str, member: Member) -> None:
+        del self.members[process]
+        self._link.hosts.pop(process, None)
+        self.dead[process] = None
+        if len(self.dead) > _DEAD_KNOWN:
+            self.dead.pop(next(iter(self.dead)))
+        log_event("process_gone", logging.WARNING, process=process)
+        for model in member.pools:
+            self._merge(model)
+        self._died(process)
 
     def disturbed(self) -> None:
         """Redis was away or has lost its data: silence means nothing for a while."""
-        self._calm = time.monotonic() + _LIVES + BEAT
-        self._written = (b"", 0.0)
+        self._deaf()
+        self._written = (b"", False)
         self._bell.ring()
 
     # --- merging

@@ -14,11 +14,12 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from gateway import errors
 from gateway.queues.base import Job, Lane
 from gateway.queues.redis import wire
+from gateway.queues.redis.beside import Missing
 from gateway.queues.redis.cancelled import Cancelled
 from gateway.queues.redis.jobs import RedisJob
 from gateway.queues.redis.link import Link
@@ -94,12 +95,8 @@ class LaneReader:
             self._task.cancel()
 
     def idle(self) -> list[RedisJob]:
-        """Jobs that wait here and that nobody will take; the caller hands them to another worker."""
-        if self._consumers:
-            return []
-        left = [job for job in self._waiting if not job.done]
-        self._waiting.clear()
-        return left
+        """Jobs that wait here and that nobody will take; the caller hands them to another worker and disowns them."""
+        return [] if self._consumers else [job for job in self._waiting if not job.done]
 
     # --- jobs
 
@@ -108,7 +105,9 @@ class LaneReader:
         jobs: list[Job] = []
         while self._waiting and len(jobs) < limit:
             job = self._waiting.popleft()
-            if not job.done:
+            if job.done:
+                job.give_up()
+            else:
                 jobs.append(job)
         return jobs
 
@@ -165,6 +164,7 @@ class LaneReader:
         """These are another worker's from now on."""
         for job in jobs:
             self.forget(job)
+        self._waiting = deque(job for job in self._waiting if job.entry in self.held)
 
     # --- reading
 
@@ -182,7 +182,7 @@ class LaneReader:
                     )  # fmt: skip
                 except Disconnected:
                     await client.online()
-                except ResponseError as problem:
+                except RedisError as problem:
                     await self._repair(problem)
                 else:
                     for stream, entry, fields in wire.entries(reply):
@@ -206,40 +206,47 @@ class LaneReader:
     def _credits(self) -> int:
         return sum(consumer.credits for consumer in self._consumers)
 
-    async def _repair(self, problem: ResponseError) -> None:
+    async def _repair(self, problem: RedisError) -> None:
         """The group is missing when the lane is new, and after Redis has lost it."""
         if not str(problem).startswith("NOGROUP"):
-            log_event("lane_unreadable", logging.ERROR, model=self.lane.model, reason=str(problem))
+            self._link.report("lane_unreadable", model=self.lane.model, reason=str(problem))
             await asyncio.sleep(_BLOCK)  # e.g. no permission: an operator has to see to it
-        for stream in self.streams:
-            try:
-                await self._link.client.call("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM")
-            except (Disconnected, ResponseError):  # also that another worker was quicker
-                continue
+        made = [self._link.client.call("XGROUP", "CREATE", stream, GROUP, "0", "MKSTREAM") for stream in self.streams]
+        for refusal in await asyncio.gather(*made, return_exceptions=True):
+            if isinstance(refusal, RedisError) and not str(refusal).startswith("BUSYGROUP"):  # that is: it is there
+                self._link.report("lane_not_made", model=self.lane.model, reason=str(refusal))
+                await asyncio.sleep(_BLOCK)  # e.g. no memory
 
     async def enter(self, stream: str, entry: bytes, fields: dict[bytes, bytes], deliveries: int = 1) -> None:
         """Hold an entry that is this process's now, or see it off. It may have been pending: `deliveries` counts."""
         if entry in self.held:
             return
-        stub = Stub(stream, entry)
         try:
-            header = fields[wire.HEADER]
-            if version_of(header) > self._link.reads:
-                self.foreign.add(entry)
-                return
-            envelope = wire.read_envelope(fields[wire.ENVELOPE])
-            if self._unwanted(envelope):
-                self.outbox.done(stub)
-                return
-            request = await self._request(header, fields)
+            job = await self._open(stream, entry, fields)
         except (BadMessage, KeyError) as problem:
             self._link.damaged(problem, stream)
-            self.outbox.done(stub)
-            return
-        except errors.GatewayError as problem:  # its payload is gone, or Redis is: the gateway sends it again
-            log_event("payload_missing", logging.WARNING, stream=stream, reason=problem.message)
-            return
-        self._hold(RedisJob(self, stream, entry, envelope, request), deliveries)
+            self.outbox.done(Stub(stream, entry))
+        except Missing:  # nobody waits any more, or the gateway misses it and sends it again
+            self._link.report("payload_missing", logging.WARNING, stream=stream)
+            self.outbox.done(Stub(stream, entry))
+        except (Disconnected, RedisError) as problem:
+            # It stays ours: `Recovery` finds it pending and not held.
+            self._link.report("payload_unreadable", logging.WARNING, stream=stream, reason=str(problem))
+        else:
+            if job is not None and entry not in self.held:  # as it may be by now
+                self._hold(job, deliveries)
+
+    async def _open(self, stream: str, entry: bytes, fields: dict[bytes, bytes]) -> RedisJob | None:
+        """The job of an entry; None when it is not to be run here."""
+        header = fields[wire.HEADER]
+        if version_of(header) > self._link.reads:
+            self.foreign.add(entry)
+            return None
+        envelope = wire.read_envelope(fields[wire.ENVELOPE])
+        if self._unwanted(envelope):
+            self.outbox.done(Stub(stream, entry))
+            return None
+        return RedisJob(self, stream, entry, envelope, await self._request(header, fields))
 
     def _unwanted(self, envelope: wire.Envelope) -> bool:
         counts = self._link.counts
@@ -266,6 +273,9 @@ class LaneReader:
         job.enqueued = now - max(self._link.client.clock() - wire.milliseconds(job.entry) / 1000, 0.0)
         if job.budget:
             request.deadline = job.enqueued + job.budget
+            if job.expired(now):  # it waited for a worker until then
+                self.outbox.done(job)
+                return
         self.held[job.entry] = job
         self._calls[job.call] = job
         if deliveries > _TRIES:

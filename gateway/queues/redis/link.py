@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from gateway.queues.redis.beside import Payloads
 from gateway.queues.redis.message import VERSION, Seal
 from gateway.redis_client import RedisClient
 from gateway.telemetry import log_event
+
+_BURST = 10.0  # seconds between two lines about the same
 
 
 @dataclass(slots=True)
@@ -59,6 +62,7 @@ class Link:
     counts: Counts = field(default_factory=Counts)
     hosts: dict[str, str] = field(default_factory=dict)  # of each process, the /dev/shm it has
     ids: Iterator[bytes] = field(default_factory=wire.ids)
+    _said: dict[str, tuple[float, int]] = field(default_factory=dict)  # events, when last, and how many since
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         """Do this beside everything else; it ends with the queue at the latest."""
@@ -72,4 +76,14 @@ class Link:
     def damaged(self, problem: Exception, where: str) -> None:
         """A message that is no use is counted and logged, and nothing else suffers from it."""
         self.counts.damaged += 1
-        log_event("message_damaged", logging.ERROR, where=where, reason=str(problem))
+        self.report("message_damaged", where=where, reason=str(problem))
+
+    def report(self, event: str, level: int = logging.ERROR, **fields: str | int) -> None:
+        """Log what may happen with every message: once in a while, with how often it happened in between."""
+        now = time.monotonic()
+        at, more = self._said.get(event, (-_BURST, 0))
+        if now - at < _BURST:
+            self._said[event] = (at, more + 1)
+            return
+        self._said[event] = (now, 0)
+        log_event(event, level, **fields, **({"more_before": more} if more else {}))

@@ -21,6 +21,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import pack_error
+from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
 from gateway.telemetry import log_event
 from gateway.types import Buffer
@@ -91,7 +92,7 @@ class Outbox:
                 self._send(process, mail)
             else:
                 self._give_up(mail)
-        if not self._open:
+        if not self._open and not self._scheduled:  # else an answer of one of them may not be stored yet
             for stream, entries in self.unacknowledged.items():
                 if entries:
                     self._acknowledge(stream, list(entries))
@@ -109,8 +110,10 @@ class Outbox:
                 f"{job.call.hex()}-answer", parts, same_host=self._link.same_host(job.reply_to), ttl=_LARGE_LIVES
             )
             self._put(job.reply_to, job.call, wire.ELSEWHERE, header, [reference.encode()], job if final else None)
+        except Disconnected:
+            self.unacknowledged[job.stream].discard(job.entry)  # still pending, so it is run again
         except (errors.GatewayError, RedisError) as problem:
-            log_event("answer_not_stored", logging.WARNING, reason=str(problem))
+            self._link.report("answer_not_stored", logging.WARNING, reason=str(problem))
             lost = errors.Unavailable("the answer is too large for what the queue's Redis has room for now")
             self._put(job.reply_to, job.call, wire.ERROR, pack_error(lost), (), job)
         finally:

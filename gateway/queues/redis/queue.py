@@ -123,12 +123,19 @@ class RedisQueue:
         """See `Queue.consumer`."""
         return RedisConsumer([self._lane(lane) for lane in lanes], limit)
 
+    async def answered(self) -> None:
+        """See `Queue.answered`."""
+        await self._calls.answered()
+
     async def drained(self, lane: Lane) -> None:
         """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""
         await self._calls.empty(lane)
         reader = self._lanes.get(lane)
         while reader is not None and reader.served and not any(self._directory.others(lane)):
-            lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in reader.streams))
+            try:
+                lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in reader.streams))
+            except (Disconnected, RedisError):
+                return  # what is there stays for other workers
             if not sum(lengths):
                 return
             await self._beat.wait()
@@ -273,7 +280,7 @@ class RedisQueue:
                 except Disconnected:
                     await self._client.online()
                 except RedisError as problem:
-                    log_event("replies_unreadable", logging.ERROR, reason=str(problem))
+                    self._link.report("replies_unreadable", reason=str(problem))
                     await asyncio.sleep(_BLOCK)
                 else:
                     for _, self._last_reply, fields in wire.entries(reply):
@@ -298,12 +305,7 @@ class RedisQueue:
         """What is to be done from time to time: nothing here is waited for by a request that goes well."""
         while True:
             await self._bell.wait(BEAT)
-            try:
-                await self._tidy()
-            except Disconnected:
-                await self._calls.audit()  # it says so to those who have waited long enough
-            except RedisError as problem:
-                log_event("queue_untended", logging.ERROR, reason=str(problem))
+            await self._tidy()
             self._beat.set()
             self._beat.clear()
 
@@ -312,12 +314,20 @@ class RedisQueue:
         self._outbox.retry()
         for lane in list(self._lanes.values()):
             lane.give_up_orphans(now)
-            if lane.served:
-                await self._recovery.look(lane)
-            await self._recovery.hand_over(lane, lane.idle())
-        await self._calls.audit()
-        await self._keep_replies()
         self._link.payloads.sweep()
+        for care in (self._recover, self._keep_replies, self._calls.audit):
+            try:
+                await care()
+            except Disconnected:
+                continue
+            except RedisError as problem:
+                self._link.report("queue_untended", reason=str(problem))
+
+    async def _recover(self) -> None:
+        lanes = list(self._lanes.values())
+        await self._recovery.look(lane for lane in lanes if lane.served)
+        for lane in lanes:
+            await self._recovery.hand_over(lane)
 
     async def _keep_replies(self) -> None:
         key = self._client.keys.replies(self.process)
@@ -331,16 +341,17 @@ class RedisQueue:
         while True:
             generation = await self._client.changed(generation)
             self._directory.disturbed()
+            self._calls.suspect()
             with suppress(Disconnected, RedisError):
                 await self._open_replies()
-                await self._calls.audit(suspicious=True)
+            self._bell.ring()
 
     async def _sign_off(self) -> None:
         """Hand over what is left, and tell the others that this process ends and did not die."""
         self._directory.leave()
         await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
         for lane in self._lanes.values():
-            await self._recovery.hand_over(lane, lane.idle())
+            await self._recovery.hand_over(lane)
         await self._outbox.flushed()
         for lane in self._lanes.values():
             await self._recovery.sign_off(lane)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from redis.exceptions import RedisError
@@ -17,7 +18,6 @@ from redis.exceptions import RedisError
 from gateway.queues.redis import wire
 from gateway.queues.redis.directory import Directory
 from gateway.queues.redis.events import GIVEN, Events
-from gateway.queues.redis.jobs import RedisJob
 from gateway.queues.redis.lane import LaneReader
 from gateway.queues.redis.link import Link
 from gateway.redis_client import Disconnected
@@ -26,6 +26,7 @@ from gateway.telemetry import log_event
 
 _AT_ONCE = 1000  # entries looked at
 _STRANGE = 1000  # ms that an entry of a worker nobody has seen must be pending to be taken from it
+_ROUNDS = 60  # looks at what is pending for each look at who is in the group
 
 
 class _Pending(NamedTuple):
@@ -43,23 +44,23 @@ class Recovery:
         self._link = link
         self._directory = directory
         self._events = events
+        self._looks = 0
 
-    async def look(self, lane: LaneReader) -> None:
-        """Take over what dead workers held of a lane, and what was given to this one. Raises `Disconnected`."""
-        for stream in lane.streams:
-            try:
-                await self._look(lane, stream)
-            except Disconnected:
-                raise
-            except RedisError as problem:  # the group is not made yet, or is gone; the reader makes it
-                if not str(problem).startswith("NOGROUP"):
-                    log_event("recovery_failed", logging.ERROR, stream=stream, reason=str(problem))
+    async def look(self, lanes: Iterable[LaneReader]) -> None:
+        """Take over what dead workers held of these lanes, and what was given to this one. Raises nothing."""
+        self._looks += 1
+        await asyncio.gather(*(self._look(lane, stream) for lane in lanes for stream in lane.streams))
 
-    async def hand_over(self, lane: LaneReader, jobs: Sequence[RedisJob]) -> None:
-        """Give jobs that nobody here will run to another worker. Without one they stay, until somebody claims them."""
-        heir = next(self._directory.others(lane.lane), None)
-        if heir is None or not jobs:
+    async def hand_over(self, lane: LaneReader) -> None:
+        """Give jobs that nobody here will run to another worker. Without one they stay, until somebody claims them.
+
+        Raises `Disconnected`.
+        """
+        jobs = lane.idle()
+        heirs = list(self._directory.others(lane.lane))
+        if not heirs or not jobs:
             return
+        heir = random.choice(heirs)
         for stream in lane.streams:
             entries = [job.entry for job in jobs if job.stream == stream]
             if entries:
@@ -78,45 +79,54 @@ class Recovery:
                 continue  # no group, no name in it
 
     async def _look(self, lane: LaneReader, stream: str) -> None:
-        total, _, _, consumers = await self._link.client.call("XPENDING", stream, GROUP)
-        if not total:
+        try:
+            total, _, _, consumers = await self._link.client.call("XPENDING", stream, GROUP)
+            if self._looks % _ROUNDS == 0:
+                await self._strike_off(stream)
+            if total:
+                await self._inspect(lane, stream, {name.decode(): int(count) for name, count in consumers})
+        except Disconnected:
             return
-        for name, count in consumers:
-            process = name.decode()
+        except RedisError as problem:  # the group is not made yet, or is gone; the reader makes it
+            if not str(problem).startswith("NOGROUP"):
+                self._link.report("recovery_failed", stream=stream, reason=str(problem))
+
+    async def _inspect(self, lane: LaneReader, stream: str, pending: dict[str, int]) -> None:
+        for process, count in pending.items():
             if process == self._link.process:
                 held = sum(job.stream == stream for job in lane.held.values())
-                if int(count) > held + len(lane.outbox.unacknowledged[stream]):
+                if count > held + len(lane.outbox.unacknowledged[stream]):
                     await self._adopt_own(lane, stream)
-            elif process not in self._directory.members:
+            elif not self._directory.is_alive(process):
                 await self._take_over(lane, stream, process)
+
+    async def _strike_off(self, stream: str) -> None:
+        """Take the names of the dead off a group once nothing is pending under them."""
+        for found in await self._link.client.call("XINFO", "CONSUMERS", stream, GROUP):
+            consumer = wire.fields(found)
+            name = consumer[b"name"].decode()
+            if self._directory.is_dead(name) and not consumer[b"pending"]:
+                await self._link.client.call("XGROUP", "DELCONSUMER", stream, GROUP, name)
 
     async def _adopt_own(self, lane: LaneReader, stream: str) -> None:
         """Entries of ours that we do not hold: given to us, or read when a connection broke."""
         done = lane.outbox.unacknowledged[stream]
         pending = await self._pending(stream, self._link.process)
         lost = [each for each in pending if each.entry not in lane.held and each.entry not in done]
+        ours = [each for each in lost if each.entry not in lane.foreign]
         await self._pass_on(lane, stream, [each.entry for each in lost if each.entry in lane.foreign])
         # RETRYCOUNT: that it changes hands is no delivery.
         await asyncio.gather(
-            *(
-                self._claim(lane, stream, each, each.deliveries, "RETRYCOUNT", each.deliveries)
-                for each in lost
-                if each.entry not in lane.foreign
-            )
+            *(self._claim(lane, stream, each, each.deliveries, "RETRYCOUNT", each.deliveries) for each in ours)
         )
 
     async def _take_over(self, lane: LaneReader, stream: str, process: str) -> None:
+        """Claim all of it, however much is held here: it has waited longer than anything that is yet to be read."""
         pending = await self._pending(stream, process)
-        if not pending:
-            await self._link.client.call("XGROUP", "DELCONSUMER", stream, GROUP, process)
-            return
         if not self._directory.is_dead(process):  # never seen: it may have come this very moment
-            pending = [each for each in pending if each.idle > _STRANGE]
+            pending = [each for each in pending if each.idle > _STRANGE] if self._directory.sure else []
         # As idle as it was seen: of two who claim at once, the second finds it busy.
-        claims = [
-            self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle)
-            for each in pending[: max(lane.room(), 1)]
-        ]
+        claims = [self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle) for each in pending]
         taken = sum(await asyncio.gather(*claims))
         if taken:
             self._link.counts.recovered += taken
