@@ -22,6 +22,7 @@ from gateway.config.settings import Settings
 from gateway.redis_client import Keys
 from gateway.redis_client.keys import GROUP
 from gateway.statistics import FAILURE_REASONS
+from gateway.supervisor.supervisor import _MARGIN, plan
 from gateway.transport.auth import Tokens
 from gateway.transport.fleet import _TOTALS
 from tests import deploy_files as deploy
@@ -323,7 +324,9 @@ def test_containers_and_the_unit_have_the_time_that_their_drain_may_take(setting
             assert service["stop_signal"] == "SIGTERM"
             assert int(service["stop_grace_period"].removesuffix("s")) >= drain + MARGIN
         elif command.where == "lockgate.service":
-            assert int(deploy.unit()["TimeoutStopSec"][0]) >= drain + MARGIN
+            assert plan(settings(command)) is not None
+            # The supervisor ends the gateways and then the workers, and leaves each of them time to close.
+            assert int(deploy.unit()["TimeoutStopSec"][0]) >= 2 * (drain + _MARGIN) + MARGIN
 
 
 def test_the_unit_tells_the_gateway_alone_to_end():
@@ -339,7 +342,8 @@ def images() -> dict[str, str]:
     found = {f"compose {name}": each["image"] for name, each in deploy.compose()["services"].items()}
     (gpu,) = deploy.documents(DEPLOY / "compose.gpu.yaml")
     found |= {f"compose.gpu {name}": each["image"] for name, each in gpu["services"].items()}
-    for rendering, objects in RENDERINGS.items():
+    patches = {path.parent.name: deploy.documents(path) for path in deploy.OVERLAYS[0].parent.glob("*/worker.yaml")}
+    for rendering, objects in [*RENDERINGS.items(), *((f"patch {name}", patch) for name, patch in patches.items())]:
         found |= {f"{rendering} {name}": each["image"] for name, each in deploy.containers(objects).items()}
     for path in deploy.DOCKERFILES:
         (argument,) = [rest for word, rest in deploy.instructions(path) if word == "ARG"]
