@@ -58,7 +58,7 @@ serving: ContextVar[RsgiApp] = ContextVar("serving")
 def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Callable[..., Any]) -> Callable[..., None]:
     app = serving.get(None)
     if app is None or app.door is None:
-        return _granians(loop, context, callback)  # type: ignore[no-any-return, no-untyped-call]
+        return _granians(loop, context, callback)  # type: ignore[no-any-return]
     return _through(app.door, app.__rsgi__, loop, context)
 
 
@@ -99,6 +99,9 @@ async def _answered(answer: Callable[[Any, Any, float], Awaitable[None]], watche
         watcher.done()
 
 
-# granian looks it up by name whenever a server starts.
-_granians = _futures._cbsched_aioschedule  # noqa: SLF001 - it has no public place for this
-_futures._cbsched_aioschedule = _handover  # noqa: SLF001
+# granian looks it up by name whenever a server starts, and has no public place for it. A granian without the name is
+# served without a door: refusals cost more, and nothing else changes.
+_NAME = "_cbsched_aioschedule"
+_granians: Callable[..., Any] = getattr(_futures, _NAME, lambda *_: None)
+if hasattr(_futures, _NAME):
+    setattr(_futures, _NAME, _handover)
