@@ -86,7 +86,8 @@ async def _options(stack: AsyncExitStack, settings: Settings) -> RedisOptions:
     if url == "embedded":
         from gateway.redis_server import EmbeddedServer
 
-        url = (await stack.enter_async_context(EmbeddedServer())).url
+        server = EmbeddedServer(settings.queue_dir, persistent=settings.queue_dir is not None)
+        url = (await stack.enter_async_context(server)).url
     return RedisOptions(
         url,
         prefix=settings.queue_prefix,

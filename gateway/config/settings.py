@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     queue_prefix: str = _setting(
         "lockgate", "queue", "begins every key in Redis; one for each fleet", pattern=r"^[^{}\s]+$"
     )
+    queue_dir: Path | None = _setting(
+        None,
+        "queue",
+        "folder in which the embedded Redis keeps its data and its socket (redis.sock); without it async jobs end with it",
+    )
     queue_username: str = _setting("", "queue", "user name at Redis")
     queue_password_file: FilePath | None = _setting(None, "queue", "file with the password at Redis")
     queue_ca_file: FilePath | None = _setting(
@@ -258,6 +263,8 @@ class Settings(BaseSettings):
                 "one process with --queue memory is all that there can be; give --queue embedded on one machine, or the "
                 "URL of a Redis"
             )
+        if self.queue == "memory" and self.queue_dir is not None:
+            raise ValueError("--queue-dir is where the embedded Redis keeps its data; it needs --queue embedded")
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self

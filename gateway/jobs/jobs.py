@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -18,10 +19,11 @@ from gateway.jobs.record import FINAL, Job, State, is_id, new_id, unknown
 from gateway.jobs.store import JobStore, Packed
 from gateway.jobs.webhook import WebhookPolicy
 from gateway.queues.redis.message import Seal, pack_request, unpack_response
-from gateway.types import Buffer, InferRequest
+from gateway.types import InferRequest
 
 _EXPIRES, _LONGEST = 86_400.0, 7 * 86_400.0  # seconds that a job has, unless its request says how many; and at most
 _TRIES = 3
+_LARGE = 1 << 20  # bytes from which packing is work for a thread
 
 
 class Jobs:
@@ -71,16 +73,20 @@ class Jobs:
         left = _EXPIRES if request.deadline is None else min(max(request.deadline - time.monotonic(), 0.0), _LONGEST)
         # It is the job that expires, and not each attempt to run it.
         request.parameters = {name: value for name, value in request.parameters.items() if name != "timeout"}
-        header, parts = pack_request(request)
-        payload = _joined(parts)
-        digest = hashlib.sha256(header + payload).hexdigest() if key else ""
         identity = new_id()
+        large = request.size > _LARGE
+        packed = await asyncio.to_thread(self._packed, identity, request) if large else self._packed(identity, request)
+        digest = hashlib.sha256(packed.header + packed.payload).hexdigest() if key else ""
         job = Job(
-            identity, "queued", request.model_name, request.model_version, request.tenant, len(payload), now, now + left,
-            callback=callback, digest=digest,
+            identity, "queued", request.model_name, request.model_version, request.tenant, len(packed.payload), now,
+            now + left, callback=callback, digest=digest,
         )  # fmt: skip
-        packed = Packed(header, payload, self.seal.sign(identity.encode(), header, payload))
         return await self._add(job, packed, msgspec.msgpack.encode(plan or Plan()), _digest(request) if key else "")
+
+    def _packed(self, identity: str, request: InferRequest) -> Packed:
+        header, parts = pack_request(request)
+        payload = b"".join(parts)
+        return Packed(header, payload, self.seal.sign(identity.encode(), header, payload))
 
     async def _add(self, job: Job, packed: Packed, plan: bytes, key: str) -> Job:
         """A reply that is lost says nothing of whether the job is there, so it is asked for again, under the same id."""
@@ -163,10 +169,6 @@ class Jobs:
 
 def _since(job: Job) -> float:
     return job.finished or job.started or job.created
-
-
-def _joined(parts: Sequence[Buffer]) -> bytes:
-    return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
 def _digest(request: InferRequest) -> str:

@@ -21,6 +21,8 @@ from gateway.types import Infer, InferRequest, InferResponse
 _LOWEST = 1 << 30  # where the model does not count its priorities; they grow less urgent with their number
 _WAITS = 5  # times that a run waits for its turn in a busy gateway
 _WAIT, _LONGEST_WAIT = 1.0, 5.0  # seconds
+_LONGEST_RUN = 3600.0  # seconds
+_LARGE = 1 << 20  # bytes from which packing is work for a thread
 
 
 class Retry(NamedTuple):
@@ -44,12 +46,15 @@ async def run(
     try:
         for _ in range(_WAITS):
             request = _request(claim, seal)
-            request.deadline = time.monotonic() + claim.job.expires - clock()
+            # A run that hangs must not keep its place, and the tensors it left in Redis, until the job expires.
+            request.deadline = time.monotonic() + min(claim.job.expires - clock(), _LONGEST_RUN)
             try:
                 if not request.priority and not request.parameters.get("priority"):
                     batching = config_of(request.model_name, request.model_version).batching
                     request.priority = (batching.priority_levels if batching else 0) or _LOWEST
-                return _done(await _only(infer, request), claim, seal)
+                response = await _only(infer, request)
+                large = sum(tensor.nbytes for tensor in response.outputs.values()) > _LARGE
+                return await asyncio.to_thread(_done, response, claim, seal) if large else _done(response, claim, seal)
             except errors.ResourceExhausted as busy:
                 error = busy
             # Its place in this gateway is kept, or every other job would be refused in its stead.
@@ -59,7 +64,8 @@ async def run(
         return "dead", {"error": pack_error(problem)}
     except errors.GatewayError as error:
         # A model that is not found was there when the job came: its workers start, or it is being replaced.
-        if error.retryable or isinstance(error, errors.NotFound | errors.Cancelled):
+        absent = isinstance(error, errors.NotFound | errors.Cancelled)
+        if error.retryable or absent or (isinstance(error, errors.DeadlineExceeded) and clock() < claim.job.expires):
             return Retry(error)
         return "failed", {"error": pack_error(error)}
     except Exception as fault:  # noqa: BLE001 - a fault of ours is the job's end, and nobody else's

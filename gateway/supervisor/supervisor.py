@@ -80,7 +80,8 @@ async def supervise(settings: Settings, arguments: Sequence[str], show: Callable
     async with AsyncExitStack() as stack:
         own = list(arguments)
         if settings.queue == "embedded":
-            own += ["--queue", (await stack.enter_async_context(EmbeddedServer())).url]
+            redis = EmbeddedServer(settings.queue_dir, persistent=settings.queue_dir is not None)
+            own += ["--queue", (await stack.enter_async_context(redis)).url]
         ports = Ports()
         if wanted.gateways:
             await ports.open(stack, settings, wanted.gateways)

@@ -503,6 +503,14 @@ async def test_grpc_errors_and_cancels(redis_url: str) -> None:
         assert (await stub.ModelInfer(message(**{"async": False}))).outputs[0].name == "OUT"
 
 
+async def test_a_grpc_submission_that_is_repeated_under_its_key_is_one_job(redis_url: str) -> None:
+    async with serving(redis_url) as running, grpc.aio.insecure_channel(running.grpc_url) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        key = (("idempotency-key", "order-17"),)
+        answers = [await stub.ModelInfer(message(**{"async": True}), metadata=key) for _ in range(2)]
+        assert len({each.parameters["job_id"].string_param for each in answers}) == 1
+
+
 async def test_grpc_streams_have_jobs_too(redis_url: str) -> None:
     async with serving(redis_url) as running, grpc.aio.insecure_channel(running.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
