@@ -142,7 +142,11 @@ class Feed:
 def _event(identity: bytes, words: list[bytes]) -> Event:
     fields: dict[bytes, Any] = dict(zip(words[::2], words[1::2], strict=False))
     text = {name: fields.get(name, b"").decode("utf-8", "replace") for name in (b"job", b"state", b"time")}
-    return Event(bytes(identity), text[b"job"], text[b"state"], float(text[b"time"] or 0))
+    try:
+        moment = float(text[b"time"])
+    except ValueError:
+        moment = 0.0  # no event of ours, and nobody has subscribed to its job
+    return Event(bytes(identity), text[b"job"], text[b"state"], moment)
 
 
 def after(event: bytes, other: bytes) -> bool:

@@ -27,6 +27,7 @@ _FIRST, _LAST = 1.0, 300.0  # seconds between attempts
 _AT_ONCE = 16
 _LOOK = 30.0  # seconds between looks when nothing is heard
 _TROUBLE = 1.0
+_LINGER = 3.0  # seconds that a stop leaves the calls under way; the rest are made again
 
 Body = Callable[[Job], bytes]
 """What a receiver is told of a job."""
@@ -44,7 +45,7 @@ class HookRunner:
         self._body = body
         self._first_delay = first_delay
         self._group = asyncio.TaskGroup()
-        self._calls: set[str] = set()
+        self._calls: dict[str, asyncio.Task[None]] = {}
         self._wake = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -61,7 +62,11 @@ class HookRunner:
         if not isinstance(error, asyncio.CancelledError):
             kind = error = trace = None
         try:
-            await self._group.__aexit__(kind, error, trace)  # calls under way end by their time limit
+            if self._calls:
+                await asyncio.wait(self._calls.values(), timeout=_LINGER)
+            for call in self._calls.values():
+                call.cancel()
+            await self._group.__aexit__(kind, error, trace)
         finally:
             await self._caller.__aexit__()
 
@@ -96,8 +101,7 @@ class HookRunner:
         for name in [each.decode() for each in due]:
             job = await self._lease(name)
             if job is not None:
-                self._calls.add(name)
-                self._group.create_task(self._deliver(job))
+                self._calls[name] = self._group.create_task(self._deliver(job))
         with typed():
             first = await self._client.call("ZRANGE", self._hooks, 0, 0, "WITHSCORES")
         return max(float(first[1]) - self._store.clock(), 0.0) if first else _LOOK
@@ -130,7 +134,7 @@ class HookRunner:
             # The lease runs out, and it is called again.
             log_event("webhook_unsettled", logging.WARNING, job=job.id, reason=problem.message)
         finally:
-            self._calls.discard(job.id)
+            del self._calls[job.id]
             self._wake.set()
 
     async def _note(self, job: Job, outcome: Outcome) -> None:

@@ -27,13 +27,15 @@ too often, or it cannot be read. A job whose model is unavailable, or whose gate
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
 from gateway import errors
 from gateway.queues.redis.message import BadMessage, unpack_error
+from gateway.telemetry import log_event
 
 State: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled", "dead"]
 STATES: tuple[State, ...] = ("queued", "running", "done", "failed", "cancelled", "dead")
@@ -102,10 +104,21 @@ def is_id(text: str) -> bool:
 
 
 def read(job: str, values: Sequence[bytes | None], rank: int | None = None) -> Job | None:
-    """A job from the values of `FIELDS`; None when there is no such record. `rank` counts the queued before it."""
+    """A job from the values of `FIELDS`; None when there is no such record, or none that can be read.
+
+    `rank` counts the queued before it.
+    """
     found = {name: value.decode("utf-8", "replace") for name, value in zip(FIELDS, values, strict=True) if value}
-    if "state" not in found:
+    if found.get("state") not in STATES:
         return None
+    try:
+        return _read(job, found, values[FIELDS.index("error")] or b"", rank)
+    except ValueError as problem:
+        log_event("job_unreadable", logging.ERROR, job=job, reason=str(problem))
+        return None
+
+
+def _read(job: str, found: Mapping[str, str], error: bytes, rank: int | None) -> Job:
     return Job(
         id=job,
         state=cast("State", found["state"]),
@@ -120,7 +133,7 @@ def read(job: str, values: Sequence[bytes | None], rank: int | None = None) -> J
         attempts=int(found.get("attempts", 0)),
         crashes=int(found.get("crashes", 0)),
         lease=found.get("lease", ""),
-        packed_error=values[FIELDS.index("error")] or b"",
+        packed_error=error,
         callback=found.get("callback", ""),
         hook=found.get("hook", ""),
         hook_attempts=int(found.get("hook_attempts", 0)),

@@ -181,6 +181,19 @@ async def test_a_result_sealed_with_another_key_is_not_given_out(redis_url: str)
             assert isinstance(await refusal(other.jobs.result(job)), BadMessage)
 
 
+@pytest.mark.parametrize("field", ["state", "created", "attempts", "v"])
+async def test_a_record_that_cannot_be_read_harms_no_other(redis_url: str, field: str) -> None:
+    of = options(redis_url)
+    async with gateway(of, runs=False) as one:
+        bad = await one.submit()
+        await one.client.call("HSET", one.client.keys.job(bad.id), field, b"\xff\x00x")
+        await one.client.call("XADD", one.client.keys.job_events(), "*", "what", "ever")
+    async with gateway(of) as other:
+        assert (await other.ended(await other.submit())).state == "done"
+        assert isinstance(await refusal(other.jobs.get(bad.id, "")), errors.NotFound)
+        assert [job.state for job in await other.jobs.list("", STATES, 10)] == ["done"]
+
+
 async def test_a_newer_record_is_left_for_newer_gateways(redis_url: str) -> None:
     async with gateway(options(redis_url), runs=False) as one:
         job = await one.submit()
