@@ -14,16 +14,18 @@ import sys
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gateway import __version__, engines, errors, placement, supervisor
-from gateway.app import Gateway, running
+from gateway import __version__, errors, supervisor
 from gateway.config.arguments import parse_args
-from gateway.config.fit import check_fit
 from gateway.config.settings import Settings
-from gateway.queues.base import PoolState
-from gateway.repository import ModelSource, Repository
 from gateway.telemetry import configure_logging, log_event
+
+# What only some commands need is imported by them: a supervisor is half as large for it, and starts its processes sooner.
+if TYPE_CHECKING:
+    from gateway.app import Gateway
+    from gateway.queues.base import PoolState
+    from gateway.repository import ModelSource
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -102,6 +104,8 @@ async def serve(settings: Settings) -> int:
 
     On SIGTERM a process that shares its ports leaves its callers to the others; on SIGINT it refuses them.
     """
+    from gateway.app import running
+
     stop = asyncio.Event()
     received: list[signal.Signals] = []
 
@@ -207,6 +211,9 @@ def table(pools: Sequence[PoolState]) -> str:
 
 def _models(settings: Settings) -> int:
     """Read every model without loading it; status 1 when any has a problem."""
+    from gateway import engines, placement
+    from gateway.repository import Repository
+
     repository = Repository(
         settings.model_repository,
         engines.describe,
@@ -245,6 +252,9 @@ def _models(settings: Settings) -> int:
 
 def _open_files(source: ModelSource) -> None:
     """Read every ONNX file that would be served. Raises `GatewayError` for one that is no model, or another's."""
+    from gateway import engines
+    from gateway.config.fit import check_fit
+
     for path in source.versions.values():
         file = path / source.config.default_model_filename
         if file.suffix == ".onnx":
