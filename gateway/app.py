@@ -100,7 +100,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                 queue.leave()
                 models.cancel()
                 try:
-                    await _drain(worker, settings.exit_timeout_secs)
+                    await _drain(queue, worker, settings.exit_timeout_secs)
                 finally:
                     queue.close()
         if working is not None:
@@ -124,10 +124,11 @@ async def _names(queue: Queue, repository: Repository) -> list[str]:
     return sorted(queue.repository_names(await asyncio.to_thread(repository.scan)))
 
 
-async def _drain(worker: Worker, seconds: int) -> None:
+async def _drain(queue: Queue, worker: Worker, seconds: int) -> None:
     try:
-        async with asyncio.timeout(seconds):
-            await worker.drain()
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as tasks:
+            tasks.create_task(queue.answered())
+            tasks.create_task(worker.drain())
     except TimeoutError:
         log_event("drain_timed_out", logging.WARNING, seconds=seconds)
 

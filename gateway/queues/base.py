@@ -189,6 +189,9 @@ class Queue(Protocol):
     async def drained(self, lane: Lane) -> None:
         """Wait until no accepted request of the lane is unanswered."""
 
+    async def answered(self) -> None:
+        """Wait until no request that was submitted here is unanswered."""
+
     def publish(self, state: PoolState) -> None:
         """Tell every gateway what this worker holds of a model."""
 

@@ -47,6 +47,11 @@ class MemoryQueue:
         await self._lane(lane).empty()
         self._lanes.pop(lane, None)
 
+    async def answered(self) -> None:
+        """See `Queue.answered`."""
+        for lane in list(self._lanes.values()):
+            await lane.empty()
+
     def publish(self, state: PoolState) -> None:
         """See `Queue.publish`."""
         self._pools[state.model] = state

@@ -287,7 +287,7 @@ class RedisQueue:
                 continue
             try:
                 frame = wire.read_frame(name, value, self._seal)
-                if frame.kind in (wire.REPORT, wire.TOLD):
+                if frame.kind in (wire.REPORT, wire.WORKING, wire.TOLD):
                     self._events.deliver(frame)
                 else:
                     await self._calls.deliver(frame)
@@ -334,6 +334,7 @@ class RedisQueue:
         while True:
             generation = await self._client.changed(generation)
             self._directory.disturbed()
+            self._events.disturbed()
             self._calls.suspect()
             with suppress(Disconnected, RedisError):
                 await self._open_replies()
