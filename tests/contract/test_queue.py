@@ -161,7 +161,7 @@ async def test_a_deadline_passes_while_the_request_waits(queue):
 
 
 async def test_a_deadline_passes_while_the_worker_holds_the_job(queue):
-    late_call = refusal(ask(queue, request(id="late", deadline=soon(0.05))))
+    late_call = refusal(ask(queue, request(id="late", deadline=soon(0.5))))
     async with background(late_call, ask(queue, request(id="mate"))) as (expiring, mate):
         late, kept = await take(queue, 2)
         assert isinstance(await expiring, errors.DeadlineExceeded)

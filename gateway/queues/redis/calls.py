@@ -109,12 +109,6 @@ class Calls:
             self._emptied.clear()
             await self._emptied.wait()
 
-    async def answered(self) -> None:
-        """Wait until no call is unanswered."""
-        while self._unanswered:
-            self._emptied.clear()
-            await self._emptied.wait()
-
     def close(self) -> None:
         """Answer all that still waits."""
         for call in list(self._calls.values()):

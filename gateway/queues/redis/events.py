@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
@@ -25,6 +26,9 @@ from gateway.telemetry import log_event
 _KEPT = 10_000  # events
 _BLOCK = 1.0  # seconds
 _ANSWERED = 1.0  # seconds within which a live process answers a question
+_ASK_AGAIN = 5.0  # seconds that a command waits for reports
+_TRIES = 3  # times that a process is asked again which has not said a word
+_ORDERS_KNOWN = 1000
 
 LOAD, UNLOAD, QUESTION, CANCEL, NEWS, GIVEN = "load", "unload", "question", "cancel", "news", "given"
 
@@ -37,21 +41,29 @@ class RedisOrder:
         self.epoch = epoch
         self._sender = sender
         self._id = identity
-        self._outbox: Outbox | None = outbox
+        self._outbox = outbox
+        self._report: bytes | None = None
 
     def finish(self, error: errors.GatewayError | None) -> None:
         """See `Order.finish`."""
-        outbox, self._outbox = self._outbox, None
-        if outbox is not None:
-            outbox.tell(self._sender, self._id, wire.REPORT, b"" if error is None else pack_error(error))
+        if self._report is None:
+            self._report = b"" if error is None else pack_error(error)
+            self.tell()
+
+    def tell(self) -> None:
+        """Say how it stands: carried out, or under way."""
+        kind = wire.WORKING if self._report is None else wire.REPORT
+        self._outbox.tell(self._sender, self._id, kind, self._report or b"")
 
 
 class _Asked:
     """What several processes were asked, and what they said."""
 
-    def __init__(self, expected: Collection[str]) -> None:
+    def __init__(self, event: wire.Broadcast, expected: Collection[str]) -> None:
+        self.event = event
         self.expected = set(expected)
         self.said: list[bytes] = []
+        self.silent: Counter[str] = Counter()  # how often each was asked and has not answered
         self.changed = asyncio.Event()
 
     async def complete(self) -> None:
@@ -79,7 +91,9 @@ class Events:
         self._cancelled: list[bytes] = []
         self._closed = False
         self._takes_orders = takes_orders
+        self._taken: dict[bytes, RedisOrder] = {}  # by the id of its event
         self._last = b""
+        self._placed = False  # whether `_last` is a place in the stream as it is now
 
     # --- asking
 
@@ -93,7 +107,12 @@ class Events:
         parameters = command.parameters if isinstance(command, Load) else {}
         asked = await self._ask(kind, command.model, workers, parameters)
         try:
-            await asked.complete()
+            while asked.expected:
+                try:
+                    async with asyncio.timeout(_ASK_AGAIN):
+                        await asked.complete()
+                except TimeoutError:
+                    await self._ask_again(asked)
         finally:
             self._forget(asked)
         reports = [None if not said else unpack_error(said) for said in asked.said]
@@ -158,10 +177,12 @@ class Events:
         asked = self._asked.get(frame.call)
         if asked is None:
             return
-        asked.said.append(frame.header)
-        process = bytes(frame.rest).decode()
-        asked.expected.discard(process)
-        asked.changed.set()
+        process = str(frame.rest, "utf-8", "replace")
+        asked.silent[process] = 0
+        if frame.kind != wire.WORKING and process in asked.expected:
+            asked.said.append(frame.header)
+            asked.expected.discard(process)
+            asked.changed.set()
 
     def died(self, process: str) -> None:
         """Nobody waits for what a dead process would say."""
@@ -181,8 +202,15 @@ class Events:
 
     async def start(self) -> None:
         """What is sent from now on concerns this process. Raises `Disconnected`."""
-        newest = await self._link.client.call("XREVRANGE", self._link.client.keys.events, "+", "-", "COUNT", 1)
-        self._last = newest[0][0] if newest else b"0-0"
+        found = await self._link.client.call("XREVRANGE", self._link.client.keys.events, "+", "-", "COUNT", 1)
+        newest = found[0][0] if found else b"0-0"
+        if not self._last or wire.order(newest) < wire.order(self._last):
+            self._last = newest
+        self._placed = True
+
+    def disturbed(self) -> None:
+        """Redis has lost its data, or is another one: what comes next may be older than what came last."""
+        self._placed = False
 
     async def run(self) -> None:
         """Read the events until cancelled."""
@@ -191,7 +219,7 @@ class Events:
         try:
             while True:
                 try:
-                    if not self._last:
+                    if not self._placed:
                         await self.start()
                     reply = await reader.call(
                         "XREAD", "COUNT", 256, "BLOCK", int(_BLOCK * 1000), "STREAMS", client.keys.events, self._last,
@@ -200,7 +228,7 @@ class Events:
                 except Disconnected:
                     await client.online()
                 except RedisError as problem:
-                    log_event("events_unreadable", logging.ERROR, reason=str(problem))
+                    self._link.report("events_unreadable", reason=str(problem))
                     await asyncio.sleep(_BLOCK)
                 else:
                     for _, self._last, fields in wire.entries(reply):
@@ -218,13 +246,22 @@ class Events:
             return
         if event.kind in (LOAD, UNLOAD):
             if self._takes_orders:
-                command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
-                epoch = int(self._last.partition(b"-")[0])  # of its entry: for all the same
-                self._give(RedisOrder(command, epoch, event.sender, event.id, self._outbox))
+                self._take(event)
         elif event.kind == QUESTION:
             self._answer(event)
         elif (told := self._on.get(event.kind)) is not None:
             told(event)
+
+    def _take(self, event: wire.Broadcast) -> None:
+        order = self._taken.get(event.id)
+        if order is None:  # else whoever sent it has not heard of us
+            command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
+            epoch = wire.milliseconds(self._last)  # of its entry: for all the same
+            order = self._taken[event.id] = RedisOrder(command, epoch, event.sender, event.id, self._outbox)
+            self._give(order)
+            if len(self._taken) > _ORDERS_KNOWN:
+                del self._taken[next(iter(self._taken))]
+        order.tell()
 
     def _give(self, order: Order) -> None:
         self._orders.append(order)
@@ -245,10 +282,11 @@ class Events:
     # --- sending
 
     async def _ask(self, kind: str, text: str, processes: Collection[str], parameters: dict[str, str]) -> _Asked:
-        identity, asked = next(self._link.ids), _Asked(processes)
+        identity = next(self._link.ids)
+        asked = _Asked(wire.Broadcast(kind, self._link.process, identity, text, parameters), processes)
         self._asked[identity] = asked
         try:
-            await self._send(wire.Broadcast(kind, self._link.process, identity, text, parameters))
+            await self._send(asked.event)
         except RedisError as problem:
             self._forget(asked)
             raise errors.Unavailable(f"the queue's Redis does not take commands now: {problem}") from None
@@ -256,6 +294,16 @@ class Events:
             self._forget(asked)
             raise
         return asked
+
+    async def _ask_again(self, asked: _Asked) -> None:
+        """What was sent, or the answer to it, may be lost. Who is alive and never answers is given up."""
+        for process in [each for each in asked.expected if asked.silent[each] >= _TRIES]:
+            silent = f"{process} is alive and does not answer commands; give all processes the same --queue-key-file"
+            asked.expected.discard(process)
+            asked.said.append(pack_error(errors.Unavailable(silent)))
+        with suppress(Disconnected, RedisError):
+            await self._send(asked.event)
+            asked.silent.update(asked.expected)
 
     def _forget(self, asked: _Asked) -> None:
         self._asked = {identity: each for identity, each in self._asked.items() if each is not asked}

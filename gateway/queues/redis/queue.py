@@ -123,10 +123,6 @@ class RedisQueue:
         """See `Queue.consumer`."""
         return RedisConsumer([self._lane(lane) for lane in lanes], limit)
 
-    async def answered(self) -> None:
-        """See `Queue.answered`."""
-        await self._calls.answered()
-
     async def drained(self, lane: Lane) -> None:
         """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""
         await self._calls.empty(lane)
@@ -294,7 +290,7 @@ class RedisQueue:
                 continue
             try:
                 frame = wire.read_frame(name, value, self._seal)
-                if frame.kind in (wire.REPORT, wire.TOLD):
+                if frame.kind in (wire.REPORT, wire.WORKING, wire.TOLD):
                     self._events.deliver(frame)
                 else:
                     await self._calls.deliver(frame)
@@ -341,6 +337,7 @@ class RedisQueue:
         while True:
             generation = await self._client.changed(generation)
             self._directory.disturbed()
+            self._events.disturbed()
             self._calls.suspect()
             with suppress(Disconnected, RedisError):
                 await self._open_replies()

@@ -20,8 +20,10 @@ from gateway.types import Buffer
 ENVELOPE, HEADER, PAYLOAD, REFERENCE, SIGNATURE = b"e", b"h", b"p", b"f", b"s"
 
 ID_BYTES = 16
-RESPONSE, ELSEWHERE, ERROR, REPORT, TOLD = b"r", b"R", b"e", b"c", b"q"
-"""Kinds of frames: a response, one whose tensors lie elsewhere, an error, a command's report, a question's answer."""
+RESPONSE, ELSEWHERE, ERROR, REPORT, WORKING, TOLD = b"r", b"R", b"e", b"c", b"w", b"q"
+"""Kinds of frames: a response, one whose tensors lie elsewhere, an error; a command's report, and that it is under way;
+a question's answer.
+"""
 
 _PREFIX = struct.Struct("<cI")  # kind, bytes of the header
 _BLOCK = 256  # ids made of one read of the system's randomness
