@@ -51,7 +51,7 @@ async def test_a_job_knows_when_it_was_enqueued(queue):
     before = time.monotonic()
     async with background(ask(queue, request())):
         (job,) = await take(queue, 1)
-        assert before <= job.enqueued <= time.monotonic()
+        assert before - 0.01 <= job.enqueued <= time.monotonic()  # by a clock that is estimated, in milliseconds
 
 
 async def test_a_failure_reaches_the_caller_as_the_same_error(queue):
