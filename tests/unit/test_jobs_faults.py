@@ -10,6 +10,7 @@ import pytest
 
 from gateway import errors
 from gateway.jobs import runner
+from gateway.jobs.runner import RunnerOptions
 from gateway.redis_client import RedisOptions
 from gateway.redis_server import EmbeddedServer
 from tests.jobs_support import Gateway, gateway
@@ -51,7 +52,11 @@ async def test_jobs_survive_a_redis_that_is_killed_and_started_from_its_file(tmp
 
 async def test_no_lease_is_taken_away_because_redis_was(tmp_path: Path) -> None:
     """Nobody could renew, so the leases that ran out meanwhile say nothing."""
-    async with EmbeddedServer(tmp_path, persistent=True) as server, gateway(RedisOptions(server.url)) as one:
+    options = RunnerOptions(lease=3)
+    async with (
+        EmbeddedServer(tmp_path, persistent=True) as server,
+        gateway(RedisOptions(server.url), runner=options) as one,
+    ):
         one.model.free.clear()
         job = await one.submit()
         await one.model.entered.acquire()
