@@ -40,6 +40,8 @@ class Situation:
 def level_of(limits: Limits, request: Request) -> int:
     """The priority class of a request, or Triton's level where the model sets `priority_levels`."""
     priority = request.priority
+    if not priority and not limits.priority_levels:
+        return DEFAULT
     if limits.priority_levels:
         if 1 <= priority <= limits.priority_levels:
             return priority
@@ -68,11 +70,13 @@ def expiry(policy: QueuePolicy, request: Request, enqueued: float) -> float:
 
 def on_arrival(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refusal | Literal["accept", "spill"]:
     """Admit a request to its lane, to the lane's slower pool, or refuse it. Changes nothing."""
-    refusal = _limits(lane, entry, number, at)
-    if refusal is not None:
-        return refusal
-    deadline = entry.request.deadline
-    if deadline is None or not lane.trusted or _surely(lane, entry, deadline, at):
+    request = entry.request
+    if not lane.plain or number == SHEDDABLE or request.size > at.bytes_left:
+        refusal = _limits(lane, entry, number, at)
+        if refusal is not None:
+            return refusal
+    deadline = request.deadline
+    if deadline is None or not lane.fast or _surely(lane, entry, deadline, at):
         return "accept"
     service = min(seat.latency(entry.request).mean(entry.rows) for seat in lane.seats.values())
     idle = _is_idle(lane)
@@ -107,14 +111,12 @@ def _limits(lane: Lane[W], entry: Entry[W], number: int, at: Situation) -> Refus
 
 def _surely(lane: Lane[W], entry: Entry[W], deadline: float, at: Situation) -> bool:
     """Whether even a bound that costs nothing to find is within the deadline, or no bound can be trusted."""
-    if len(lane.fast) != 1:
-        return not lane.fast
     seat = lane.fast[0]
-    model = seat.current
-    if not model.trusted:
+    if not seat.current.trusted:
         return True
+    if len(lane.fast) > 1:
+        return False
     device = seat.device
-    rows = lane.rows
     if len(device.lanes) > 1 or seat.parallel > 1:
         for other in device.lanes:
             if other is not lane and other.rows:
@@ -122,8 +124,7 @@ def _surely(lane: Lane[W], entry: Entry[W], deadline: float, at: Situation) -> b
         if lane.excess > 0:
             return False
     model = seat.latency(entry.request)
-    longest = model.mean(model.cap)
-    wait = device.residual(seat, at.now) + ((rows + entry.rows - 1) // model.cap + 1) * longest
+    wait = device.residual(seat, at.now) + ((lane.rows + entry.rows - 1) // model.cap + 1) * model.longest
     return at.now + at.overhead + wait * model.tail <= deadline
 
 

@@ -209,7 +209,7 @@ class Device(Generic[W]):
 
     def residual(self, seat: Seat[W], now: float) -> float:
         """Seconds until the seat can start a run."""
-        if seat.free:
+        if seat.running < seat.count and self.free >= seat.threads:
             return 0.0
         soonest = math.inf
         for active in self.active:
@@ -262,20 +262,15 @@ class Lane(Generic[W]):
         if entry.counted:
             discount(entry)
         entry.counted = True
-        level = self.levels.get(number) or self.level(number)
-        entry.level = level
-        self.rows += entry.rows
+        rows = entry.rows
+        entry.level = level = self.levels.get(number) or self.level(number)
+        self.rows += rows
         self.requests += 1
-        level.rows += entry.rows
+        level.rows += rows
         level.requests += 1
         if entry.job is not None:
-            self.waiting += entry.rows
-            level.waiting += entry.rows
-
-    def close(self, until: float) -> None:
-        """Requests with a deadline before then are refused, until something changes."""
-        model = self.fast[0].current
-        self.closed_until, self.closed_for = until, model.mean(model.cap)
+            self.waiting += rows
+            level.waiting += rows
 
     @property
     def trusted(self) -> bool:
@@ -313,6 +308,15 @@ class Lane(Generic[W]):
         level.waiting += rows
         level.requests += requests
         self.arrivals.add(rows, now)
+
+    def reached(self, entry: Entry[W], job: W) -> None:
+        """The job of an entry that is counted has come: it waits in line from now on."""
+        assert entry.level is not None
+        entry.job = job
+        entry.level.waiting += entry.rows
+        self.waiting += entry.rows
+        entry.level.push(entry)
+        self.next_expiry = min(self.next_expiry, entry.expires)
 
     def depart(self, entries: Sequence[Entry[W]], rows: int) -> None:
         """These, which wait, run now."""

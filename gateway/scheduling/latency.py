@@ -80,6 +80,11 @@ class LatencyModel:
         """Rows of the smallest batch that gives nearly the best rows per second."""
         return self._efficient
 
+    @property
+    def longest(self) -> float:
+        """Expected seconds of the largest batch worth trying."""
+        return self._table[-1] * self._g
+
     def mean(self, rows: int) -> float:
         """Expected seconds of a batch."""
         table = self._table

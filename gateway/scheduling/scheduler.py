@@ -83,20 +83,21 @@ class DeadlineScheduler(Registry[W]):
         at = self._at
         at.now = now
         verdict = on_arrival(state, entry, number, at)
-        if number < SHEDDABLE or not isinstance(verdict, Refusal):
-            state.arrivals.add(request.rows, now)  # what gives way to all others makes no load by being refused
         if isinstance(verdict, Refusal):
+            if number < SHEDDABLE:  # what gives way to all others makes no load by being refused
+                state.arrivals.add(request.rows, now)
             state.report.refused[verdict.reason] += 1
             if verdict.until > state.closed_until:
-                state.close(verdict.until)
+                state.closed_until, state.closed_for = verdict.until, state.fast[0].current.longest
             return verdict
+        state.arrivals.add(entry.rows, now)
         if verdict == "spill":
             number += SPILL
             state.report.spilled += 1
         state.count(entry, number)
         state.report.admitted += 1
         state.tenants[entry.tenant] = state.tenants.get(entry.tenant, 0) + entry.rows
-        self._at.bytes_left -= request.size
+        at.bytes_left -= request.size
         self._admitted[id(request)] = entry
         if number == CRITICAL and len(state.levels) > 1 and not state.limits.priority_levels:
             self._displace(state, now)
@@ -155,13 +156,7 @@ class DeadlineScheduler(Registry[W]):
                 if entry.lane is not state:
                     state.tenants[request.tenant] = state.tenants.get(request.tenant, 0) + request.rows
             entry = again
-        level = entry.level
-        assert level is not None
-        entry.job = job
-        level.waiting += entry.rows
-        state.waiting += entry.rows
-        level.push(entry)
-        state.next_expiry = min(state.next_expiry, entry.expires)
+        state.reached(entry, job)
         if state.requests >= state.sweep_at:
             state.sweep()
 
@@ -172,11 +167,15 @@ class DeadlineScheduler(Registry[W]):
         known = self._admitted
         if simple and not any(job.request.priority or id(job.request) in known for job in jobs):
             state.take_in(jobs, now, fifo=not state.trusted)
-            if state.requests >= state.sweep_at:
-                state.sweep()
-            return
-        for job in jobs:
-            self.add(lane, job, now)
+        else:
+            for job in jobs:
+                entry = known.get(id(job.request))
+                if entry is None or entry.lane is not state or not entry.counted:
+                    self.add(lane, job, now)
+                else:
+                    state.reached(entry, job)
+        if state.requests >= state.sweep_at:
+            state.sweep()
 
     # --- runs
 
@@ -243,10 +242,10 @@ class DeadlineScheduler(Registry[W]):
 
     def _entry(self, lane: Lane[W], request: Request, enqueued: float, number: int) -> Entry[W]:
         rank = request.deadline
-        if rank is None:
-            rank = enqueued + PATIENCE
         if not lane.trusted:
             rank = enqueued  # first in, first out
+        elif rank is None:
+            rank = enqueued + PATIENCE
         entry = Entry(lane, request, request.rows, request.tenant, rank, enqueued)
         if not lane.plain:
             entry.expires = expiry(policy_of(lane.limits, number), request, enqueued)
