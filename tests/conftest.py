@@ -7,7 +7,6 @@ from hypothesis import settings
 
 from tests.redis_support import redis_server
 
-
 # How long an example takes says something of the machine only.
 settings.register_profile("lockgate", deadline=None)
 settings.load_profile("lockgate")
