@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.redis_support import redis_server
+
+# How long an example takes says something of the machine only.
+settings.register_profile("lockgate", deadline=None)
+settings.load_profile("lockgate")
 
 
 @pytest.fixture(scope="session")
