@@ -16,8 +16,6 @@ from gateway.queues.memory import MemoryQueue
 from gateway.service.reports import QUESTION as EXPLAIN
 from gateway.service.reports import WorkerReports
 from gateway.statistics import Statistics
-from gateway.statistics.fleet import QUESTION as STATISTICS
-from gateway.statistics.fleet import FleetStatistics
 
 if TYPE_CHECKING:
     from gateway.queues.redis.queue import RedisQueue
@@ -66,6 +64,7 @@ async def joined(settings: Settings, statistics: Statistics) -> AsyncGenerator[F
         yield Fleet(MemoryQueue(), statistics.whole)
         return
     from gateway.redis_client import RedisClient
+    from gateway.statistics.fleet import QUESTION, FleetStatistics
 
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RedisClient(await _options(stack, settings)))
@@ -74,7 +73,7 @@ async def joined(settings: Settings, statistics: Statistics) -> AsyncGenerator[F
         whole = await stack.enter_async_context(
             FleetStatistics(statistics, queue.process, queue.ask, redis=client, key=client.keys.stats)
         )
-        queue.answers[STATISTICS] = lambda _: whole.answer()
+        queue.answers[QUESTION] = lambda _: whole.answer()
         yield Fleet(queue, whole, queue, client)
 
 
