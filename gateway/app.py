@@ -62,7 +62,11 @@ class Gateway:
         """Leave the ports to the other processes that listen on them; what is accepted goes on."""
         async with asyncio.TaskGroup() as tasks:
             for listener in self.listeners:
-                tasks.create_task(listener.leave())
+                if isinstance(listener, HttpServer):
+                    tasks.create_task(listener.leave())
+            for listener in self.listeners:
+                if isinstance(listener, GrpcServer):
+                    await listener.leave()  # it may end here, so in the task that began it
 
     def failures(self) -> list[str]:
         """The models that did not load, each with its reason."""

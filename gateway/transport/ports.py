@@ -13,18 +13,20 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 _SO_ATTACH_REUSEPORT_CBPF, _SO_DETACH_REUSEPORT_BPF = 51, 68  # asm-generic/socket.h
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 # Classic BPF, from linux/filter.h: what to do, and whether with a number or with what was loaded.
-_LOAD_WORD, _LOAD_BYTE, _AND, _MODULO, _IF_EQUAL, _RETURN = 0x20, 0x30, 0x54, 0x94, 0x15, 0x06
+_LOAD_WORD, _LOAD_BYTE, _LOAD_LENGTH, _RETURN = 0x20, 0x30, 0x80, 0x06
+_AND, _MODULO, _RIGHT, _LEFT = 0x54, 0x94, 0x74, 0x64
+_KEEP, _IF_EQUAL, _IF_EQUAL_KEPT = 0x07, 0x15, 0x1D
 _RANDOM = (-0x1000 + 56) & 0xFFFFFFFF  # the "address" of a random number
-_FLAGS, _SYN, _SYN_OR_ACK = 13, 0x02, 0x12  # of a TCP header
+_OFFSET, _FLAGS, _SYN, _SYN_OR_ACK = 12, 13, 0x02, 0x12  # of a TCP header
 _ALL = 0xFFFFFFFF
 
 _Instruction = tuple[int, int, int, int]  # code, how far to jump if true, if false, number
@@ -139,21 +141,57 @@ def turn_away(descriptor: int) -> None:
 
 def own_listeners(port: int) -> list[int]:
     """The descriptors of this process's sockets that listen on `port`, whichever library opened them."""
+    return _own_sockets(port, listening=True)
+
+
+@contextmanager
+def hushed(port: int) -> Iterator[None]:
+    """Have the kernel ignore what callers on `port` send to this process, but not that they got our answers.
+
+    To them it is as if the network lost it: they send it again, after a fifth of a second at first, to whoever has
+    the connection then. Nothing happens where there is no such filter.
+    """
+    program = [
+        (_LOAD_BYTE, 0, 0, _OFFSET),
+        (_RIGHT, 0, 0, 4),
+        (_LEFT, 0, 0, 2),
+        (_KEEP, 0, 0, 0),
+        (_LOAD_LENGTH, 0, 0, 0),
+        (_IF_EQUAL_KEPT, 0, 1, 0),
+        (_RETURN, 0, 0, _ALL),
+        (_RETURN, 0, 0, 0),
+    ]
+    with ExitStack() as stack:
+        for descriptor in _own_sockets(port, listening=False):
+            with suppress(OSError):
+                each = stack.enter_context(socket.socket(fileno=os.dup(descriptor)))
+                _attach(each, _SO_ATTACH_FILTER, program)
+                stack.callback(_attach_nothing, each)
+        yield
+
+
+def _attach_nothing(to: socket.socket) -> None:
+    with suppress(OSError):
+        to.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def _own_sockets(port: int, *, listening: bool) -> list[int]:
     found = []
     with suppress(FileNotFoundError):
         for entry in Path("/proc/self/fd").iterdir():
             descriptor = int(entry.name)
             with suppress(OSError):  # it may have been closed meanwhile
-                if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _listens(descriptor, port):
+                if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _is_of(descriptor, port, listening=listening):
                     found.append(descriptor)
     return found
 
 
-def _listens(descriptor: int, port: int) -> bool:
+def _is_of(descriptor: int, port: int, *, listening: bool) -> bool:
     with socket.socket(fileno=os.dup(descriptor)) as each:
         if each.type != socket.SOCK_STREAM or each.family not in (socket.AF_INET, socket.AF_INET6):
             return False
-        return bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) and each.getsockname()[1] == port
+        listens = bool(each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return listens == listening and each.getsockname()[1] == port
 
 
 def _one_of(places: list[int]) -> list[_Instruction]:

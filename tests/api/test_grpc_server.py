@@ -17,7 +17,7 @@ from gateway.transport.grpc.calls import Calls
 from gateway.transport.grpc.native import native_front
 from gateway.transport.grpc.server import GrpcServer
 from tests.api.grpc_support import IMPLEMENTATIONS, failure, message, serving
-from tests.support import settle
+from tests.support import background, settle
 
 STOPPING = (
     grpc.StatusCode.UNAVAILABLE,
@@ -70,17 +70,51 @@ async def test_a_shared_port_is_refused_to_one_that_does_not_share(implementatio
                 pass
 
 
-async def test_a_server_that_leaves_accepts_nobody_and_answers_those_it_has(implementation):
+async def test_a_server_that_leaves_loses_no_call_of_its_clients(implementation):
+    answered = []
+
+    async def call(stub) -> None:
+        while not over.is_set():
+            answered.append((await stub.ModelInfer(message("m"))).id)
+
+    over = asyncio.Event()
+    async with (
+        serving(implementation, share=True) as leaving,
+        grpc.aio.insecure_channel(leaving.url) as channel,
+        asyncio.TaskGroup() as tasks,
+    ):
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        assert (await stub.ModelInfer(message("first"))).id == "first"
+        callers = [tasks.create_task(call(stub)) for _ in range(4)]
+        left = tasks.create_task(leaving.server.leave())
+        await settle()  # the next one is opened after those of this process were told to turn callers away
+        async with serving(implementation, port=leaving.server.port, share=True):
+            await left
+            leaving.stop.set()
+            await asyncio.wait({leaving.task})
+            before = len(answered)
+            while len(answered) < before + 20:
+                await settle()
+            over.set()
+            await asyncio.wait(callers)
+    assert all(caller.exception() is None for caller in callers)
+
+
+async def test_a_call_that_runs_when_its_server_leaves_is_answered(implementation, monkeypatch):
+    monkeypatch.setattr("gateway.transport.grpc.server._QUIET", 0.01)
     async with serving(implementation, share=True) as running, grpc.aio.insecure_channel(running.url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        assert (await stub.ModelInfer(message("before"))).id == "before"
-        await running.server.leave()
-        with socket.socket() as late:
-            late.setblocking(False)
-            late.connect_ex(("127.0.0.1", running.server.port))
-            assert (await stub.ModelInfer(message("after"))).id == "after"
-            with pytest.raises(OSError, match="not connected"):
-                late.getpeername()
+        running.model.hold = True
+        async with background(infer(stub)) as (caller,):
+            job = await running.model.held.get()
+            await running.server.leave()
+            assert not caller.done()
+            running.model.echo(job)
+            assert await caller == "held"
+
+
+async def infer(stub) -> str:
+    return (await stub.ModelInfer(message("held"))).id
 
 
 async def test_ipv6(implementation):

@@ -19,7 +19,9 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
+import tritonclient.grpc.aio as triton_grpc_aio
 import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
 
 from gateway.engines.fake import Gate
 from tests.system.process import ROOT, GatewayProcess, started, write_model
@@ -111,7 +113,7 @@ def test_a_process_that_is_killed_is_started_again(fleet: GatewayProcess, role: 
 
 
 async def test_sigterm_of_a_gateway_under_load_is_not_noticed(fleet: GatewayProcess) -> None:
-    async with load(fleet.ports["http"]) as statuses:
+    async with load(fleet) as statuses:
         for index in (0, 1):
             children(fleet, "gateway")[index].terminate()
             await asyncio.to_thread(fleet.wait_for, "process_restarted", name=f"gateway-{index}")
@@ -120,13 +122,14 @@ async def test_sigterm_of_a_gateway_under_load_is_not_noticed(fleet: GatewayProc
 
 
 @asynccontextmanager
-async def load(port: int) -> AsyncIterator[Counter[str]]:
+async def load(gateway: GatewayProcess) -> AsyncIterator[Counter[str]]:
     """Callers that make a connection for each request, and callers that keep theirs; what became of the requests."""
     statuses: Counter[str] = Counter()
     over = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         for keeps in (False, False, True, True):
-            tasks.create_task(call(port, statuses, over, keeps=keeps))
+            tasks.create_task(call(gateway.ports["http"], statuses, over, keeps=keeps))
+            tasks.create_task(call_grpc(gateway.ports["grpc"], statuses, over, keeps=keeps))
         yield statuses
         over.set()
 
@@ -146,6 +149,22 @@ async def call(port: int, statuses: Counter[str], over: asyncio.Event, *, keeps:
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()
+
+
+async def call_grpc(port: int, statuses: Counter[str], over: asyncio.Event, *, keeps: bool) -> None:
+    tensor = triton_grpc.InferInput("IN", [1, 2], "FP32")
+    tensor.set_data_from_numpy(np.array([[3, 4]], np.float32))
+    alone = [("grpc.use_local_subchannel_pool", 1)]  # else clients of one process share a connection
+    while not over.is_set():
+        async with triton_grpc_aio.InferenceServerClient(f"127.0.0.1:{port}", channel_args=alone) as client:
+            while not over.is_set():
+                try:
+                    await client.infer("m", [tensor])
+                    statuses["200"] += 1
+                except InferenceServerException as problem:
+                    statuses[str(problem)] += 1
+                if not keeps:
+                    break
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, statuses: Counter[str]) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from gateway.transport.ports import SharedPort, listening, own_listeners, turn_away
+from gateway.transport.ports import SharedPort, hushed, listening, own_listeners, turn_away
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="sharing a port is Linux's")
 
@@ -96,3 +96,17 @@ async def test_callers_are_turned_away_and_those_that_wait_are_not() -> None:
             assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0  # neither refused nor connected
             with pytest.raises(OSError, match="not connected"):
                 late.getpeername()
+
+
+async def test_what_a_hushed_caller_says_is_heard_later() -> None:
+    with await listening(HOST, 0, 10) as listener, socket.create_connection(listener.getsockname()) as caller:
+        accepted, _ = listener.accept()
+        with accepted:
+            with hushed(listener.getsockname()[1]):
+                caller.sendall(b"said")
+                accepted.sendall(b"answer")
+                assert caller.recv(100) == b"answer"
+                with pytest.raises(BlockingIOError):
+                    accepted.recv(100, socket.MSG_DONTWAIT)
+            accepted.setblocking(True)
+            assert accepted.recv(100) == b"said"

@@ -49,6 +49,7 @@ class Running:
 
     def __init__(self) -> None:
         self.closed = False
+        self._awaited = False
         self._count = 0
         self._idle = asyncio.Event()
         self._until = 0.0
@@ -63,8 +64,18 @@ class Running:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._count -= 1
-        if self.closed and not self._count:
+        if self._awaited and not self._count:
             self._idle.set()
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait until no call runs; False if one still does after so many seconds."""
+        self._awaited = True
+        self._idle.clear()
+        if self._count:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._idle.wait()
+        return not self._count
 
     async def unless_closed(self, item: Awaitable[_T]) -> _T | None:
         """Wait for `item`; None if `close` comes first, which gives up waiting."""
@@ -85,10 +96,7 @@ class Running:
         for scope in self._waits:
             scope.reschedule(0)
         until = time.monotonic() + grace
-        if self._count:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(grace):
-                    await self._idle.wait()
+        await self.idle(grace)
         # Set only now, because a wait that is cancelled means a forced stop, which has no time left.
         self._until = until
 

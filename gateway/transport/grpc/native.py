@@ -88,6 +88,11 @@ class Front:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._dispatch, args=(loop,), name="grpc-front", daemon=True).start()
 
+    async def quiet(self, seconds: float) -> bool:
+        """Wait until every call that has come is answered and its answer sent, for so many seconds at most."""
+        await asyncio.to_thread(self._flush, seconds)
+        return self._all_sent()
+
     async def stop(self) -> None:
         """Cancel the calls that outlived the grace, send what was answered, and close."""
         self._stopping = True

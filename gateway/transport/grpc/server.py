@@ -18,13 +18,16 @@ import grpc
 
 from gateway.service import Service
 from gateway.transport.grpc.calls import Authenticate, Calls
-from gateway.transport.grpc.native import native_front
+from gateway.transport.grpc.native import Front, native_front
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions, Keepalive, Tls
 from gateway.transport.grpc.servicer import add_handlers
-from gateway.transport.ports import own_listeners, turn_away
+from gateway.transport.ports import hushed, own_listeners, turn_away
 from gateway.types import Infer
 
 _HANDSHAKES = 0.2  # seconds for connections that are being made
+_ARRIVAL = 0.05  # seconds for calls that have arrived and not begun
+_QUIET = 1.0  # seconds that callers are kept waiting for the calls that run
+_GOODBYE = 1.0  # seconds in which clients take notice that a connection is over
 
 
 class GrpcServer:
@@ -41,6 +44,8 @@ class GrpcServer:
         self._calls = Calls(infer, authenticate, options)
         self._options = options
         self._stack = AsyncExitStack()
+        self._front: Front | None = None
+        self._left = False
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -57,14 +62,28 @@ class GrpcServer:
         return await self._stack.__aexit__(kind, error, trace)
 
     async def leave(self) -> None:
-        """Leave the port to the processes that share it. Returns when no new connection can come.
+        """Leave the port to the processes that share it: clients go to them, and no call is lost.
 
-        Calls on connections that are there go on coming, because neither library can send their clients away
-        without ending the calls that run.
+        Neither library can send its clients away and still answer them. But how it closes a connection without calls
+        names the last one it took (GOAWAY), and clients make all later ones elsewhere, by themselves. So the network is
+        made to lose what clients send, until the calls that run are answered and the connections are closed. If they
+        run for longer, nothing more happens here; leaving the context refuses new calls while it waits for them.
         """
         for listener in own_listeners(self.port):
             turn_away(listener)
         await asyncio.sleep(_HANDSHAKES)
+        with hushed(self.port):
+            if await self._quiet():
+                self._left = True
+                await self._stack.aclose()
+                await asyncio.sleep(_GOODBYE)
+
+    async def _quiet(self) -> bool:
+        """Wait until all calls that have come are answered; False if that takes too long."""
+        if self._front is not None:
+            return await self._front.quiet(_QUIET) and await self._calls.running.idle(_ARRIVAL)
+        await asyncio.sleep(_ARRIVAL)
+        return await self._calls.running.idle(_QUIET)
 
     async def _start_native(self, stack: AsyncExitStack) -> None:
         try:
@@ -76,6 +95,7 @@ class GrpcServer:
         await self._start_grpcio(stack, f"unix:{socket}", None)
         front.start(socket)
         self.port = front.port
+        self._front = front
 
     async def _start_grpcio(self, stack: AsyncExitStack, address: str, tls: Tls | None) -> int:
         server: Any = grpc.aio.server(options=_channel_options(self._options))
@@ -95,7 +115,8 @@ class GrpcServer:
         try:
             await self._calls.running.close(self._options.grace)
         finally:
-            await server.stop(self._calls.running.left())
+            # A polite end waits for clients to confirm it, which one who left does not hear.
+            await server.stop(0 if self._left else self._calls.running.left())
 
     def _address(self) -> str:
         host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
