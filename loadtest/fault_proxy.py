@@ -107,10 +107,11 @@ class FaultProxy:
         self.reset()
         await self._group.__aexit__(kind, error, trace)
 
-    def reset(self) -> None:
-        """Break every open connection, so that both ends notice at once."""
+    def reset(self, share: float = 1.0) -> None:
+        """Break every open connection, or each with this probability, so that both ends notice at once."""
         for connection in [*self._open]:
-            connection.reset()
+            if random.random() < share:
+                connection.reset()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

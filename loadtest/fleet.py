@@ -12,18 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
+from gateway.queues.redis import announce
 from gateway.redis_server import find_server
 from loadtest.bench import servers
 from loadtest.fleet_client import MODEL, write_model
-from loadtest.history import Verdict, check, read
+from loadtest.history import History, Run, Verdict, check, read
 from loadtest.record import ROOT
 
 _PATIENCE = 30.0  # seconds until what was started must be ready
@@ -75,6 +77,11 @@ class Process:
         assert self._child is not None
         return self._child.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._child is not None and self._child.poll() is None
+
     def send(self, number: signal.Signals) -> None:
         """A signal."""
         assert self._child is not None
@@ -111,6 +118,14 @@ class Process:
         process = psutil.Process(self.pid)
         with process.oneshot():
             return process.memory_info().rss, process.num_fds(), process.num_threads()
+
+    def descriptors(self) -> dict[str, int]:
+        """How many descriptors there are of each kind."""
+        kinds: Counter[str] = Counter()
+        for each in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(OSError):
+                kinds[each.readlink().as_posix().split(":", 1)[0]] += 1
+        return dict(kinds)
 
 
 class Fleet:
@@ -174,12 +189,28 @@ class Fleet:
         with redis.Redis(unix_socket_path=str(self.socket)) as client:
             return client.execute_command(*command)
 
-    def add_worker(self, *flags: str) -> Process:
-        """Start a worker; it is not waited for."""
-        command = self._command("worker", "--model-repository", str(self.models), "--metrics-port", "0", *flags)
+    def entries(self, model: str = MODEL) -> int:
+        """Requests in the streams of a model."""
+        return sum(self.ask("XLEN", f"lockgate:q:{{{model}/1}}:{klass}") for klass in (1, 2, 3))
+
+    def pending(self, model: str = MODEL) -> int:
+        """Requests that workers have read and not acknowledged."""
+        import redis
+
+        total = 0
+        for klass in (1, 2, 3):
+            with suppress(redis.ResponseError):  # no worker has made the group
+                total += self.ask("XPENDING", f"lockgate:q:{{{model}/1}}:{klass}", "workers")["pending"]
+        return total
+
+    def add_worker(self, *flags: str, hook: str = "") -> Process:
+        """Start a worker; it is not waited for. `hook` is one of `loadtest.fleet_hooks`."""
+        command = self._command(
+            "worker", "--model-repository", str(self.models), "--metrics-port", "0", *flags, hook=hook
+        )
         return self._start(self.workers, command, "worker")
 
-    def add_gateway(self, *flags: str) -> Process:
+    def add_gateway(self, *flags: str, hook: str = "") -> Process:
         """Start a gateway; it is not waited for."""
         ports = servers.Ports(*servers.free_ports(3))
         self.ports.append(ports)
@@ -191,10 +222,12 @@ class Fleet:
             "--metrics-port",
             str(ports.metrics),
         ]
-        return self._start(self.gateways, self._command("serve", "--role", "gateway", *listening, *flags), "gateway")
+        command = self._command("serve", "--role", "gateway", *listening, *flags, hook=hook)
+        return self._start(self.gateways, command, "gateway")
 
-    def _command(self, command: str, *flags: str) -> list[str]:
-        return [sys.executable, "-m", "gateway", command, "--queue", self.url, *flags]
+    def _command(self, command: str, *flags: str, hook: str = "") -> list[str]:
+        module = ["loadtest.fleet_hooks", hook] if hook else ["gateway"]
+        return [sys.executable, "-m", *module, command, "--queue", self.url, "--log-format", "json", *flags]
 
     def _start(self, among: list[Process], command: list[str], role: str) -> Process:
         process = Process(command, self.folder / f"{role}-{len(among)}.log")
@@ -214,11 +247,14 @@ class Fleet:
                 raise FleetError(message) from None
 
     def _knows(self, port: int, model: str, workers: int) -> bool:
-        try:
-            status, _ = servers.get(port, f"/v2/models/{model}/ready")
-        except OSError:
-            return False
-        return status == 200 and self.ask("HLEN", "{lockgate}:processes") >= workers + len(self.gateways)
+        status, _ = servers.get(port, f"/v2/models/{model}/ready")
+        return status == 200 and self.holding(model) >= workers
+
+    def holding(self, model: str = MODEL) -> int:
+        """How many live workers hold a model, by what they announce."""
+        names = [each.decode() for each in self.ask("HKEYS", "{lockgate}:processes")]
+        alive = [each for each in names if self.ask("EXISTS", f"{{lockgate}}:p:{each}")]
+        return sum(_ready(self.ask("GET", f"{{lockgate}}:h:{each}") or b"", model) for each in alive)
 
     @contextmanager
     def client(self, **plan: Any) -> Iterator[Client]:
@@ -235,17 +271,26 @@ class Fleet:
             client.finish()
 
 
+def _ready(holding: bytes, model: str) -> bool:
+    """Whether a process holds a ready version of a model."""
+    read = announce.read_holding(holding)
+    pool = None if read is None else read[0].get(model)
+    return pool is not None and any(state.state == "READY" for state in pool.versions)
+
+
 class Client(Process):
     """The load generator, and its verdict once it has ended."""
 
     def __init__(self, plan: bytes, log: Path, history: Path) -> None:
         super().__init__([sys.executable, "-m", "loadtest.fleet_client"], log, stdin=plan)
-        self._history = history
-        self.verdict = Verdict()  # whether the promises were kept, once it has finished
+        self._file = history
+        self.history = History(Run(history.stem), [])  # and whether the promises were kept: once it has finished
+        self.verdict = Verdict()
 
     def finish(self) -> None:
         """Send no more, wait for the last answers."""
         if self.stop():
             message = f"the client failed:\n{self.tail()}"
             raise FleetError(message)
-        self.verdict = check([read(self._history)])
+        self.history = read(self._file)
+        self.verdict = check([self.history])

@@ -5,7 +5,7 @@ Cluster. Ids and field names are UTF-8.
 
 | key                           | type   | what                                                                             |
 |-------------------------------|--------|----------------------------------------------------------------------------------|
-| `{P}:p:<process>`             | string | announcement of one process, msgpack; 2 s to live, refreshed every 500 ms        |
+| `{P}:p:<process>`             | string | announcement of one process, msgpack; 2 s to live, refreshed every 250 ms        |
 | `{P}:h:<process>`             | string | what a worker holds: pools with their configurations, msgpack; 10 min to live    |
 | `{P}:processes`               | hash   | process id to role; whoever notices that one is dead removes it                  |
 | `{P}:models`                  | hash   | every model announced and not withdrawn by a repository, to the process; no TTL  |

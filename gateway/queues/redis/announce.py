@@ -27,6 +27,7 @@ class Announcement(msgspec.Struct, array_like=True, gc=False):
     digest: bytes
     capacity: dict[str, Capacity] = {}
     rows: dict[str, int] = {}  # of the requests it sent that are not answered
+    number: int = 0  # of its announcements
 
 
 class _Version(msgspec.Struct, array_like=True, gc=False):

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 from redis.exceptions import RedisError
 
@@ -22,7 +23,7 @@ from gateway.queues.redis.link import Bell, Link
 from gateway.redis_client import Disconnected
 from gateway.telemetry import log_event
 
-BEAT = 0.5  # seconds
+BEAT = 0.25  # seconds
 _LIVES = 2.0  # seconds from an announcement to the death of who made it
 _DEAD_KNOWN = 10_000  # processes
 _HOLDING_LIVES = 600.0  # seconds
@@ -34,7 +35,7 @@ class Member:
     """Another process."""
 
     announcement: Announcement
-    heard: float  # when it was last known to be alive
+    heard: float  # when there was a new announcement
     pools: dict[str, PoolState] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     digest: bytes = b""
@@ -64,7 +65,7 @@ class Directory:
         self.members: dict[str, Member] = {}
         self.dead: dict[str, None] = {}
         self.leaving = False
-        self.names: Collection[str] = ()
+        self._names: Collection[str] = ()
         self._link = link
         self._role = role
         self._rows = rows
@@ -75,9 +76,11 @@ class Directory:
         self._known: set[str] = set()  # models that somebody held once
         self._admissions: dict[Lane, FleetAdmission] = {}
         self._bell = Bell()
+        self._holding = b""  # what this process holds, packed; empty after a change
         self._unreadable: set[str] = set()  # live processes of another release
         self._written: tuple[bytes, bool] = (b"", False)  # what others can know: the digest of what is held, `leaving`
         self._looked = 0.0  # when the others were last looked at
+        self._numbers = count(1)
         self._calm = 0.0  # nobody is declared dead before this time
 
     # --- what this process holds
@@ -93,6 +96,12 @@ class Directory:
             self._known.discard(model)
             self._forget(model)
         self._renew(model)
+
+    def can_load(self, names: Collection[str]) -> None:
+        """The models of this process's repository."""
+        if set(names) != set(self._names):
+            self._names = tuple(names)
+            self._holding = b""
 
     def leave(self) -> None:
         """This worker takes no more requests."""
@@ -113,7 +122,7 @@ class Directory:
 
     def repository_names(self) -> set[str]:
         """The names of what the workers could load."""
-        return {name for member in self.members.values() for name in member.names} | set(self.names)
+        return {name for member in self.members.values() for name in member.names} | set(self._names)
 
     def others(self, lane: Lane) -> Iterator[str]:
         """The other workers that take requests of this lane."""
@@ -194,7 +203,7 @@ class Directory:
     def announce(self) -> asyncio.Future[bytes]:
         """Tell the others of this process. The future fails where Redis did not take it."""
         client, process = self._link.client, self._link.process
-        holding = announce.pack_holding(self._own.values(), self.names)
+        holding = self._holding = self._holding or announce.pack_holding(self._own.values(), self._names)
         now = announce.digest(holding), self.leaving
         news = now != self._written
         key, lives = client.keys.holding(process), int(_HOLDING_LIVES * 1000)
@@ -211,6 +220,7 @@ class Directory:
             now[0],
             self._capacities(),
             {f"{lane.model}/{lane.version}": rows for lane, rows in self._rows().items()},
+            next(self._numbers),
         )
         client.call("HSET", client.keys.processes, process, self._role).add_done_callback(_seen)
         announced = client.call("SET", client.keys.process(process), announce.encode(own), "PX", int(_LIVES * 1000))
@@ -260,7 +270,8 @@ class Directory:
         if member is None:
             member = self.members[process] = Member(own, now)
             self.dead.pop(process, None)
-        member.heard = now
+        if own.number != member.announcement.number:
+            member.heard = now
         left = own.leaving and not member.announcement.leaving
         member.announcement = own
         self._link.hosts[process] = own.host
@@ -310,6 +321,7 @@ class Directory:
     # --- merging
 
     def _renew(self, model: str) -> None:
+        self._holding = b""
         self._merge(model)
         self._bell.ring()
 

@@ -26,7 +26,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
 from gateway.queues.redis.calls import Calls, RedisCall
 from gateway.queues.redis.cancelled import Cancelled
-from gateway.queues.redis.directory import BEAT, Directory
+from gateway.queues.redis.directory import Directory
 from gateway.queues.redis.events import CANCEL, GIVEN, NEWS, Events
 from gateway.queues.redis.figures import look
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
@@ -41,6 +41,7 @@ from gateway.types import InferRequest
 
 Role: TypeAlias = Literal["all", "gateway", "worker"]
 
+BEAT = 0.5  # seconds between looks after what may have gone wrong
 _REPLIES_LIVE = 10.0  # seconds that the answers of a gateway outlive its last beat
 _BLOCK = 1.0  # seconds
 _FLUSH = 2.0  # seconds that a stop gives the last answers and acknowledgements
@@ -169,7 +170,7 @@ class RedisQueue:
 
     def repository_names(self, own: Collection[str]) -> Collection[str]:
         """See `Queue.repository_names`."""
-        self._directory.names = own
+        self._directory.can_load(own)
         return self._directory.repository_names()
 
     def healthy(self) -> bool:
