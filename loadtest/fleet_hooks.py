@@ -1,3 +1,4 @@
+# ruff: noqa: SLF001 - it reaches into the queue, to stop a process at a chosen step
 """Gateways and workers that die at a moment of our choice, or are of a newer release: `python -m loadtest.fleet_hooks HOOK worker ...`.
 
 What follows the hook is the command line of `gateway`.
