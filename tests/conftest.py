@@ -1,5 +1,6 @@
 """What all tests may ask for."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -16,4 +17,14 @@ settings.load_profile("lockgate")
 def redis_url() -> Iterator[str]:
     """A Redis server that all tests share; see `redis_support.options`."""
     with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def debian_redis_url() -> Iterator[str]:
+    """As `redis_url`, of the redis-server that Debian installs."""
+    server = shutil.which("redis-server")
+    if server is None:
+        pytest.skip("needs Debian's redis-server: apt-get install redis-server")
+    with redis_server(server=server) as url:
         yield url

@@ -14,29 +14,29 @@ from gateway.redis_server import find_server
 
 
 @contextmanager
-def redis_process(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that ends with the block. It runs beside the tests, whose event loops come and go."""
+def redis_process(*arguments: str, server: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A server that ends with the block, this one or the embedded. It runs beside the tests, whose event loops come and go."""
     with tempfile.TemporaryDirectory(prefix="lockgate-") as folder:
-        server = subprocess.Popen([find_server(), *arguments, "--dir", folder], stdout=subprocess.PIPE)
+        process = subprocess.Popen([server or find_server(), *arguments, "--dir", folder], stdout=subprocess.PIPE)
         try:
-            assert server.stdout is not None
-            for line in server.stdout:
+            assert process.stdout is not None
+            for line in process.stdout:
                 if b"eady to accept connections" in line or b"Sentinel ID is" in line:
                     break
             else:
                 raise RuntimeError(f"the server did not start with {arguments}")
-            yield server
+            yield process
         finally:
-            server.kill()
-            server.communicate()
+            process.kill()
+            process.communicate()
 
 
 @contextmanager
-def redis_server(*settings: str) -> Iterator[str]:
+def redis_server(*settings: str, server: str = "") -> Iterator[str]:
     """The URL of a server on a unix socket; `settings` are such as `--maxmemory 3mb`."""
     with tempfile.TemporaryDirectory(prefix="lockgate-") as folder:
         path = f"{folder}/s"
-        with redis_process("--port", "0", "--unixsocket", path, "--save", "", *settings):
+        with redis_process("--port", "0", "--unixsocket", path, "--save", "", *settings, server=server):
             yield f"unix://{path}"
 
 

@@ -14,13 +14,14 @@ from tests.redis_support import fleet_queue, options
 from tests.support import LANE, answer, ask, background, refusal, request, settle, soon
 
 
-@pytest.fixture(params=["memory", "redis", "sealed"])
+@pytest.fixture(params=["memory", "redis", "sealed", "debian"])
 async def queue(request: pytest.FixtureRequest) -> AsyncIterator[Queue]:
     if request.param == "memory":
         yield MemoryQueue()
         return
     key = b"0123456789abcdef" if request.param == "sealed" else None
-    async with fleet_queue(options(request.getfixturevalue("redis_url")), key=key) as queue:
+    url = request.getfixturevalue("debian_redis_url" if request.param == "debian" else "redis_url")
+    async with fleet_queue(options(url), key=key) as queue:
         yield queue
 
 

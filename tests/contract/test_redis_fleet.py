@@ -28,9 +28,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory, "_LIVES", 0.3)
 
 
-@pytest.fixture
-def fleet(redis_url: str) -> RedisOptions:
-    return options(redis_url)
+@pytest.fixture(params=["redis_url", "debian_redis_url"])
+def fleet(request: pytest.FixtureRequest) -> RedisOptions:
+    return options(request.getfixturevalue(request.param))
 
 
 class Mortal:
