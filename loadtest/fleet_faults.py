@@ -63,10 +63,10 @@ def worker_killed(rig: Rig, pace: Pace) -> Outcome:
     return _worker_dies(rig, pace, rig.fleet.workers[0].kill)
 
 
-@fault(base_us=400_000.0)
+@fault(base_us=100_000.0)
 def worker_killed_in_a_batch(rig: Rig, pace: Pace) -> Outcome:
     """kill -9 of one worker of two, both of which run batches all the time."""
-    return _worker_dies(rig, pace, rig.fleet.workers[0].kill, rate=40, deadline_ms=20_000)
+    return _worker_dies(rig, pace, rig.fleet.workers[0].kill, rate=60, deadline_ms=20_000)
 
 
 @fault()
@@ -286,7 +286,7 @@ def gateway_stopped_at_once(rig: Rig, pace: Pace) -> Outcome:
     return outcome.judge()
 
 
-@fault(gateways=2, base_us=100_000.0)
+@fault(gateways=2, base_us=100_000.0, rows=4)
 def gateway_killed(rig: Rig, pace: Pace) -> Outcome:
     """kill -9 of one gateway of two with 1,000 in flight; the other one's client must not notice, nor the queue keep anything."""
     first, second = rig.fleet.ports

@@ -4,6 +4,7 @@
 What follows the hook is the command line of `gateway`.
 """
 
+# ruff: noqa: SLF001 - nothing but a hook dies at these moments
 from __future__ import annotations
 
 import asyncio

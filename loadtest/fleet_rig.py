@@ -109,7 +109,7 @@ class Rig:
                 self.fleet.add_gateway()
             self.fleet.ready()
             # All the connections, and what a request takes of memory, once before anything is measured.
-            with self.fleet.client(requests=2000, concurrency=512):
+            with self.fleet.client(requests=1000, concurrency=512):
                 pass
             self._stack = stack.pop_all()
         return self

@@ -3,86 +3,27 @@
 # ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
 import asyncio
 import time
-from collections.abc import Callable
-from contextlib import AsyncExitStack
 
 import pytest
 
 from gateway import errors
-from gateway.queues.base import Capacity, Lane, Load, PoolState, VersionState
-from gateway.queues.redis import directory, message
-from gateway.queues.redis import queue as queue_module
-from gateway.queues.redis.queue import RedisQueue, Role
-from gateway.redis_client import RedisClient, RedisOptions
+from gateway.queues.base import Capacity, Load, PoolState, VersionState
+from gateway.queues.redis import message
+from gateway.queues.redis.queue import RedisQueue
+from gateway.redis_client import RedisOptions
+from tests.fleet_support import READY, Mortal, emptied, hurry, known, take
 from tests.redis_support import fleet_queue, options
 from tests.support import LANE, answer, ask, background, model_config, refusal, request, settle
-
-READY = PoolState("m", (VersionState("1", "READY", config=model_config()),))
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beats and deaths in a tenth of the time."""
-    for module in (directory, queue_module):
-        monkeypatch.setattr(module, "BEAT", 0.05)
-    monkeypatch.setattr(directory, "_LIVES", 0.3)
+    hurry(monkeypatch)
 
 
 @pytest.fixture(params=["redis_url", "debian_redis_url"])
 def fleet(request: pytest.FixtureRequest) -> RedisOptions:
     return options(request.getfixturevalue(request.param))
-
-
-class Mortal:
-    """A process of the fleet that can die without a word."""
-
-    def __init__(self, of: RedisOptions, role: Role, key: bytes | None = None) -> None:
-        self._options = of
-        self._role: Role = role
-        self._key = key
-        self._stack = AsyncExitStack()
-        self.queue: RedisQueue
-
-    async def __aenter__(self) -> RedisQueue:
-        self.client = await self._stack.enter_async_context(RedisClient(self._options))
-        self.queue = await self._stack.enter_async_context(RedisQueue(self.client, self._role, key=self._key))
-        return self.queue
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.die()
-
-    async def die(self) -> None:
-        """Everything it did ends here; nothing is told to anybody."""
-        for task in self.queue._background:
-            task.cancel()
-        for lane in self.queue._lanes.values():
-            lane.cancel()
-        self.queue._sign_off = self._nothing
-        await self._stack.aclose()
-
-    async def _nothing(self) -> None:
-        pass
-
-
-async def known(queue: RedisQueue, condition: Callable[[], bool]) -> None:
-    """Wait until the queue has heard of it."""
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
-async def take(queue: RedisQueue, count: int, consumer=None, lane: Lane = LANE):
-    consumer = consumer or queue.consumer([lane], 8)
-    jobs = []
-    while len(jobs) < count:
-        jobs += await consumer.take(count - len(jobs))
-    return jobs
-
-
-async def emptied(queue: RedisQueue) -> None:
-    """Wait until nothing is left in the lane's streams."""
-    call, key = queue._client.call, queue._client.keys.requests
-    while any([await call("XLEN", key("m", "1", each)) for each in (1, 2, 3)]):
-        await asyncio.sleep(0.01)
 
 
 # --- pools
@@ -94,12 +35,12 @@ async def test_a_gateway_learns_what_workers_hold_and_forgets_it_when_they_die(f
         mortal = Mortal(fleet, "worker")
         async with mortal as held:
             held.publish(READY)
-            await known(gateway, lambda: gateway.pool("m") is not None)
+            await known(lambda: gateway.pool("m") is not None)
             pool = gateway.pool("m")
             assert [(state.version, state.state) for state in pool.versions] == [("1", "READY")]
             assert pool.versions[0].config == READY.versions[0].config
             await mortal.die()
-            await known(gateway, lambda: not gateway.pool("m").versions)
+            await known(lambda: not gateway.pool("m").versions)
             assert gateway.pool("m").reason == "no live worker holds it"
 
 
@@ -109,17 +50,17 @@ async def test_two_workers_are_one_pool_until_the_last_has_left(fleet):
             one.publish(READY)
             async with fleet_queue(fleet, "worker") as two:
                 two.publish(PoolState("m", (VersionState("1", "LOADING"),)))
-                await known(gateway, lambda: len(gateway._directory.members) == 2 and gateway.pool("m") is not None)
+                await known(lambda: len(gateway._directory.members) == 2 and gateway.pool("m") is not None)
                 assert gateway.pool("m").versions[0].state == "READY"
                 one.leave()
-                await known(gateway, lambda: gateway.pool("m").versions[0].state == "LOADING")
-        await known(gateway, lambda: not gateway.pool("m").versions)
+                await known(lambda: gateway.pool("m").versions[0].state == "LOADING")
+        await known(lambda: not gateway.pool("m").versions)
 
 
 async def test_a_gateway_that_starts_later_knows_a_model_whose_workers_are_gone(fleet):
     async with fleet_queue(fleet, "worker") as held:
         held.publish(READY)
-        await known(held, lambda: bool(held._directory._known))
+        await known(lambda: bool(held._directory._known))
     async with fleet_queue(fleet, "gateway") as gateway:
         assert gateway.pool("m").reason == "no live worker holds it"
         assert gateway.pool("other") is None
@@ -128,9 +69,9 @@ async def test_a_gateway_that_starts_later_knows_a_model_whose_workers_are_gone(
 async def test_a_model_that_left_the_repository_is_forgotten_by_all(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
         held.publish(READY)
-        await known(gateway, lambda: gateway.pool("m") is not None)
+        await known(lambda: gateway.pool("m") is not None)
         held.withdraw("m")
-        await known(gateway, lambda: gateway.pool("m") is None)
+        await known(lambda: gateway.pool("m") is None)
 
 
 # --- death
@@ -149,7 +90,7 @@ async def test_what_a_dead_worker_held_is_run_by_another_alone(fleet):
                 for job in jobs:
                     assert job.reply(answer(job.request))
                 assert [(await caller).id for caller in callers] == ["0", "1", "2"]
-        await known(heir, lambda: heir.counts.recovered == 3)
+        await known(lambda: heir.counts.recovered == 3)
         await emptied(gateway)
 
 
@@ -182,7 +123,7 @@ async def test_an_answer_that_was_not_acknowledged_is_not_given_twice(fleet):
                 await mortal.die()
                 (again,) = await take(heir, 1)
                 again.reply(answer(again.request))
-                await known(gateway, lambda: gateway.counts.duplicates == 1)
+                await known(lambda: gateway.counts.duplicates == 1)
         await emptied(gateway)
 
 
@@ -192,7 +133,7 @@ async def test_requests_of_a_dead_gateway_are_dropped(fleet):
         async with mortal as doomed, background(*(refusal(ask(doomed, request(id=str(n)))) for n in range(5))):
             jobs = await take(held, 2)
             await mortal.die()
-            await known(held, lambda: all(job.done for job in jobs))
+            await known(lambda: all(job.done for job in jobs))
         await emptied(other)
         assert held.counts.orphans >= 2
 
@@ -205,10 +146,10 @@ async def test_a_worker_that_stops_hands_over_what_it_has_not_run(fleet):
         heir.publish(READY)
         async with background(*(ask(gateway, request(id=str(n))) for n in range(6))) as callers:
             async with fleet_queue(fleet, "worker") as leaver:
-                await known(leaver, lambda: any(leaver._directory.others(LANE)))
+                await known(lambda: any(leaver._directory.others(LANE)))
                 consumer = leaver.consumer([LANE], 8)
                 held = await take(leaver, 2, consumer)
-                await known(leaver, lambda: len(leaver._lanes[LANE].held) == 6)
+                await known(lambda: len(leaver._lanes[LANE].held) == 6)
                 leaver.leave()
                 consumer.close()
                 for job in held:
@@ -239,7 +180,7 @@ async def test_drained_waits_for_what_other_gateways_sent_when_nobody_else_serve
 async def test_a_request_that_redis_lost_is_sent_again(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
         async with background(ask(gateway, request(id="a"))) as (caller,):
-            await known(gateway, lambda: all(call.entries for call in gateway._calls._calls.values()))
+            await known(lambda: all(call.entries for call in gateway._calls._calls.values()))
             client = gateway._client
             for each in (1, 2, 3):
                 await client.call("DEL", client.keys.requests("m", "1", each))
@@ -284,7 +225,7 @@ async def test_a_cancelled_call_is_not_run_wherever_it_is(fleet):
             for caller in callers[:3]:
                 caller.cancel()
             await asyncio.wait(callers[:3])
-            await known(held, lambda: all(job.done for job in jobs))
+            await known(lambda: all(job.done for job in jobs))
             (last,) = await take(held, 1, consumer)
             assert last.request.id == "3"
             last.reply(answer(last.request))
@@ -298,7 +239,7 @@ async def test_a_cancelled_call_is_not_run_wherever_it_is(fleet):
 async def test_a_command_reaches_every_worker_and_one_that_dies_is_not_waited_for(fleet):
     mortal = Mortal(fleet, "worker")
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one, mortal as doomed:
-        await known(gateway, lambda: len(gateway._directory.workers()) == 2)
+        await known(lambda: len(gateway._directory.workers()) == 2)
         first, second = one.commands(), doomed.commands()
         async with background(gateway.send(Load("m"))) as (sender,):
             order = await anext(first)
@@ -312,7 +253,7 @@ async def test_a_command_reaches_every_worker_and_one_that_dies_is_not_waited_fo
 async def test_a_worker_without_the_model_does_not_fail_a_command(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
         async with fleet_queue(fleet, "worker") as two:
-            await known(gateway, lambda: len(gateway._directory.workers()) == 2)
+            await known(lambda: len(gateway._directory.workers()) == 2)
             first, second = one.commands(), two.commands()
             async with background(gateway.send(Load("m"))) as (sender,):
                 (await anext(first)).finish(None)
@@ -334,7 +275,7 @@ async def test_a_command_without_workers_says_so(fleet):
 async def test_a_question_is_answered_by_all_others(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
         one.answers["name"] = lambda rest: f"one {rest}".encode()
-        await known(gateway, lambda: len(gateway._directory.members) == 1)
+        await known(lambda: len(gateway._directory.members) == 1)
         assert await gateway.ask("name:it") == [b"one it"]
 
 
@@ -348,7 +289,7 @@ async def test_a_newer_message_is_left_for_a_newer_worker(fleet, monkeypatch):
         monkeypatch.setattr("gateway.queues.redis.calls.pack_request", lambda asked: _newer(pack(asked)))
         monkeypatch.setattr("gateway.queues.redis.lane.unpack_request", lambda head, body: unpack(_older(head), body))
         async with background(ask(gateway, request(id="a"))) as (caller,):
-            await known(old, lambda: bool(old._lanes[LANE].foreign))
+            await known(lambda: bool(old._lanes[LANE].foreign))
             async with fleet_queue(fleet, "worker") as new:
                 new._link.reads += 1
                 new.publish(READY)
@@ -372,7 +313,7 @@ async def test_messages_of_another_deployment_are_not_believed(fleet):
     async with fleet_queue(fleet, "gateway", key=theirs) as forger, fleet_queue(fleet, "worker", key=ours) as held:
         held.consumer([LANE], 8)
         async with background(refusal(ask(forger, request(deadline=time.monotonic() + 0.5)))) as (caller,):
-            await known(held, lambda: held.counts.damaged > 0)
+            await known(lambda: held.counts.damaged > 0)
             assert isinstance(await caller, errors.DeadlineExceeded)
 
 
@@ -392,7 +333,7 @@ async def test_gateways_refuse_what_the_fleet_cannot_answer_in_time(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
         state = VersionState("1", "READY", config=model_config(), admission=Measured())  # type: ignore[arg-type]
         held.publish(PoolState("m", (state,)))
-        await known(gateway, lambda: gateway.pool("m") is not None and bool(_admission(gateway)._rate))
+        await known(lambda: gateway.pool("m") is not None and bool(_admission(gateway)._rate))
         admission = _admission(gateway)
         for _ in range(100):
             admission.admit(request(deadline=time.monotonic() + 10))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,7 +64,7 @@ class Directory:
         should look what this one holds now.
         """
         self.members: dict[str, Member] = {}
-        self.dead: dict[str, None] = {}
+        self.dead: dict[str, float] = {}  # and since when
         self.leaving = False
         self._names: Collection[str] = ()
         self._link = link
@@ -165,6 +166,10 @@ class Directory:
     def is_dead(self, process: str) -> bool:
         """Whether a process is known to have died."""
         return process in self.dead
+
+    def dead_for(self, process: str) -> float:
+        """Seconds since a process was found dead; of one that is not known to be, for ever."""
+        return time.monotonic() - self.dead.get(process, -math.inf)
 
     def is_alive(self, process: str) -> bool:
         """Whether a process announces itself, be it in another release's way."""
@@ -304,7 +309,7 @@ class Directory:
     def _forget_member(self, process: str, member: Member) -> None:
         del self.members[process]
         self._link.hosts.pop(process, None)
-        self.dead[process] = None
+        self.dead[process] = time.monotonic()
         if len(self.dead) > _DEAD_KNOWN:
             self.dead.pop(next(iter(self.dead)))
         log_event("process_gone", logging.WARNING, process=process)

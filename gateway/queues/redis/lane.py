@@ -241,6 +241,7 @@ class LaneReader:
         header = fields[wire.HEADER]
         if version_of(header) > self._link.reads:
             self.foreign.add(entry)
+            self._link.bell.ring()
             return None
         envelope = wire.read_envelope(fields[wire.ENVELOPE])
         if self._unwanted(envelope):

@@ -62,6 +62,7 @@ class Link:
     counts: Counts = field(default_factory=Counts)
     hosts: dict[str, str] = field(default_factory=dict)  # of each process, the /dev/shm it has
     ids: Iterator[bytes] = field(default_factory=wire.ids)
+    bell: Bell = field(default_factory=Bell)  # to be rung when there is something to look after
     _said: dict[str, tuple[float, int]] = field(default_factory=dict)  # events, when last, and how many since
 
     def start(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:

@@ -30,7 +30,7 @@ from gateway.queues.redis.directory import Directory
 from gateway.queues.redis.events import CANCEL, GIVEN, NEWS, Events
 from gateway.queues.redis.figures import look
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
-from gateway.queues.redis.link import Bell, Counts, Link
+from gateway.queues.redis.link import Counts, Link
 from gateway.queues.redis.message import BadMessage, Seal
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.recovery import Recovery
@@ -67,7 +67,6 @@ class RedisQueue:
         self._tasks = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
         self._closed = False
-        self._bell = Bell()
         self._beat = asyncio.Event()
         self._last_reply = b"0-0"
 
@@ -245,14 +244,14 @@ class RedisQueue:
 
     def _on_given(self, event: wire.Broadcast) -> None:
         if event.text == self.process:
-            self._bell.ring()
+            self._link.bell.ring()
 
     def _tell_news(self) -> None:
         self._events.tell(NEWS).add_done_callback(_seen)
 
     def _died(self, process: str) -> None:
         self._events.died(process)
-        self._bell.ring()
+        self._link.bell.ring()
 
     # --- tasks
 
@@ -301,7 +300,7 @@ class RedisQueue:
     async def _look_after(self) -> None:
         """What is to be done from time to time: nothing here is waited for by a request that goes well."""
         while True:
-            await self._bell.wait(BEAT)
+            await self._link.bell.wait(BEAT)
             await self._tidy()
             self._beat.set()
             self._beat.clear()
@@ -342,7 +341,7 @@ class RedisQueue:
             self._calls.suspect()
             with suppress(Disconnected, RedisError):
                 await self._open_replies()
-            self._bell.ring()
+            self._link.bell.ring()
 
     async def _sign_off(self) -> None:
         """Hand over what is left, and tell the others that this process ends and did not die."""

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Iterable
 from typing import NamedTuple
+from zlib import crc32
 
 from redis.exceptions import RedisError
 
@@ -26,6 +27,7 @@ from gateway.telemetry import log_event
 
 _AT_ONCE = 1000  # entries looked at
 _STRANGE = 1000  # ms that an entry of a worker nobody has seen must be pending to be taken from it
+_SHARED = 0.6  # seconds from a death in which each heir takes its share; all look after it within a beat
 _ROUNDS = 60  # looks at what is pending for each look at who is in the group
 
 
@@ -121,12 +123,16 @@ class Recovery:
         )
 
     async def _take_over(self, lane: LaneReader, stream: str, process: str) -> None:
-        """Claim all of it, however much is held here: it has waited longer than anything that is yet to be read."""
+        """Claim our share, however much is held here: it has waited longer than anything that is yet to be read."""
         pending = await self._pending(stream, process)
         if not self._directory.is_dead(process):  # never seen: it may have come this very moment
             pending = [each for each in pending if each.idle > _STRANGE] if self._directory.sure else []
+        heirs = sorted([self._link.process, *self._directory.others(lane.lane)])
+        share = [each for each in pending if heirs[crc32(each.entry) % len(heirs)] == self._link.process]
+        if self._directory.dead_for(process) > _SHARED:  # whose share it was has not taken it
+            share = pending
         # As idle as it was seen: of two who claim at once, the second finds it busy.
-        claims = [self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle) for each in pending]
+        claims = [self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle) for each in share]
         taken = sum(await asyncio.gather(*claims))
         if taken:
             self._link.counts.recovered += taken
