@@ -399,19 +399,6 @@ async def test_a_worker_that_does_not_understand_commands_is_given_up(fleet, mon
 # --- starting and stopping
 
 
-async def test_a_gateway_that_stops_knows_when_all_is_answered(fleet):
-    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
-        await gateway.answered()
-        async with background(ask(gateway, request(id="a"))) as (caller,):
-            (job,) = await take(held, 1)
-            async with background(gateway.answered()) as (stopping,):
-                await settle()
-                assert not stopping.done()
-                job.reply(answer(job.request))
-                await stopping
-            assert (await caller).id == "a"
-
-
 async def test_a_worker_that_stops_without_redis_does_not_wait_for_it(redis_url, tmp_path):
     async with proxied(redis_url, str(tmp_path)) as (proxy, of):
         async with fleet_queue(of, "worker") as held:
