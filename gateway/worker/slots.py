@@ -8,6 +8,7 @@ the clock, and that nothing the scheduler hands out is ever lost.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -140,6 +141,8 @@ class Slots:
 
     def finished(self, run: Run[Job], *, learn: bool, failed: bool = False, seconds: float | None = None) -> None:
         """A run is over; see `Seat.release`."""
+        if run.ended < math.inf:
+            return
         now = time.monotonic()
         taken = now - run.started
         if seconds is not None:
