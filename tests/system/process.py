@@ -75,14 +75,14 @@ class GatewayProcess:
                     if found.get("event") == event and fields.items() <= found.items():
                         return found
                 assert self.process.poll() is None or self._reader.is_alive(), f"no '{event}' in: {''.join(self.lines)}"
-                self._changed.wait(timeout=20)
+                self._changed.wait(timeout=60)
 
     def wait_ready(self) -> None:
         """Until the start-up table is printed: the first loads have ended."""
         with self._changed:
             while not any(line.startswith("MODEL ") for line in self.lines):
                 assert self.process.poll() is None, "".join(self.lines)
-                self._changed.wait(timeout=20)
+                self._changed.wait(timeout=60)
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.ports['http']}{path}"
