@@ -19,7 +19,7 @@ from tests.support import LANE, model_config
 READY = PoolState("m", (VersionState("1", "READY", config=model_config()),))
 
 
-def hurry(monkeypatch: pytest.MonkeyPatch, lives: float = 0.3) -> None:
+def hurry(monkeypatch: pytest.MonkeyPatch, lives: float = 0.5) -> None:
     """Beats and deaths in a fraction of the time."""
     monkeypatch.setattr(directory, "BEAT", lives / 6)
     monkeypatch.setattr(queue_module, "BEAT", 0.05)

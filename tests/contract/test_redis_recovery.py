@@ -258,13 +258,52 @@ async def test_a_worker_that_is_busy_takes_over_all_that_a_dead_one_held(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
         async with mortal as doomed, background(*(ask(gateway, request(id=str(n))) for n in range(10))) as callers:
             await take(doomed, 8)
-            consumer = heir.consumer([LANE], 2)
-            busy = await take(heir, 2, consumer)  # all that it may have
+            busy = await take(heir, 2, heir.consumer([LANE], 2))  # all that it may have
             await mortal.die()
-            jobs = await take(heir, 8, consumer)
-            for job in (*busy, *jobs):
+            await known(lambda: len(heir._lanes[LANE].held) == 10)
+            for job in busy:
                 job.reply(answer(job.request))
-            assert [(await caller).id for caller in callers] == [str(n) for n in range(10)]
+            async with background(answering(heir)):
+                assert [(await caller).id for caller in callers] == [str(n) for n in range(10)]
+
+
+async def test_one_of_many_kills_its_workers_and_the_others_are_answered(fleet):
+    """Nobody is buried for what was only waiting beside the one that kills."""
+    names = [str(n) for n in range(4)] + ["poison"]
+    async with fleet_queue(fleet, "gateway") as gateway:
+        poisoned = refusal(ask(gateway, request(id="poison")))
+        async with background(*(ask(gateway, request(id=name)) for name in names[:-1]), poisoned) as callers:
+            first, second = Mortal(fleet, "worker"), Mortal(fleet, "worker")
+            async with first as doomed:
+                assert sorted(job.request.id for job in await take(doomed, 5)) == names  # one batch
+            async with second as doomed:
+                consumer = doomed.consumer([LANE], 8)
+                while (job := (await consumer.take(8))[0]).request.id != "poison":
+                    job.reply(answer(job.request))
+            async with fleet_queue(fleet, "worker") as heir, background(answering(heir)):
+                error = await callers[-1]
+                assert isinstance(error, errors.Internal)
+                assert "lost 2 workers" in error.message
+                assert [(await caller).id for caller in callers[:-1]] == names[:-1]
+                assert heir.counts.dead_letters == 1
+
+
+async def test_what_a_revived_worker_has_answered_is_not_tried(fleet):
+    """It was not dead: its answer comes while another has taken the request over and not begun it yet."""
+    mortal = Mortal(fleet, "worker")
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
+        async with mortal as frozen, background(*(ask(gateway, request(id=name)) for name in "ab")) as callers:
+            jobs = await take(frozen, 2)
+            heir._directory._forget_member(frozen.process, heir._directory.members[frozen.process])
+            heir._directory._see = lambda *_: asyncio.sleep(0)  # it stays dead to this one
+            consumer = heir.consumer([LANE], 8)
+            (tried,) = await consumer.take(8)
+            for job in jobs:
+                job.reply(answer(job.request))
+            assert [(await caller).id for caller in callers] == ["a", "b"]
+            tried.reply(answer(tried.request))
+            await emptied(gateway)
+            await known(lambda: not heir._lanes[LANE].held)
 
 
 async def test_two_heirs_share_what_a_dead_worker_held(fleet):

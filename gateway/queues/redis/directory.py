@@ -249,7 +249,7 @@ class Directory:
         names = list({name.decode() for name in roles[::2]} - {self._link.process} | self.members.keys())
         found = await client.call("MGET", *map(client.keys.process, names)) if names else []
         now = time.monotonic()
-        if now - self._looked > _LIVES - BEAT:
+        if now - self._looked > _LIVES / 2:
             self._deaf()
         self._looked = now
         silent = [process for process, data in zip(names, found, strict=True) if data is None]

@@ -25,6 +25,7 @@ from gateway.queues.redis.jobs import RedisJob
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import BadMessage, pack_request, unpack_request, version_of
 from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.suspects import Suspects
 from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
 from gateway.telemetry import log_event
@@ -32,7 +33,7 @@ from gateway.types import Buffer, InferRequest
 
 CLASSES = (1, 2, 3)
 _BLOCK = 1.0  # seconds; also how long a stop may have to wait for the reader
-_TRIES = 2  # deliveries; what was lost with each of its workers is not run again
+_TRIES = 2  # what was begun so often, and lost with each of its workers, is not run again
 _DEAD_KEPT = 1000  # dead letters of a lane
 
 
@@ -48,6 +49,7 @@ class LaneReader:
         self.streams = [link.client.keys.requests(lane.model, lane.version, each) for each in CLASSES]
         self.held: dict[bytes, RedisJob] = {}  # by entry
         self.foreign: set[bytes] = set()  # entries of ours that only a newer worker can read
+        self.suspects = Suspects(link, outbox, self.held, self._add)
         self._calls: dict[bytes, RedisJob] = {}
         self._link = link
         self._cancelled = cancelled
@@ -147,6 +149,7 @@ class LaneReader:
 
     def give_up_orphans(self, now: float) -> None:
         """Let go of jobs whose deadline has passed, and of those whose gateway has died."""
+        self.suspects.go_on()
         for job in list(self.held.values()):
             if job.expired(now):
                 job.give_up()
@@ -217,8 +220,10 @@ class LaneReader:
                 self._link.report("lane_not_made", model=self.lane.model, reason=str(refusal))
                 await asyncio.sleep(_BLOCK)  # e.g. no memory
 
-    async def enter(self, stream: str, entry: bytes, fields: dict[bytes, bytes], deliveries: int = 1) -> None:
-        """Hold an entry that is this process's now, or see it off. It may have been pending: `deliveries` counts."""
+    async def enter(
+        self, stream: str, entry: bytes, fields: dict[bytes, bytes], deliveries: int = 1, *, orphan: bool = False
+    ) -> None:
+        """Hold an entry that is this process's now, or see it off. An `orphan` was begun so often, and lost each time."""
         if entry in self.held:
             return
         try:
@@ -233,8 +238,8 @@ class LaneReader:
             # It stays ours: `Recovery` finds it pending and not held.
             self._link.report("payload_unreadable", logging.WARNING, stream=stream, reason=str(problem))
         else:
-            if job is not None and entry not in self.held:  # as it may be by now
-                self._hold(job, deliveries)
+            if job is not None and entry not in self.held and self._begin(job):  # as it may be by now
+                self._admit(job, deliveries, orphan=orphan)
 
     async def _open(self, stream: str, entry: bytes, fields: dict[bytes, bytes]) -> RedisJob | None:
         """The job of an entry; None when it is not to be run here."""
@@ -268,22 +273,30 @@ class LaneReader:
         self._link.seal.verify(fields.get(wire.SIGNATURE, b""), fields[wire.ENVELOPE], header, payload)
         return unpack_request(header, payload)
 
-    def _hold(self, job: RedisJob, deliveries: int) -> None:
-        request = job.request
+    def _begin(self, job: RedisJob) -> bool:
+        """Hold a job, and know its times; false when it waited for a worker until its deadline."""
         now = time.monotonic()
         job.enqueued = now - max(self._link.client.clock() - wire.milliseconds(job.entry) / 1000, 0.0)
         if job.budget:
-            request.deadline = job.enqueued + job.budget
-            if job.expired(now):  # it waited for a worker until then
+            job.request.deadline = job.enqueued + job.budget
+            if job.expired(now):
                 self.outbox.done(job)
-                return
+                return False
         self.held[job.entry] = job
         self._calls[job.call] = job
-        if deliveries > _TRIES:
+        return True
+
+    def _admit(self, job: RedisJob, deliveries: int, *, orphan: bool) -> None:
+        if orphan and deliveries >= _TRIES:
             self._bury(job, deliveries)
-            return
-        if deliveries > 1:
-            request.signature = object()  # equal to no other: it may have killed its worker, so it runs alone
+        elif orphan:
+            self.suspects.add(job, deliveries)
+        else:
+            if deliveries > 1:
+                job.request.signature = object()  # it was being tried
+            self._add(job)
+
+    def _add(self, job: RedisJob) -> None:
         self._waiting.append(job)
         self._wake()
 
@@ -291,7 +304,7 @@ class LaneReader:
         """A request that has outlived its workers is kept for the operator, and answered."""
         self._link.counts.dead_letters += 1
         client = self._link.client
-        lane, reason = self.lane, f"delivered {deliveries} times and never answered: its worker died each time"
+        lane, reason = self.lane, f"begun {deliveries} times and never answered: its worker died each time"
         log_event("dead_letter", logging.ERROR, model=lane.model, id=job.request.id, reason=reason)
         key = client.keys.dead(lane.model, lane.version)
         header, parts = pack_request(job.request)
@@ -302,7 +315,7 @@ class LaneReader:
         buried.add_done_callback(lambda done: done.cancelled() or done.exception())
         job.fail(
             errors.Internal(
-                f"the request was given up: {self.lane.model} has lost {deliveries - 1} workers that were running it"
+                f"the request was given up: {self.lane.model} has lost {deliveries} workers that were running it"
             )
         )
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,6 +62,7 @@ class Outbox:
         self._idle = asyncio.Event()
         self.unacknowledged: dict[str, set[bytes]] = defaultdict(set)
         """Entries by stream that are done with, and still pending in Redis."""
+        self.on_acknowledged: list[Callable[[], None]] = []
 
     def answer(self, job: Answered, kind: bytes, header: bytes, parts: Sequence[Buffer] = (), *, final: bool) -> None:
         """Send one answer; the job's entry is acknowledged when its last one is stored."""
@@ -188,6 +189,8 @@ class Outbox:
     def _acknowledged(self, done: asyncio.Future[int], stream: str, entries: list[bytes]) -> None:
         if not done.cancelled() and done.exception() is None:
             self.unacknowledged[stream].difference_update(entries)
+            for told in self.on_acknowledged:
+                told()
         self._end()
 
     def _begin(self) -> None:

@@ -1,7 +1,7 @@
 """What dead workers left behind, and what live ones cannot use: pending entries change hands.
 
-A worker whose announcement is gone is dead; its entries are claimed and count one delivery more. An entry that is
-given, by a worker that stops or is too old for it, keeps its count. Nothing is decided by how long an entry has been
+A worker whose announcement is gone is dead; its entries are claimed, and tried as `suspects` says. An entry that is
+given, by a worker that stops or is too old for it, is like any other. Nothing is decided by how long an entry has been
 pending: a long batch is no death.
 """
 
@@ -117,10 +117,7 @@ class Recovery:
         lost = [each for each in pending if each.entry not in lane.held and each.entry not in done]
         ours = [each for each in lost if each.entry not in lane.foreign]
         await self._pass_on(lane, stream, [each.entry for each in lost if each.entry in lane.foreign])
-        # RETRYCOUNT: that it changes hands is no delivery.
-        await asyncio.gather(
-            *(self._claim(lane, stream, each, each.deliveries, "RETRYCOUNT", each.deliveries) for each in ours)
-        )
+        await asyncio.gather(*(self._claim(lane, stream, each) for each in ours))
 
     async def _take_over(self, lane: LaneReader, stream: str, process: str) -> None:
         """Claim our share, however much is held here: it has waited longer than anything that is yet to be read."""
@@ -132,7 +129,7 @@ class Recovery:
         if self._directory.dead_for(process) > _SHARED:  # whose share it was has not taken it
             share = pending
         # As idle as it was seen: of two who claim at once, the second finds it busy.
-        claims = [self._claim(lane, stream, each, each.deliveries + 1, idle=each.idle) for each in share]
+        claims = [self._claim(lane, stream, each, idle=each.idle, orphan=True) for each in share]
         taken = sum(await asyncio.gather(*claims))
         if taken:
             self._link.counts.recovered += taken
@@ -143,12 +140,15 @@ class Recovery:
         return [_Pending(entry, idle, deliveries) for entry, _, idle, deliveries in found]
 
     async def _claim(
-        self, lane: LaneReader, stream: str, what: _Pending, deliveries: int, *options: str | int, idle: int = 0
+        self, lane: LaneReader, stream: str, what: _Pending, *, idle: int = 0, orphan: bool = False
     ) -> int:
-        claimed = await self._link.client.call("XCLAIM", stream, GROUP, self._link.process, idle, what.entry, *options)
+        # RETRYCOUNT: that it changes hands is no delivery.
+        claimed = await self._link.client.call(
+            "XCLAIM", stream, GROUP, self._link.process, idle, what.entry, "RETRYCOUNT", what.deliveries
+        )
         for found in claimed:
             if found:
-                await lane.enter(stream, found[0], wire.fields(found[1]), deliveries)
+                await lane.enter(stream, found[0], wire.fields(found[1]), what.deliveries, orphan=orphan)
         return len(claimed)
 
     async def _pass_on(self, lane: LaneReader, stream: str, entries: list[bytes]) -> None:
