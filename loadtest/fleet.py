@@ -114,10 +114,11 @@ class Process:
         return self.log.read_text(errors="replace")[-size:]
 
     def resources(self) -> tuple[int, int, int]:
-        """Resident bytes, descriptors, threads."""
+        """Resident bytes that are its own, descriptors, threads."""
         process = psutil.Process(self.pid)
         with process.oneshot():
-            return process.memory_info().rss, process.num_fds(), process.num_threads()
+            memory = process.memory_info()
+            return memory.rss - memory.shared, process.num_fds(), process.num_threads()
 
     def descriptors(self) -> dict[str, int]:
         """How many descriptors there are of each kind."""

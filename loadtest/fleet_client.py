@@ -42,18 +42,30 @@ AGAIN = 0.02  # seconds between attempts to connect, and until a refused client 
 _ERROR_BYTES = 300
 _CONFIG = """backend: "fake" max_batch_size: {rows} dynamic_batching {{ }}
 instance_group {{ count: 1 kind: KIND_CPU }}
-input {{ name: "IN" data_type: TYPE_INT64 dims: 1 }} output {{ name: "OUT" data_type: TYPE_INT64 dims: 1 }}
-parameters {{ key: "a_us" value {{ string_value: "{base_us:g}" }} }}
-parameters {{ key: "b_us" value {{ string_value: "{per_row_us:g}" }} }}
+input {{ name: "IN" data_type: TYPE_INT64 dims: {dims} }} output {{ name: "OUT" data_type: TYPE_INT64 dims: {dims} }}
+{parameters}
 """
+_PARAMETER = 'parameters {{ key: "{}" value {{ string_value: "{}" }} }}'
 
 
 def write_model(
-    repository: Path, name: str = MODEL, *, base_us: float = 2000.0, per_row_us: float = 50.0, rows: int = 32
+    repository: Path,
+    name: str = MODEL,
+    *,
+    base_us: float = 2000.0,
+    per_row_us: float = 50.0,
+    rows: int = 32,
+    dims: int = 1,
+    **more: str,
 ) -> None:
-    """Put a fake model into a repository that answers with its input after so many microseconds."""
+    """Put a fake model into a repository that answers with its input after so many microseconds.
+
+    `more` are parameters of the fake backend.
+    """
     (repository / name / "1").mkdir(parents=True)
-    config = _CONFIG.format(rows=rows, base_us=base_us, per_row_us=per_row_us)
+    given = {"a_us": f"{base_us:g}", "b_us": f"{per_row_us:g}"} | more
+    parameters = "\n".join(_PARAMETER.format(*each) for each in given.items())
+    config = _CONFIG.format(rows=rows, dims=dims, parameters=parameters)
     (repository / name / "config.pbtxt").write_text(config)
 
 

@@ -8,6 +8,8 @@ Prints a line for each fault: what became of the requests, how long until all wa
 from __future__ import annotations
 
 import argparse
+import asyncio
+import http.client
 import json
 import signal
 import sys
@@ -17,9 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.bench import servers
 from loadtest.fleet import wait_until
-from loadtest.fleet_rig import LATE_SHARE, RECOVERY, Outcome, Pace, Rig, Watched
+from loadtest.fleet_client import MODEL
+from loadtest.fleet_rig import LARGE, LATE_SHARE, RECOVERY, Outcome, Pace, Rig, Watched
+from loadtest.fleet_storm import rage
 from loadtest.record import machine
+
+POISON = 13
 
 Scenario = Callable[[Rig, Pace], Outcome]
 
@@ -50,10 +57,15 @@ def fault(**rig: Any) -> Callable[[Scenario], Scenario]:
 
 @fault()
 def nothing(rig: Rig, pace: Pace) -> Outcome:
-    """No fault at all: nobody is late."""
+    """No fault at all: nobody is late, and the statistics count what the client has seen."""
+    ports = rig.fleet.ports[0]
+    before = servers.success_count(ports.http, MODEL)
     with rig.load(pace) as (_, outcome):
         time.sleep(pace.before + pace.after)
     outcome.judge().require(outcome.verdict.late_share <= LATE_SHARE, "at most 1 % of the accepted are late")
+    counted = servers.success_count(ports.http, MODEL) - before
+    answered = outcome.verdict.statuses[200]
+    outcome.require(counted == answered, f"the statistics count {counted} answers, the client has seen {answered}")
     return outcome
 
 
@@ -132,6 +144,63 @@ def _require_quick(outcome: Outcome, rig: Rig) -> None:
     slowest = outcome.verdict.slowest
     outcome.require(slowest <= 3 + usual, f"answered within 3 s more, not {slowest:.2f} s")
     wait_until(lambda: not rig.fleet.entries(), "the streams are empty")
+
+
+@fault(workers=3, base_us=50_000.0, crash=str(POISON), allow_crash="true")
+def worker_poisoned(rig: Rig, pace: Pace) -> Outcome:
+    """A request that kills its worker: tried alone by a second one, and a dead letter after that. All others are answered."""
+    port = rig.fleet.ports[0].http
+    letters = rig.fleet.ask("XLEN", "lockgate:d:{fleet/1}")
+    with rig.load(pace, rate=60, deadline_ms=20_000) as (_, outcome):
+        time.sleep(pace.before)
+        status, text = _ask(port, POISON)
+        dead = [worker for worker in rig.fleet.workers if not worker.alive]
+        time.sleep(pace.after)
+    outcome.judge()
+    outcome.require(status == 500 and "has lost 2 workers" in text, f"a typed 500, not {status} {text}")
+    outcome.require(len(dead) == 2, f"it kills two workers, not {len(dead)}")
+    outcome.require(rig.fleet.ask("XLEN", "lockgate:d:{fleet/1}") == letters + 1, "it alone is a dead letter")
+    return outcome
+
+
+def _ask(port: int, number: int) -> tuple[int, str]:
+    """One request without a deadline."""
+    tensor = {"name": "IN", "shape": [1, 1], "datatype": "INT64", "data": [number]}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", f"/v2/models/{MODEL}/infer", json.dumps({"inputs": [tensor]}))
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+# --- clients
+
+
+@fault(gateways=2, base_us=20_000.0, rows=8)
+def cancel_storm(rig: Rig, pace: Pace) -> Outcome:
+    """Clients go at any moment, over HTTP and gRPC, with small and large tensors; nothing stays behind of what they asked."""
+    outcome = Outcome()
+    sizes = ((MODEL, 10 * pace.flood, 1), (LARGE, pace.flood // 2, 1 << 16))
+    for model, requests, elements in sizes:  # what it takes of memory and connections, before anything is measured
+        asyncio.run(rage(rig.fleet.ports, model, requests=min(requests, pace.flood), elements=elements))
+    watched = Watched([*rig.fleet.workers, *rig.fleet.gateways])
+    for model, requests, elements in sizes:
+        storm = asyncio.run(rage(rig.fleet.ports, model, requests=requests, elements=elements))
+        # A worker's scheduler looks at what is over when something new comes.
+        asyncio.run(rage(rig.fleet.ports, model, requests=100, staying=1.0))
+        outcome.figures[model] = dict(storm.counts)
+        outcome.require(not storm.wrong, f"answers of others: {storm.wrong[:5]}")
+        outcome.require(not storm.unanswered, f"never answered: {storm.unanswered[:5]}")
+        outcome.require(not storm.errors, f"errors: {storm.errors.most_common(5)}")
+    ended = time.monotonic()
+    for model in (MODEL, LARGE):
+        wait_until(lambda model=model: not rig.fleet.entries(model) + rig.fleet.pending(model), "the queue is empty")  # type: ignore[misc]
+    outcome.figures["emptied_s"] = round(time.monotonic() - ended, 2)
+    wait_until(lambda: not rig.payloads(), "no payload is left")
+    watched.settle(outcome)
+    return outcome
 
 
 # --- Redis

@@ -13,14 +13,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
 from loadtest.fault_proxy import FaultProxy
 from loadtest.fleet import Client, Fleet, FleetError, Process, wait_until
+from loadtest.fleet_client import write_model
 from loadtest.history import History, Verdict
 
+LARGE = "large"  # a model for tensors of any size
 RECOVERY = 2.0  # seconds after Redis has returned in which everything must be as before
 LATE_SHARE = 0.01
 _GROWTH, _SLACK = 0.03, 8 << 20  # of resident memory: a share of it, and bytes
@@ -102,6 +105,7 @@ class Rig:
             stack.enter_context(self.fleet)
             stack.enter_context(self._proxied())
             self.fleet.via = f"redis://{self.proxy.address}"
+            write_model(self.fleet.models, LARGE, dims=-1)
             stack.callback(self._stop_processes)  # before the proxy: they say good-bye through it
             for _ in range(self._workers):
                 self.fleet.add_worker()
@@ -139,6 +143,12 @@ class Rig:
                 process.start()
         self.fleet.ready()
         wait_until(lambda: not self.fleet.entries(), "the streams are empty")
+
+    def payloads(self) -> list[str]:
+        """The files in shared memory of the fleet's processes."""
+        pids = {str(process.pid) for process in (*self.fleet.workers, *self.fleet.gateways)}
+        found = [path.name for path in Path("/dev/shm").glob("lockgate-*.*")]
+        return [name for name in found if name.split(".")[1] in pids]
 
     def empty_redis(self) -> None:
         """Kill Redis, and start it with nothing."""
