@@ -271,10 +271,10 @@ class Events:
     def _answer(self, event: wire.Broadcast) -> None:
         word, _, rest = event.text.partition(":")
         answer = self.answers.get(word)
-        if answer is None or event.sender == self._link.process:
+        if event.sender == self._link.process:
             return
         try:
-            said = answer(rest)
+            said = b"" if answer is None else answer(rest)  # who has nothing to say is not waited for
         except (errors.GatewayError, KeyError):  # e.g. it holds no such model
             said = b""
         self._outbox.tell(event.sender, event.id, wire.TOLD, said)
