@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gateway.queues.base import Load
 from gateway.queues.redis import directory, events
 from gateway.queues.redis import queue as queue_module
 from gateway.queues.redis.beside import INLINE
+from gateway.queues.redis.lane import RedisConsumer
 from gateway.queues.redis.queue import RedisQueue
 from gateway.redis_client import RedisClient, RedisOptions
 from tests.fleet_support import READY, Mortal, emptied, entries, hurry, known, proxied, take
@@ -50,7 +52,10 @@ async def sent(queue: RedisQueue) -> None:
 
 async def answering(queue: RedisQueue) -> None:
     """A worker that does its work."""
-    consumer = queue.consumer([LANE], 8)
+    await answered_from(queue.consumer([LANE], 8))
+
+
+async def answered_from(consumer: RedisConsumer) -> None:
     while jobs := await consumer.take(8):
         for job in jobs:
             job.reply(answer(job.request))
@@ -339,7 +344,7 @@ async def test_the_name_of_a_dead_worker_is_struck_off_its_group(fleet, monkeypa
 
 async def test_what_waited_past_its_deadline_makes_room_at_once(fleet, monkeypatch):
     """A worker that comes late drops what nobody waits for any more, as fast as it can read."""
-    monkeypatch.setattr(queue_module, "BEAT", 60.0)
+    monkeypatch.setattr(queue_module, "BEAT", 2.0)  # twenty of these are more than the test has
     async with fleet_queue(fleet, "gateway") as gateway:
         deadline = time.monotonic() + 0.1
         expiring = [refusal(ask(gateway, request(id=str(n), deadline=deadline))) for n in range(40)]
@@ -436,6 +441,28 @@ async def test_a_worker_that_does_not_understand_commands_is_given_up(fleet, mon
 
 
 # --- starting and stopping
+
+
+async def test_two_workers_that_unload_at_once_leave_nothing_behind(fleet):
+    """Each of them believes that the other one goes on, until it hears otherwise."""
+    unloading = replace(READY, versions=(replace(READY.versions[0], state="UNLOADING"),))
+    async with fleet_queue(fleet, "gateway") as gateway:
+        async with fleet_queue(fleet, "worker") as one, fleet_queue(fleet, "worker") as two:
+            for held in (one, two):
+                held.publish(READY)
+            await known(lambda: all(list(each._directory.others(LANE)) for each in (one, two)))
+            consumers = [held.consumer([LANE], 2) for held in (one, two)]
+            async with background(*(ask(gateway, request(id=str(n))) for n in range(20))) as callers:
+                await known(lambda: len(one._lanes[LANE].held) + len(two._lanes[LANE].held) >= 4)
+                for held in (one, two):
+                    held.publish(unloading)
+                async with background(one.drained(LANE), two.drained(LANE)) as stopping:
+                    await settle()
+                    async with background(*map(answered_from, consumers)):
+                        await asyncio.wait(stopping)
+                        for consumer in consumers:
+                            consumer.close()
+                assert [(await caller).id for caller in callers] == [str(n) for n in range(20)]
 
 
 async def test_a_worker_that_stops_without_redis_does_not_wait_for_it(redis_url, tmp_path):

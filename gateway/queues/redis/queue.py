@@ -127,7 +127,11 @@ class RedisQueue:
         """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""
         await self._calls.empty(lane)
         reader = self._lanes.get(lane)
-        while reader is not None and reader.served and not any(self._directory.others(lane)):
+        if reader is None or not reader.served:
+            return
+        # Until then other workers that stop too have been heard of, and the last gateway has heard of this one.
+        await asyncio.sleep(BEAT)
+        while reader.served and not any(self._directory.others(lane)):
             try:
                 lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in reader.streams))
             except (Disconnected, RedisError):
