@@ -12,7 +12,7 @@ from tests.fleet_support import READY, known, take
 from tests.redis_support import cluster_node, fleet_queue, free_port, options, redis_on_port, redis_process, sentinel
 from tests.support import answer, ask, background, request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
 
 async def test_a_failover_loses_no_request():
