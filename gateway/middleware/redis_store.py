@@ -22,7 +22,7 @@ from gateway import errors
 from gateway.middleware.records import Records
 from gateway.middleware.store import Kept, MemoryStore, size_of
 from gateway.queues.redis.message import BadMessage, Seal
-from gateway.redis_client import RedisClient
+from gateway.redis_client import RedisClient, unheeded
 from gateway.telemetry import log_event
 
 LEASE = 3.0  # seconds that a claim outlives its process
@@ -218,7 +218,7 @@ class RedisStore:
 
     def _call(self, *command: str | bytes | int) -> asyncio.Future[Any]:
         done = self._client.call(*command)
-        done.add_done_callback(_seen)
+        done.add_done_callback(unheeded)
         return done
 
     async def _reply(self, done: asyncio.Future[Any]) -> Any:
@@ -264,8 +264,3 @@ class SharedStore:
         await self._memory.put(key, kept, seconds)
         if size_of(kept) <= _LARGEST and time.monotonic() >= self._again:
             self._redis.offer(key, kept, seconds)
-
-
-def _seen(done: asyncio.Future[Any]) -> None:
-    if not done.cancelled():
-        done.exception()

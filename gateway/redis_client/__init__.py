@@ -31,6 +31,6 @@ one caller's failure or cancellation is nobody else's. What is large goes by `bu
 from gateway.redis_client.client import Reader, RedisClient
 from gateway.redis_client.keys import Keys
 from gateway.redis_client.options import RedisOptions
-from gateway.redis_client.wire import Disconnected
+from gateway.redis_client.wire import Disconnected, unheeded
 
-__all__ = ["Disconnected", "Keys", "Reader", "RedisClient", "RedisOptions"]
+__all__ = ["Disconnected", "Keys", "Reader", "RedisClient", "RedisOptions", "unheeded"]

@@ -32,6 +32,12 @@ _NOT_SERVING = frozenset(("LOADING", "READONLY", "MASTERDOWN"))
 _LATER = frozenset(("CLUSTERDOWN", "TRYAGAIN"))
 
 
+def unheeded(done: asyncio.Future[Any]) -> None:
+    """To be told of the end of a call whose failure changes nothing: it is made again, or need not be."""
+    if not done.cancelled():
+        done.exception()  # seen: asyncio would complain
+
+
 class Disconnected(Unavailable):
     """Redis cannot be reached, or was lost before it answered: whether the command ran is not known."""
 

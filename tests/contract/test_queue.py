@@ -52,7 +52,8 @@ async def test_a_job_knows_when_it_was_enqueued(queue):
     before = time.monotonic()
     async with background(ask(queue, request())):
         (job,) = await take(queue, 1)
-        assert before - 0.01 <= job.enqueued <= time.monotonic()  # by a clock that is estimated, in milliseconds
+        estimated = 0.0 if isinstance(queue, MemoryQueue) else 0.01  # Redis' clock, and in milliseconds
+        assert before - estimated <= job.enqueued <= time.monotonic()
 
 
 async def test_a_failure_reaches_the_caller_as_the_same_error(queue):
@@ -247,6 +248,8 @@ async def test_a_consumer_of_two_lanes_takes_the_oldest_of_each_first(queue):
             taken += await consumer.take(3 - len(taken))
         assert [job.request.id for job in taken if job.request.id != "b"] == ["a", "c"]
         assert sorted(job.request.id for job in taken) == ["a", "b", "c"]
+        if isinstance(queue, MemoryQueue):  # where all lanes are read at once
+            assert [job.request.id for job in taken] == ["a", "b", "c"]
 
 
 async def test_lanes_are_apart(queue):

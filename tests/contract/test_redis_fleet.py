@@ -112,6 +112,20 @@ async def test_a_request_that_kills_two_workers_is_buried_and_answered(fleet):
                 assert b"poison" in letters[0][1]
 
 
+async def test_a_dead_letter_that_cannot_be_kept_is_answered_and_logged(fleet, caplog):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        await gateway.client.call("SET", gateway.client.keys.dead("m", "1"), "no stream")
+        async with background(refusal(ask(gateway, request(id="poison")))) as (caller,):
+            for _ in range(2):
+                mortal = Mortal(fleet, "worker")
+                async with mortal as doomed:
+                    await take(doomed, 1)
+            async with fleet_queue(fleet, "worker") as heir:
+                heir.consumer([LANE], 8)
+                assert type(await caller) is errors.Internal
+                await known(lambda: "dead_letter_not_kept" in caplog.text)
+
+
 async def test_an_answer_that_was_not_acknowledged_is_not_given_twice(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
         mortal = Mortal(fleet, "worker")

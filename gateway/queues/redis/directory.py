@@ -21,7 +21,7 @@ from gateway.queues.redis import announce
 from gateway.queues.redis.admission import FleetAdmission
 from gateway.queues.redis.announce import Announcement
 from gateway.queues.redis.link import Bell, Link
-from gateway.redis_client import Disconnected
+from gateway.redis_client import Disconnected, unheeded
 from gateway.telemetry import log_event
 
 BEAT = 0.25  # seconds
@@ -150,13 +150,14 @@ class Directory:
     def capacities(self) -> dict[Lane, list[Capacity | None]]:
         """Of each lane that is served, what each live worker has announced of its speed; None for nothing yet."""
         found: dict[Lane, list[Capacity | None]] = {}
+        own = self._capacities()
         for pool in self._pools.values():
             for state in pool.versions:
                 lane = Lane(pool.model, state.version)
                 name = f"{lane.model}/{lane.version}"
                 found[lane] = [self.members[each].announcement.capacity.get(name) for each in self.others(lane)]
                 if not self.leaving and any(each.version == lane.version for each in self._own_versions(lane.model)):
-                    found[lane].append(self._capacities().get(name))
+                    found[lane].append(own.get(name))
         return found
 
     def _own_versions(self, model: str) -> tuple[VersionState, ...]:
@@ -198,7 +199,7 @@ class Directory:
                 self._link.report("not_announced", reason=str(problem))
                 # A full Redis takes nothing new, but keeps what it has for longer.
                 lives = client.call("PEXPIRE", client.keys.process(self._link.process), int(_LIVES * 1000))
-                lives.add_done_callback(_seen)
+                lives.add_done_callback(unheeded)
             await self._bell.wait(max(BEAT - (time.monotonic() - began), _LEAST))
 
     def wake(self) -> None:
@@ -216,7 +217,7 @@ class Directory:
         kept.add_done_callback(self._kept)
         if news and self._own:
             known = [word for model in self._own for word in (model, process)]
-            client.call("HSET", client.keys.models, *known).add_done_callback(_seen)
+            client.call("HSET", client.keys.models, *known).add_done_callback(unheeded)
         own = Announcement(
             self._role,
             self._link.payloads.host or "",
@@ -227,9 +228,9 @@ class Directory:
             {f"{lane.model}/{lane.version}": rows for lane, rows in self._rows().items()},
             next(self._numbers),
         )
-        client.call("HSET", client.keys.processes, process, self._role).add_done_callback(_seen)
+        client.call("HSET", client.keys.processes, process, self._role).add_done_callback(unheeded)
         announced = client.call("SET", client.keys.process(process), announce.encode(own), "PX", int(_LIVES * 1000))
-        announced.add_done_callback(_seen)
+        announced.add_done_callback(unheeded)
         self._written = now
         if news:
             self._news()
@@ -304,7 +305,7 @@ class Directory:
                     continue  # Redis has lost it, not its process
                 self._forget_member(process, member)
             # One that lives after all puts itself there again.
-            client.call("HDEL", client.keys.processes, process).add_done_callback(_seen)
+            client.call("HDEL", client.keys.processes, process).add_done_callback(unheeded)
 
     def _forget_member(self, process: str, member: Member) -> None:
         del self.members[process]
@@ -389,10 +390,4 @@ class Directory:
 
     def _forget(self, model: str) -> None:
         client = self._link.client
-        client.call("HDEL", client.keys.models, model).add_done_callback(_seen)
-
-
-def _seen(done: asyncio.Future[object]) -> None:
-    """What fails here is done again at the next beat."""
-    if not done.cancelled():
-        done.exception()
+        client.call("HDEL", client.keys.models, model).add_done_callback(unheeded)

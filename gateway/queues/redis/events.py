@@ -20,7 +20,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import BadMessage, pack_error, unpack_error
 from gateway.queues.redis.outbox import Outbox
-from gateway.redis_client import Disconnected
+from gateway.redis_client import Disconnected, unheeded
 from gateway.telemetry import log_event
 
 _KEPT = 10_000  # events
@@ -168,7 +168,7 @@ class Events:
     def _tell_cancelled(self) -> None:
         calls, self._cancelled = self._cancelled, []
         # Without it the workers run what nobody waits for; nothing else is lost.
-        self.tell(CANCEL, ids=calls).add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.tell(CANCEL, ids=calls).add_done_callback(unheeded)
 
     # --- hearing
 

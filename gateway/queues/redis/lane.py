@@ -312,12 +312,17 @@ class LaneReader:
             "XADD", key, "MAXLEN", "~", _DEAD_KEPT, "*", "id", job.request.id, "reason", reason, "h", header,
             "p", b"".join(parts),
         )  # fmt: skip
-        buried.add_done_callback(lambda done: done.cancelled() or done.exception())
+        buried.add_done_callback(self._buried)
         job.fail(
             errors.Internal(
                 f"the request was given up: {self.lane.model} has lost {deliveries} workers that were running it"
             )
         )
+
+    def _buried(self, done: asyncio.Future[bytes]) -> None:
+        problem = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if problem is not None:
+            self._link.report("dead_letter_not_kept", model=self.lane.model, reason=repr(problem))
 
     def _wake(self) -> None:
         while self._waiters:

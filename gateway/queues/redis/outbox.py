@@ -21,7 +21,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.message import pack_error
-from gateway.redis_client import Disconnected
+from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
 from gateway.telemetry import log_event
 from gateway.types import Buffer
@@ -182,7 +182,7 @@ class Outbox:
         client = self._link.client
         acknowledged = client.call("XACK", stream, GROUP, *entries)
         deleted = client.call("XDEL", stream, *entries)
-        deleted.add_done_callback(lambda done: done.cancelled() or done.exception())  # XACK's failure says it all
+        deleted.add_done_callback(unheeded)  # XACK's failure says it all
         self._begin()
         acknowledged.add_done_callback(lambda done: self._acknowledged(done, stream, entries))
 

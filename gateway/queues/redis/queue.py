@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 from redis.exceptions import RedisError
 
@@ -35,7 +35,7 @@ from gateway.queues.redis.message import BadMessage, Seal
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.recovery import Recovery
 from gateway.queues.redis.shared_files import FOLDER
-from gateway.redis_client import Disconnected, RedisClient
+from gateway.redis_client import Disconnected, RedisClient, unheeded
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
 
@@ -251,7 +251,7 @@ class RedisQueue:
             self._link.bell.ring()
 
     def _tell_news(self) -> None:
-        self._events.tell(NEWS).add_done_callback(_seen)
+        self._events.tell(NEWS).add_done_callback(unheeded)
 
     def _died(self, process: str) -> None:
         self._events.died(process)
@@ -263,7 +263,7 @@ class RedisQueue:
         """Make the reply stream, without which answers to this process are dropped."""
         key = self._client.keys.replies(self.process)
         opened = self._client.call("XADD", key, "MAXLEN", "~", 10_000, "*", "opened", self._role)
-        self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)).add_done_callback(_seen)
+        self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)).add_done_callback(unheeded)
         self._last_reply = b"0-0"
         await opened
 
@@ -369,9 +369,3 @@ class RedisQueue:
 def _class_of(request: InferRequest) -> int:
     """The stream of its lane: 1 for Triton's highest priority, 3 for what may wait longest."""
     return 1 if request.priority == 1 else 3 if request.priority >= 3 else 2
-
-
-def _seen(done: asyncio.Future[Any]) -> None:
-    """What fails here is done again at the next beat."""
-    if not done.cancelled():
-        done.exception()

@@ -21,7 +21,7 @@ from gateway.queues.redis.directory import Directory
 from gateway.queues.redis.events import GIVEN, Events
 from gateway.queues.redis.lane import LaneReader
 from gateway.queues.redis.link import Link
-from gateway.redis_client import Disconnected
+from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
 from gateway.telemetry import log_event
 
@@ -161,4 +161,4 @@ class Recovery:
 
     def _tell(self, heir: str) -> None:
         told = self._events.tell(GIVEN, heir)
-        told.add_done_callback(lambda done: done.cancelled() or done.exception())  # it looks by itself too
+        told.add_done_callback(unheeded)  # it looks by itself too
