@@ -326,12 +326,12 @@ async def _keep_models(settings: Settings, repository: Repository, gateway: Gate
     polls = settings.model_control_mode == "poll"
     changes = await _changes(repository, {}) if polls else None
     previous = changes.now if changes else {}
-    wanted = names
-    if settings.model_control_mode == "explicit" and "*" not in settings.load_model:
-        wanted = list(settings.load_model)
-    for name in wanted:
-        gateway.queue.publish(PoolState(name, reason="waiting to be loaded"))
-    await _send_all(gateway, [Load(name) for name in wanted])
+    loads = [Load(name) for name in names]
+    if settings.model_control_mode == "explicit":
+        loads = await _wanted(settings, gateway, names)
+    for load in loads:
+        gateway.queue.publish(PoolState(load.model, reason="waiting to be loaded"))
+    await _send_all(gateway, [*loads])
     gateway.service.start()
     gateway.loaded.set()
     while polls:
@@ -342,6 +342,22 @@ async def _keep_models(settings: Settings, repository: Repository, gateway: Gate
         previous = changes.now
         commands: list[Command] = [Load(name) for name in (*changes.added, *changes.changed)]
         await _send_all(gateway, [*commands, *(Unload(name) for name in changes.removed)])
+
+
+async def _wanted(settings: Settings, gateway: Gateway, names: list[str]) -> list[Load]:
+    """What to load where commands say it: what the settings name, but for what the last command for a model was."""
+    wanted = {name: Load(name) for name in (names if "*" in settings.load_model else settings.load_model)}
+    try:
+        commands = await gateway.queue.wanted()
+    except errors.GatewayError as problem:
+        log_event("wanted_models_unknown", logging.WARNING, reason=problem.message, loads="what --load-model names")
+        commands = ()
+    for command in commands:
+        if isinstance(command, Load):
+            wanted[command.model] = command
+        else:
+            wanted.pop(command.model, None)
+    return [*wanted.values()]
 
 
 async def _changes(repository: Repository, previous: Mapping[str, Fingerprint]) -> Changes | None:

@@ -13,8 +13,9 @@ import http.client
 import json
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from loadtest.fleet_storm import rage
 from loadtest.record import machine
 
 POISON = 13
+_REFUSALS = (429, 503, 504)
 
 Scenario = Callable[[Rig, Pace], Outcome]
 
@@ -228,7 +230,7 @@ def redis_frozen(rig: Rig, pace: Pace) -> Outcome:
     """SIGSTOP of Redis for 10 s, while deadlines are 3 s."""
     redis = rig.fleet.redis
     stop, go = lambda: redis.send(signal.SIGSTOP), lambda: redis.send(signal.SIGCONT)
-    return _redis_fails(rig, pace, stop, pace.frozen, go, errors=True)
+    return _redis_fails(rig, pace, stop, pace.frozen, go, errors=_REFUSALS)
 
 
 @fault()
@@ -238,7 +240,7 @@ def redis_cut(rig: Rig, pace: Pace) -> Outcome:
     def hold(held: bool) -> None:
         rig.call(lambda: setattr(rig.proxy.down, "paused", held))
 
-    return _redis_fails(rig, pace, lambda: hold(True), pace.cut, lambda: hold(False), errors=True)
+    return _redis_fails(rig, pace, lambda: hold(True), pace.cut, lambda: hold(False), errors=_REFUSALS)
 
 
 @fault()
@@ -248,7 +250,7 @@ def redis_unheard(rig: Rig, pace: Pace) -> Outcome:
     def hold(held: bool) -> None:
         rig.call(lambda: setattr(rig.proxy.up, "paused", held))
 
-    return _redis_fails(rig, pace, lambda: hold(True), pace.cut, lambda: hold(False), errors=True)
+    return _redis_fails(rig, pace, lambda: hold(True), pace.cut, lambda: hold(False), errors=_REFUSALS)
 
 
 @fault()
@@ -261,7 +263,7 @@ def redis_swallowed(rig: Rig, pace: Pace) -> Outcome:
     def mend() -> None:
         rig.call(lambda: (setattr(rig.proxy.down, "swallow", False), rig.proxy.reset()))
 
-    return _redis_fails(rig, pace, swallow, pace.cut, mend, errors=True)
+    return _redis_fails(rig, pace, swallow, pace.cut, mend, errors=_REFUSALS)
 
 
 @fault()
@@ -300,7 +302,7 @@ def redis_full(rig: Rig, pace: Pace) -> Outcome:
     """maxmemory is reached, and there is room again after 4 s."""
     ask = rig.fleet.ask
     full, room = (lambda: ask("CONFIG", "SET", "maxmemory", 1)), (lambda: ask("CONFIG", "SET", "maxmemory", 0))
-    return _redis_fails(rig, pace, full, pace.cut - 1, room, errors=True)
+    return _redis_fails(rig, pace, full, pace.cut - 1, room, errors=_REFUSALS)
 
 
 def _redis_fails(
@@ -311,7 +313,7 @@ def _redis_fails(
     mend: Callable[[], object],
     *,
     meanwhile: Callable[[], object] = lambda: None,
-    errors: bool = False,
+    errors: Collection[int] = (),
     deadline_ms: float = 3000,
 ) -> Outcome:
     with rig.load(pace, deadline_ms=deadline_ms) as (_, outcome):
@@ -393,6 +395,43 @@ def mixed_versions(rig: Rig, pace: Pace) -> Outcome:
     rig.fleet.ports.pop()
     wait_until(lambda: not rig.fleet.entries(), "the streams are empty")
     return outcome.judge()
+
+
+# --- commands
+
+
+@fault(gateways=2, flags=("--model-control-mode", "explicit", "--load-model", MODEL))
+def commands(rig: Rig, pace: Pace) -> Outcome:
+    """Models come and go by command under load: every worker does it, also one that joins later, and one may die of it."""
+    first, second = (ports.http for ports in rig.fleet.ports)
+    with rig.load(pace) as (_, outcome):
+        outcome.require(_command(first, LARGE, "load") == 200, "a model is loaded by command")
+        outcome.require(rig.fleet.holding(LARGE) == 2, "both workers have loaded it")
+        time.sleep(pace.before)
+        outcome.require(_command(second, MODEL, "unload") == 200, "a model is unloaded under load")
+        outcome.require(not rig.fleet.holding(), "no worker holds it")
+        outcome.require(not rig.fleet.entries(), "nothing is left in its streams")
+        outcome.require(_command(first, MODEL, "load") == 200, "it is loaded again")
+        outcome.ended = time.monotonic()
+        time.sleep(pace.after)
+    outcome.judge(errors=(404,), recovery=RECOVERY)
+    late = rig.fleet.add_worker(*rig.flags)
+    wait_until(lambda: rig.fleet.holding(LARGE) == 3, "a worker that joins has what was loaded by command")
+    threading.Timer(0.02, late.kill).start()
+    began = time.monotonic()
+    outcome.require(_command(first, SLOW, "load") == 200, "a command does not fail for a worker that died")
+    outcome.within(time.monotonic() - began, 3.0, "nor does it wait for one")
+    rig.fleet.workers.remove(late)
+    return outcome
+
+
+def _command(port: int, model: str, what: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("POST", f"/v2/repository/models/{model}/{what}", "{}")
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 def main() -> int:

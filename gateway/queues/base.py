@@ -209,6 +209,12 @@ class Queue(Protocol):
     async def send(self, command: Command, *, everywhere: bool = True) -> None:
         """Have every worker, or the one of this process, carry out a command. Raises what the worker reported."""
 
+    async def wanted(self) -> Sequence[Command]:
+        """The last command of each model that was sent everywhere, for a worker that was not there.
+
+        Raises `Unavailable` when it cannot be known.
+        """
+
     def commands(self) -> AsyncIterator[Order]:
         """The commands for this worker, in order, for as long as it iterates."""
 

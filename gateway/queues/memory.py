@@ -72,6 +72,10 @@ class MemoryQueue:
         _wake(self._order_waiter)
         await order.reported
 
+    async def wanted(self) -> Sequence[Command]:
+        """See `Queue.wanted`: there is one worker, and it was there."""
+        return ()
+
     async def commands(self) -> AsyncGenerator[MemoryOrder, None]:
         """See `Queue.commands`."""
         while True:

@@ -9,6 +9,7 @@ Cluster. Ids and field names are UTF-8.
 | `{P}:h:<process>`             | string | what a worker holds: pools with their configurations, msgpack; 10 min to live    |
 | `{P}:processes`               | hash   | process id to role; whoever notices that one is dead removes it                  |
 | `{P}:models`                  | hash   | every model announced and not withdrawn by a repository, to the process; no TTL  |
+| `{P}:wanted`                  | hash   | model to the last load or unload command for it, which outlives --load-model     |
 | `{P}:events`                  | stream | broadcasts to every process: commands, cancels, questions; MAXLEN ~ 10000        |
 | `{P}:stats`                   | hash   | process id to its last statistics, msgpack                                       |
 | `P:q:{<model>/<version>}:1..3`| stream | requests of a lane by class, 1 first; consumer group `workers`                   |

@@ -14,6 +14,7 @@ class Keys:
         self.processes = f"{self._fleet}:processes"
         self.models = f"{self._fleet}:models"
         self.events = f"{self._fleet}:events"
+        self.wanted = f"{self._fleet}:wanted"
         self.stats = f"{self._fleet}:stats"
 
     def process(self, process: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gateway import errors
-from gateway.queues.base import Load
+from gateway.queues.base import Load, Unload
 from gateway.queues.redis import directory, events
 from gateway.queues.redis import queue as queue_module
 from gateway.queues.redis.beside import INLINE
@@ -425,6 +425,33 @@ async def test_a_command_is_carried_out_once_however_often_it_is_repeated(fleet,
             await sender
             assert not held._events._orders
         await orders.aclose()
+
+
+async def test_a_worker_that_joins_later_learns_what_was_commanded(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as held:
+        await known(lambda: gateway._directory.workers() == {held.process})
+        assert await held.wanted() == []
+        async with background(obeying(held)):
+            await gateway.send(Load("m", {"config": "{}"}))
+            await gateway.send(Load("n"))
+            await gateway.send(Unload("n"))
+            error = await refusal(gateway.send(Load("broken")))
+            assert error.message == "no"
+            await refusal(gateway.send(Load("n", {"broken": "yes"})))
+        async with fleet_queue(fleet, "worker") as late:
+            found = {command.model: command for command in await late.wanted()}
+            assert found == {"m": Load("m", {"config": "{}"}), "n": Unload("n")}
+        async with fleet_queue(fleet, "worker", key=b"0123456789abcdef") as stranger:
+            assert await stranger.wanted() == []  # what it is not signed for, it does not do
+            assert stranger.counts.damaged == 2
+
+
+async def obeying(queue: RedisQueue) -> None:
+    async for order in queue.commands():
+        broken = "broken" in order.command.model or (
+            isinstance(order.command, Load) and "broken" in order.command.parameters
+        )
+        order.finish(errors.InvalidArgument("no") if broken else None)
 
 
 async def test_a_worker_that_does_not_understand_commands_is_given_up(fleet, monkeypatch, caplog):

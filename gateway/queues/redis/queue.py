@@ -35,6 +35,7 @@ from gateway.queues.redis.message import BadMessage, Seal
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.recovery import Recovery
 from gateway.queues.redis.shared_files import FOLDER
+from gateway.queues.redis.wanted import Wanted
 from gateway.redis_client import Disconnected, RedisClient, unheeded
 from gateway.telemetry import log_event
 from gateway.types import InferRequest
@@ -75,6 +76,7 @@ class RedisQueue:
         payloads = Payloads(self._client, self.process, FOLDER if self._shares else None)
         link = self._link = Link(self._client, self.process, self._seal, payloads, self._tasks)
         self._outbox = Outbox(link)
+        self._wanted = Wanted(link)
         self._calls = Calls(link, self._cancel, self._shares_memory)
         self._directory = Directory(link, self._role, self._calls.rows, self._died, self._tell_news)
         on: dict[str, Callable[[wire.Broadcast], None]] = {
@@ -162,10 +164,25 @@ class RedisQueue:
 
     async def send(self, command: Command, *, everywhere: bool = True) -> None:
         """See `Queue.send`."""
-        if everywhere:
-            await self._events.command(command, self._directory.workers())
-        else:
+        if not everywhere:
             await self._events.order(command)
+            return
+        try:
+            before = await self._wanted.note(command)  # first, so that nobody who joins meanwhile misses it
+            try:
+                await self._events.command(command, self._directory.workers())
+            except errors.GatewayError:
+                await self._wanted.restore(command.model, before)
+                raise
+        except RedisError as problem:
+            raise errors.Unavailable(f"the queue's Redis does not take commands now: {problem}") from None
+
+    async def wanted(self) -> Sequence[Command]:
+        """See `Queue.wanted`."""
+        try:
+            return await self._wanted.read()
+        except RedisError as problem:
+            raise errors.Unavailable(f"the queue's Redis does not say which models are wanted: {problem}") from None
 
     def commands(self) -> AsyncIterator[Order]:
         """See `Queue.commands`."""

@@ -1,0 +1,63 @@
+"""What load and unload commands last asked for: a worker that joins later does it too.
+
+The fields of one hash, by model: the kind of command and its parameters, signed.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.queues.base import Command, Load, Unload
+from gateway.queues.redis.link import Link
+from gateway.queues.redis.message import BadMessage
+
+
+class _Wanted(msgspec.Struct, array_like=True, gc=False):
+    loaded: bool
+    parameters: dict[str, str] = {}
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Wanted).decode
+
+
+class Wanted:
+    """Read and written through one process's connection. Every method raises `Disconnected` and `RedisError`."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def note(self, command: Command) -> bytes | None:
+        """Remember a command; returns what was known of its model before, for `restore`."""
+        call, key = self._link.client.call, self._link.client.keys.wanted
+        loads = isinstance(command, Load)
+        data = _encode(_Wanted(loads, command.parameters if isinstance(command, Load) else {}))
+        sealed = self._link.seal.sign(command.model.encode(), data) + data
+        before: bytes | None = await call("HGET", key, command.model)
+        await call("HSET", key, command.model, sealed)
+        return before
+
+    async def restore(self, model: str, before: bytes | None) -> None:
+        """The command came to nothing."""
+        call, key = self._link.client.call, self._link.client.keys.wanted
+        await (call("HDEL", key, model) if before is None else call("HSET", key, model, before))
+
+    async def read(self) -> list[Command]:
+        """The last command for each model."""
+        found = await self._link.client.call("HGETALL", self._link.client.keys.wanted)
+        commands: list[Command] = []
+        for model, value in zip(found[::2], found[1::2], strict=True):
+            try:
+                commands.append(self._read(model, value))
+            except BadMessage as problem:
+                self._link.damaged(problem, "the wanted models")
+        return commands
+
+    def _read(self, model: bytes, value: bytes) -> Command:
+        size = self._link.seal.size
+        self._link.seal.verify(value[:size], model, value[size:])
+        try:
+            wanted = _decode(value[size:])
+        except (msgspec.DecodeError, ValueError) as problem:
+            raise BadMessage(f"what is wanted of a model cannot be read: {problem}") from None
+        return Load(model.decode(), wanted.parameters) if wanted.loaded else Unload(model.decode())
