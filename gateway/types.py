@@ -3,7 +3,7 @@
 A `Tensor` is wire bytes and a numpy array at once, each made from the other only when asked for, so a
 binary request reaches an engine without a copy. What is made for each request is a `msgspec.Struct`, which is made
 in less than half a dataclass's time. Nothing here validates against a model: that is
-`service.py`. Nothing here imports the rest of the package.
+`service.py`. Nothing here imports the rest of the package but `errors`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from gateway.errors import GatewayError
 
 Array: TypeAlias = npt.NDArray[Any]
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -287,7 +289,8 @@ class Batch:
     `stack` builds the model's inputs (batch dimension included, `reshape` applied) and is called on the
     engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
     `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
-    before it does that.
+    before it does that. `requests` are what the batch is made of, in row order, for an engine that must tell them
+    apart; a batch that no client sent has none.
     """
 
     rows: int
@@ -295,13 +298,33 @@ class Batch:
     outputs: tuple[str, ...] = ()
     cores: int = 1
     hurry: bool = False
+    requests: Sequence[InferRequest] = ()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What an engine says to one request of a batch: outputs of that request alone, or an error; `final` ends it.
+
+    `outputs` may be None only with an error, or in a final answer that carries nothing more.
+    """
+
+    request: int  # its place in `Batch.requests`
+    outputs: dict[str, Array] | None = None
+    error: GatewayError | None = None
+    final: bool = True
 
 
 @dataclass(slots=True)
 class BatchResult:
-    """One answer of an engine to a batch, with `time.monotonic_ns` marks of its steps."""
+    """One answer of an engine to a batch, with `time.monotonic_ns` marks of its steps.
+
+    `outputs` hold the rows of the whole batch, unless the engine answers request by request: then they are empty and
+    `answers` is given. `parameters` are told to every client of the batch, e.g. which engine it was.
+    """
 
     outputs: dict[str, Array]
     started_ns: int  # before stack()
     stacked_ns: int  # after stack(), before the model ran
     finished_ns: int  # after the model ran
+    answers: Sequence[Answer] | None = None
+    parameters: Mapping[str, Parameter] | None = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
 from gateway.types import Batch, BatchResult
 
@@ -30,6 +31,14 @@ class EngineSpec:
     device: str  # "cpu", "gpu:0", ...
     threads: int = 1
     cores: int = 1
+    artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
+
+
+class EngineCrashed(Exception):
+    """The process that ran the batch died or was killed: the batch, or the machine, is to blame; no answer was given.
+
+    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot.
+    """
 
 
 class Engine(Protocol):

@@ -1,0 +1,63 @@
+"""What a version can be run from: the files that `gateway build` made beside its model, and what the gate said of each.
+
+A version folder holds, beside `model.onnx` (the source of truth, which needs no gate):
+
+    artefacts/<build>/            one folder for each build: 1, 2, ...
+        report.json               a `Report`: what was built, from what, how it was measured, the verdicts
+        report.html               the same for people, with plots
+        int8.onnx, ...            the files, each named in the report with its hash
+    artefacts/promoted            the build that is served, and those before it: a line each, the newest last
+
+Everything is replaced by rename. Nothing here loads a model or measures one.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Verdict = Literal["passed", "failed", "unproven"]
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """Seconds of one run of a number of rows, the median of interleaved runs: of the artefact and of the FP32 model."""
+
+    rows: int
+    seconds: float
+    reference_seconds: float
+
+
+class Artefact(msgspec.Struct, frozen=True):
+    """One file that a version can be run from.
+
+    `file` is relative to the version's folder; `sha256` is of its bytes, `device` the kind of device it was gated on
+    (`device_kind`), `accuracy` what was compared, by name (e.g. `top1_agreement`), each with its threshold in
+    `thresholds`. `reasons` say in words why it did not pass.
+    """
+
+    name: str  # "int8", "fp16", "trt-int8", ...
+    file: str
+    backend: str  # "onnxruntime", "tensorrt"
+    precision: str  # "FP32", "INT8", "FP16", "BF16", "FP8", "INT4"
+    sha256: str = ""
+    bytes: int = 0
+    device: str = ""
+    verdict: Verdict = "unproven"
+    accuracy: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
+    speed: tuple[Measured, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What one build made of a version, and how it fared. Times are Unix seconds."""
+
+    model: str
+    version: str
+    source_sha256: str  # of the model file that was built from; artefacts of another are stale
+    built: float
+    device: str
+    versions: dict[str, str]  # of gateway and every package that had a hand in it
+    samples: dict[str, int]  # how many were used: "calibration", "held_out", "labelled"
+    artefacts: tuple[Artefact, ...]
