@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def choose(
         )
     for candidate in found:
         if candidate.reason:
-            _log(version, candidate)
+            _say(version, candidate.artefact.name, candidate.reason, candidate.alarming)
     usable = [candidate.artefact for candidate in found if not candidate.reason]
     usable.sort(key=_speedup, reverse=True)
     if not precision:
@@ -95,14 +96,15 @@ def _speedup(artefact: Artefact) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
 
 
-def _log(version: Path, candidate: Candidate) -> None:
+@lru_cache(1024)  # each is said once, however many instances ask
+def _say(version: Path, artefact: str, reason: str, alarming: bool) -> None:
     log_event(
-        "artefact_refused" if candidate.alarming else "artefact_not_chosen",
-        logging.WARNING if candidate.alarming else logging.INFO,
+        "artefact_refused" if alarming else "artefact_not_chosen",
+        logging.WARNING if alarming else logging.INFO,
         model=version.parent.name,
         version=version.name,
-        artefact=candidate.artefact.name,
-        reason=candidate.reason,
+        artefact=artefact,
+        reason=reason,
     )
 
 
