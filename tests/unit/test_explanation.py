@@ -27,6 +27,10 @@ DEVICE = {
 TOLD = {
     "model": "digits",
     "version": "3",
+    "instances": [
+        {"device": "cpu", "provider": "CPU", "precision": "INT8", "artefact": "int8", "count": 2},
+        {"device": "gpu:0", "provider": "Fake", "precision": "", "artefact": "", "count": 1},
+    ],
     "answered": 900,
     "refused": {"shed": 2, "overload": 98},
     "admitted": 1000,
@@ -91,6 +95,8 @@ def test_a_fleet_whose_workers_do_not_answer_is_explained():
 def test_the_whole_text():
     assert explanation(TOLD).splitlines() == [
         "model digits, version 3",
+        "  2 x cpu CPU, int8 (INT8)",
+        "  1 x gpu:0 Fake",
         "",
         "THE NEXT REQUEST, of one row, with a deadline in 50.0 ms",
         "  would be accepted, and answered in about 4.20 ms",
