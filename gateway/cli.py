@@ -226,9 +226,11 @@ def _models(settings: Settings) -> int:
     from gateway.repository import Repository
     from gateway.repository.promotion import listing
 
+    gpus = engines.gpus()
     repository = Repository(
         settings.model_repository,
         engines.describe,
+        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
@@ -243,7 +245,7 @@ def _models(settings: Settings) -> int:
         try:
             source = repository.read(name)
             _open_files(source)
-            instances = sum(place.count for place in placement.plan(source.config, placement.devices()))
+            instances = sum(place.count for place in placement.plan(source.config, placement.devices(0, gpus)))
         except errors.GatewayError as problem:
             status = 1
             print(f"{name}: UNAVAILABLE: {problem.message}")

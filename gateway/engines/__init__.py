@@ -6,12 +6,14 @@ what is heavy. Where a package does the work, `RUNTIME` names it and its version
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import errors
+from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.choice import options
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
@@ -64,6 +66,21 @@ def describe(path: Path) -> ModelIO:
 def runtime(backend: str) -> str:
     """What a backend runs on and its version, e.g. `onnxruntime 1.23.2`; empty for one that needs no package."""
     return getattr(_module(backend), "RUNTIME", "")
+
+
+def gpus() -> list[str]:
+    """The GPUs of this process, by name, where a backend is installed that can use them. Blocking: asks the driver."""
+    if not _has("onnxruntime-gpu") and importlib.util.find_spec("tensorrt") is None:
+        return []
+    return [gpu.name for gpu in nvml.gpus()]
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:

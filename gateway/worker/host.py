@@ -19,7 +19,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from gateway import engines, errors
-from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
@@ -101,7 +100,7 @@ class Host:
             await self._close_engines()
             raise
         self.instances = tuple(_state(engine, placement) for engine, placement in self._engines)
-        self.digest = _digest(self.source.digest, [engine.artefact for engine, _ in self._engines])
+        self.digest = _digest(self.source.digest, self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
@@ -281,11 +280,12 @@ def _state(engine: Engine, placement: Placement) -> InstanceState:
     return InstanceState(placement.device.name, engine.provider, *made)
 
 
-def _digest(source: str, artefacts: Sequence[Artefact | None]) -> str:
-    """What engines that run these compute; empty when they differ, because nobody knows which one answers next.
+def _digest(source: str, running: Sequence[tuple[Engine, Placement]]) -> str:
+    """What these compute; empty when they differ, because nobody knows which one answers next.
 
     The integer kernels of one kind of device round otherwise than those of another.
     """
+    artefacts = [engine.artefact for engine, _ in running]
     made = {f"{each.sha256} {each.device}" if each is not None and each.sha256 else "" for each in artefacts}
     if not source or len(made) != 1:
         return ""
