@@ -104,8 +104,7 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        contained = all(engine.contained for engine, _ in self._engines)
-        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=self._contained())
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -214,6 +213,9 @@ class Host:
             self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
+
+    def _contained(self) -> bool:
+        return all(engine.contained for engine, _ in self._engines)
 
     def _credits(self) -> int:
         """How many requests to have here: enough that no instance waits for the next, few enough for others to help."""
