@@ -28,10 +28,10 @@ from gateway.engines.tensorrt.fakes.builder import (
 )
 from gateway.engines.tensorrt.fakes.cuda import GPU, OK, cudaError_t
 from gateway.engines.tensorrt.fakes.logger import ILogger, Logger
-from gateway.engines.tensorrt.fakes.network import MAGIC, Tensor
+from gateway.engines.tensorrt.fakes.network import MAGIC, VERSION, Tensor
 from gateway.types import Array, element_count
 
-__version__ = "10.0"
+__version__ = VERSION
 
 __all__ = [
     "Builder", "DataType", "ExecutionContextAllocationStrategy", "ILogger", "IProgressMonitor", "Logger",

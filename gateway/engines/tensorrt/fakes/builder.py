@@ -137,8 +137,6 @@ class Builder:
 
     def build_serialized_network(self, network: INetworkDefinition, config: IBuilderConfig) -> bytes | None:
         """The plan; None when an open dimension has no profile."""
-        from gateway.engines.tensorrt.fakes import api
-
         asked = {tensor.name for tensor in tensors(network.model) if tensor.is_input}
         if any(set(profile.shapes) != asked for profile in config.profiles):
             self._logger.log(ILogger.ERROR, "Network has dynamic or shape inputs, but no optimization profile")
@@ -149,7 +147,7 @@ class Builder:
                 if not config.progress_monitor.step_complete("Building", step):
                     return None
             config.progress_monitor.phase_finish("Building")
-        return serialize(network.model, [profile.shapes for profile in config.profiles], api.__version__)
+        return serialize(network.model, [profile.shapes for profile in config.profiles])
 
 
 class ParserError:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 MAGIC = b"a fake of a TensorRT plan\n"
+VERSION = "10.0"
 
 _KINDS = {  # onnx.TensorProto's types that TensorRT has
     1: "FLOAT",
@@ -67,7 +68,7 @@ def tensors(model: Path | bytes) -> list[Tensor]:
 def serialize(
     model: bytes,
     profiles: Sequence[Mapping[str, Sequence[Sequence[int]]]],
-    written_by: str = "10.0",
+    written_by: str = VERSION,
     faults: Mapping[str, float] | None = None,
     **changes: Any,
 ) -> bytes:
