@@ -30,6 +30,7 @@ _BACKENDS = {
         "gateway.engines.onnxruntime",
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
     ),
+    "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate"),
 }
 
