@@ -1,7 +1,8 @@
 """What the code of a model may ask of the gateway while it runs in a child process, and how it answers piece by piece.
 
 The seam between isolation, which carries it over a process boundary, and the backends whose models call other models
-or tell the requests of a batch apart. Nothing here knows how it is carried.
+or tell the requests of a batch apart. A backend finds its channel in `EngineSpec.channel`. Nothing here knows how it
+is carried.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Channel(Protocol):
         """
 
     def cancelled(self, request: InferRequest) -> bool:
-        """Whether nobody waits any more for a request of a batch that runs here, one of `Batch.requests`."""
+        """Whether nobody waits any more for a request of the batch that runs here, one of `Batch.requests`: its deadline
+        has passed, or the whole run was given up.
+        """
 
 
 class Answering(Protocol):
@@ -32,7 +35,8 @@ class Answering(Protocol):
     def answer(self, inputs: dict[str, Array], batch: Batch) -> Iterator[Sequence[Answer]]:
         """Run the model on the stacked inputs; each item becomes a `BatchResult` as soon as it is given.
 
-        `batch.requests` are there in row order, their tensors left out: rows, id, parameters, outputs, deadline, tenant.
+        The arrays are the model's own, to keep or to change. `batch.requests` are there in row order, their tensors left
+        out: rows, id, parameters, outputs, deadline, tenant. The next item is asked for when the last has been taken in.
         Every request has had a final answer when it ends. Raises to have the whole batch fail, which must not happen
         once an answer was given.
         """
