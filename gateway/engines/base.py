@@ -15,6 +15,7 @@ from typing import Protocol
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
 from gateway.engines.channel import Channel
+from gateway.engines.isolated.children import Children
 from gateway.types import Batch, BatchResult, Infer
 
 
@@ -35,6 +36,7 @@ class EngineSpec:
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
     infer: Infer | None = None  # how its code calls other models; in the process of the worker only
     channel: Channel | None = None  # the same in a child process, which the child itself fills in
+    children: Children | None = None  # where there are child processes to live in
 
 
 class EngineCrashed(Exception):
