@@ -1,4 +1,4 @@
-"""One run of an engine: jobs become a batch, and what the engine says of each finds its way back to its job.
+"""One run of an engine: jobs become a batch, and what is answered to each finds its way back to its job.
 
 An engine answers with rows for the whole batch, or request by request, several times where the model is decoupled; then
 an error may be one request's alone. Whatever happens, no job whose run has ended well is left without a last answer. Who is
@@ -24,6 +24,10 @@ from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferRespon
 from gateway.worker.probe import Probe
 
 
+def _nothing(*_: object) -> None:
+    """What those are told who need not know."""
+
+
 @dataclass(slots=True)
 class Part:
     """Jobs that run together."""
@@ -33,14 +37,16 @@ class Part:
     begun: set[int] = field(default_factory=set)  # places of those that were given an answer, and not their last
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Terms:
-    """How a part is run; `computed` is told, when the engine is free again, how many seconds it was at work."""
+    """How a part is run; see `Batch` for what is not said here."""
 
     reason: str
-    cores: int = 1
+    cores: int
+    predicted: float | None = None
     hurry: bool = False
-    computed: Callable[[float], None] | None = None
+    waits: Callable[[], None] = _nothing
+    computed: Callable[[float], None] = _nothing  # told how many seconds the engine was at work, when it is free again
 
 
 class Runner:
@@ -67,6 +73,8 @@ class Runner:
             cores=terms.cores,
             hurry=terms.hurry,
             requests=() if isinstance(jobs[0], Probe) else requests,
+            waits=terms.waits,
+            predicted=terms.predicted,
         )
         first: BatchResult | None = None  # of those that came request by request, and the last
         last: BatchResult | None = None
@@ -137,8 +145,7 @@ class Runner:
             "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
             rows=batch.rows, cores=terms.cores, reason=terms.reason, compute_us=sum(spent) // 1000,
         )  # fmt: skip
-        if terms.computed is not None:
-            terms.computed((results[1].finished_ns - results[0].started_ns) / 1e9)
+        terms.computed((results[1].finished_ns - results[0].started_ns) / 1e9)
         return spent
 
 

@@ -164,7 +164,7 @@ class Host:
                 for engine, placement in self._engines:
                     source = self.source
                     instance = Instance(
-                        engine, source.config, source.version, self._statistics, source.digest, siblings
+                        engine, source.config, source.version, self._statistics, source.digest, siblings=siblings
                     )
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]

@@ -76,12 +76,18 @@ class Instance:
         jobs = self._wanted(run.jobs)
         if not jobs:
             return True
-        whole = len(jobs) == len(run.jobs)
-        # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
-        hurry = not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE
-        part = Part(jobs)
+        part, cores = Part(jobs), run.cores
+        terms = Terms(
+            run.reason,
+            cores,
+            run.predicted,
+            # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
+            hurry=not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE,
+            waits=partial(seat.lend, run),
+            computed=partial(self._computed, run, seat, len(jobs) == len(run.jobs)),
+        )
         try:
-            await self._runner.run(part, Terms(run.reason, run.cores, hurry, partial(self._computed, run, seat, whole)))
+            await self._runner.run(part, terms)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             self._look(problem)
             if len(jobs) > 1 and not is_machines(problem):
@@ -89,7 +95,7 @@ class Instance:
                     "batch_failed", logging.WARNING, model=self._config.name, version=self._version,
                     requests=len(jobs), reason=str(problem), action="running its parts",
                 )  # fmt: skip
-            await isolate(part, problem, partial(self._again, Terms("retry", run.cores)), self._end)
+            await isolate(part, problem, partial(self._again, Terms("retry", cores, run.predicted)), self._end)
             return False
         return True
 
