@@ -1,16 +1,16 @@
 """What the code of a model may ask of the gateway while it runs in a child process, and how it answers piece by piece.
 
 The seam between isolation, which carries it over a process boundary, and the backends whose models call other models
-or tell the requests of a batch apart. Nothing here knows how it is carried.
+or tell the requests of a batch apart. A backend finds its channel in `EngineSpec.channel`. Nothing here knows how it
+is carried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from gateway import errors
-from gateway.types import Answer, Array, Batch, Infer, InferRequest, InferResponse, Responses
+from gateway.types import Answer, Array, Batch, InferRequest, InferResponse
 
 
 class Channel(Protocol):
@@ -24,44 +24,22 @@ class Channel(Protocol):
         """
 
     def cancelled(self, request: InferRequest) -> bool:
-        """Whether nobody waits any more for a request of a batch that runs here, one of `Batch.requests`."""
+        """Whether nobody waits any more for a request of the batch that runs here, one of `Batch.requests`: its deadline
+        has passed, or the whole run was given up.
+        """
 
 
 class Answering(Protocol):
     """A `Loaded` that answers request by request. Isolation calls `answer` where there is one, instead of `compute`."""
 
-    def answer(self, inputs: dict[str, Array], batch: Batch, give: Callable[[Sequence[Answer]], None]) -> None:
-        """Run the model on the stacked inputs; what it gives becomes a `BatchResult` at once.
+    def answer(self, inputs: dict[str, Array], batch: Batch) -> Iterator[Sequence[Answer]]:
+        """Run the model on the stacked inputs; each item becomes a `BatchResult` as soon as it is given.
 
-        `give` is called on any thread, and by several. `batch.requests` are there in row order, their tensors left out:
-        rows, id, parameters, outputs, deadline, tenant. Every request has had a final answer when this returns. Raises
-        to have the whole batch fail, which it does not once an answer was given.
+        The arrays are the model's own, to keep or to change. `batch.requests` are there in row order, their tensors left
+        out: rows, id, parameters, outputs, deadline, tenant. The next item is asked for when the last has been taken in.
+        Every request has had a final answer when it ends. Raises to have the whole batch fail, which must not happen
+        once an answer was given.
         """
 
-
-def call(infer: Infer, batch: Batch, model: str, request: InferRequest) -> Responses:
-    """A request of a model that runs `batch`, made ready for `infer`: what a parent does for `Channel.infer`.
-
-    It is of the tenant of the batch, has to be answered by the time that the last of the batch has, and gives its
-    cores away meanwhile. Raises `InvalidArgument` where the model would wait for itself, which may be for ever.
-    """
-    callers = dict.fromkeys((model, *(each for waiting in batch.requests for each in waiting.callers)))
-    if request.model_name in callers:
-        raise errors.InvalidArgument(
-            f"model '{model}' cannot call '{request.model_name}', which waits for it: their instances could wait for each "
-            "other for ever; put the two on one level, or copy the model under another name"
-        )
-    request.callers = tuple(callers)
-    tenants = {waiting.tenant for waiting in batch.requests}
-    request.tenant = tenants.pop() if len(tenants) == 1 else ""
-    bounds = [request.deadline, _last_deadline(batch)]
-    request.deadline = min((bound for bound in bounds if bound is not None), default=None)
-    batch.waits()
-    return infer(request)
-
-
-def _last_deadline(batch: Batch) -> float | None:
-    """When nobody waits for the batch any more; None if somebody always does."""
-    deadlines = [waiting.deadline for waiting in batch.requests]
-    known = [deadline for deadline in deadlines if deadline is not None]
-    return max(known) if known and len(known) == len(deadlines) else None
+    def close(self) -> None:
+        """No run comes any more: let the model's code finish up. Called on the thread that ran it."""
