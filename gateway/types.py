@@ -201,6 +201,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
+    `callers` are the models that wait for the answer, where it is no client that does.
     """
 
     model_name: str
@@ -218,6 +219,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     signature: Hashable = None
     admitted: bool = False
     idempotency_key: str = ""
+    callers: tuple[str, ...] = ()
 
 
 class Timings(msgspec.Struct, gc=False):
