@@ -20,6 +20,7 @@ from gateway.config.settings import Settings
 from gateway.devices.cpu import CpuMeter
 from gateway.devices.monitor import Monitor
 from gateway.devices.nvml import open_nvml
+from gateway.engines.isolated.children import Children
 from gateway.fleet import Fleet, joined
 from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
@@ -60,6 +61,7 @@ class Gateway:
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
+    children: Children | None = None
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -100,10 +102,16 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     )
     names = list(await asyncio.to_thread(repository.scan))
     monitor = await _monitor(settings)
-    async with joined(settings, statistics) as fleet, monitor.running(), asyncio.TaskGroup() as tasks:
+    async with (
+        joined(settings, statistics) as fleet,
+        monitor.running(),
+        Children.of(settings, statistics) as children,
+        asyncio.TaskGroup() as tasks,
+    ):
         queue = fleet.queue
         queue.repository_names(names)
         worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
+        worker.children = children
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -113,7 +121,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             fleet=fleet.statistics,
             reports=fleet.reports(worker.explain if works else None),
         )
-        gateway = Gateway(service, queue, monitor)
+        children.infer = service.infer
+        gateway = Gateway(service, queue, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -247,7 +256,11 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                     process=fleet.process,
                     figures=fleet.figures,
                     health=partial(health, gateway.service),
-                    own=Own(_device_metrics(settings, gateway.monitor), gateway.queue.pools),
+                    own=Own(
+                        _device_metrics(settings, gateway.monitor),
+                        gateway.queue.pools,
+                        gateway.children.metrics if gateway.children is not None else list,
+                    ),
                 ).__rsgi__
             ),
             settings.metrics_address,

@@ -46,6 +46,7 @@ _COUNTS = (
     ("cache_hit_count", "nv_cache_num_hits_per_model", "Number of cache hits per model"),
     ("cache_miss_count", "nv_cache_num_misses_per_model", "Number of cache misses per model"),
     ("late", "gateway_requests_late_total", "Number of accepted requests that were not answered by their deadline"),
+    ("restarts", "gateway_engine_restarts_total", "Number of times that an engine's process was started again"),
 )
 
 _DURATIONS = (
@@ -108,11 +109,13 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     failed = "Number of failed inference requests, all batch sizes"
     closed = "Number of batches by why they were closed"
     refused = "Number of good requests that were not served, by why; see the table of refusals"
+    crashed = "Number of times that an engine's process ended or could not be started, by cause"
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
         Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
         Family("gateway_requests_refused_total", "counter", refused, _by_reason(versions, "refused")),
+        Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",
@@ -154,10 +157,13 @@ def _by_reason(versions: _Versions, attribute: str) -> list[tuple[Mapping[str, s
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """What a process tells beside the sums over the fleet: its machine's devices, and the models as its queue has them."""
+    """What a process tells beside the sums over the fleet: its machine's devices, the models as its queue has them, and
+    its child processes, which takes a look at files.
+    """
 
     devices: DeviceMetrics = field(default_factory=DeviceMetrics)
     pools: Callable[[], Iterable[PoolState]] = tuple
+    children: Callable[[], list[Family]] = list
 
 
 class MetricsApp:
@@ -225,4 +231,11 @@ class MetricsApp:
             "Always 1; the labels say what is running",
             [({"version": __version__, "python": python, **self._labels}, 1)],
         )
-        return write_metrics([*families, *self._own.devices.cpu(), *process_metrics(self._labels), build])
+        children = [
+            Family(
+                each.name, each.kind, each.help, [({**labels, **self._labels}, value) for labels, value in each.samples]
+            )
+            for each in self._own.children()
+        ]
+        cpu = self._own.devices.cpu()
+        return write_metrics([*families, *cpu, *children, *process_metrics(self._labels), build])
