@@ -126,7 +126,7 @@ class Runner:
             if not answer.final:
                 part.begun.add(answer.request)
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, batch.rows)
-            parameters = result.parameters or NO_PARAMETERS
+            parameters = {**(result.parameters or {}), **(answer.parameters or {})} or NO_PARAMETERS
             job.reply(
                 InferResponse(
                     request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
