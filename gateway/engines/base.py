@@ -14,7 +14,8 @@ from typing import Protocol
 
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
-from gateway.types import Batch, BatchResult, Parameter
+from gateway.engines.channel import Channel
+from gateway.types import Batch, BatchResult, Infer, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,20 @@ class EngineSpec:
     threads: int = 1
     cores: int = 1
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
+    infer: Infer | None = None  # how its code calls other models; in the process of the worker only
+    channel: Channel | None = None  # the same in a child process, which the child itself fills in
 
 
 class EngineCrashed(Exception):
     """The process that ran the batch died or was killed: the batch, or the machine, is to blame; no answer was given.
 
-    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot.
+    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot. `sure` is False
+    where something else than the batch may have ended the process: a signal from outside, or another batch in it.
     """
+
+    def __init__(self, message: str, *, sure: bool = True) -> None:
+        super().__init__(message)
+        self.sure = sure
 
 
 class Engine(Protocol):
