@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.engines.base import Engine
+from gateway.engines.base import Engine, identity
 from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferResponse, Timings
+from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferRequest, InferResponse, Parameter, Timings
 from gateway.worker.probe import Probe
 
 
 def _nothing(*_: object) -> None:
     """What those are told who need not know."""
+
+
+_ASKED = "engine"  # the request parameter, a boolean; the response has what `identity` says
 
 
 @dataclass(slots=True)
@@ -101,9 +104,10 @@ class Runner:
         answers = batching.split(result.outputs, requests, self._config)
         stacked, ran, split = self._note(jobs, batch, (result, result), terms)
         rows, version, digest = batch.rows, self._version, self._digest
-        parameters = result.parameters or NO_PARAMETERS
+        said = result.parameters or NO_PARAMETERS
         for job, request, outputs in zip(jobs, requests, answers, strict=True):
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
+            parameters = self._told(request, said) if request.parameters else said
             job.reply(
                 InferResponse(request.model_name, version, outputs, request.id, parameters, timings, digest=digest)
             )
@@ -126,13 +130,18 @@ class Runner:
             if not answer.final:
                 part.begun.add(answer.request)
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, batch.rows)
-            parameters = result.parameters or NO_PARAMETERS
+            said = {**(result.parameters or {}), **(answer.parameters or {})} or NO_PARAMETERS
+            parameters = self._told(request, said)
             job.reply(
                 InferResponse(
                     request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
                     self._digest,
                 )
             )  # fmt: skip
+
+    def _told(self, request: InferRequest, said: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+        """The response's parameters: what the engine said and, where the request asks for it, which engine that is."""
+        return {**identity(self._engine), **said} if request.parameters.get(_ASKED) is True else said
 
     def _note(
         self, jobs: list[Job], batch: Batch, results: tuple[BatchResult, BatchResult], terms: Terms
