@@ -37,8 +37,8 @@ from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
 from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, TlsFiles
 from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp
-from gateway.types import Infer
-from gateway.worker import Worker
+from gateway.types import Infer, InferRequest, Responses
+from gateway.worker import Worker, WorkerOptions
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -92,11 +92,18 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     names = list(await asyncio.to_thread(repository.scan))
     async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
         queue = fleet.queue
         queue.repository_names(names)
-        worker = _worker(settings, queue, repository, statistics)
+
+        def infer(request: InferRequest) -> Responses:
+            """How models call each other: as clients do, but for what wraps the endpoint."""
+            return service.infer(request)
+
+        worker = _worker(settings, queue, repository, statistics, infer)
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -126,15 +133,13 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             working.cancel()
 
 
-def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics) -> Worker:
+def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics, infer: Infer) -> Worker:
     return Worker(
         queue,
         repository.read,
         placement.devices(settings.cpu_cores),
         statistics,
-        settings.model_load_thread_count,
-        measures=True,
-        persists=settings.persist_latency,
+        WorkerOptions(settings.model_load_thread_count, measures=True, persists=settings.persist_latency, infer=infer),
     )
 
 

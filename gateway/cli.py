@@ -221,6 +221,8 @@ def _models(settings: Settings) -> int:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     try:
         names = list(repository.scan())
     except errors.GatewayError as problem:

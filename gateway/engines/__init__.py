@@ -28,6 +28,7 @@ _BACKENDS = {
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
     ),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate"),
+    "python": _Backend("gateway.engines.python", "reinstall lockgate"),
 }
 
 
@@ -57,6 +58,14 @@ def describe(path: Path) -> ModelIO:
             f"'{path.name}' does not say what its inputs and outputs are; list them in config.pbtxt"
         )
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
+
+
+def auto_complete(path: Path, config: str) -> str:
+    """What the code of a Python model makes of its configuration, both as JSON; in a process of its own. Blocking.
+
+    Raises `InvalidArgument` for code that fails.
+    """
+    return importlib.import_module("gateway.engines.python.complete").complete(path, config)  # type: ignore[no-any-return]
 
 
 def runtime(backend: str) -> str:

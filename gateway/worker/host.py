@@ -29,6 +29,7 @@ from gateway.types import InferRequest
 from gateway.worker.explain import explain, foresee
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
+from gateway.worker.options import Options
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
@@ -56,10 +57,7 @@ class Source:
 class Host:
     """A loaded version and the tasks that serve it."""
 
-    def __init__(
-        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
-    ) -> None:
-        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
+    def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, options: Options) -> None:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -67,8 +65,8 @@ class Host:
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
         self._slots = slots
-        self._measures = measures and measurable(source.config)
-        self._persists = persists
+        self._options = options
+        self._measures = options.measures and measurable(source.config)
         self._priors: Priors | None = None
         self.asks_all = False
         batching = source.config.batching
@@ -93,7 +91,7 @@ class Host:
                 row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
                 if row is not None:
                     rows[placement.device.name] = row
-            priors = await self._read_priors() if self._persists else {}
+            priors = await self._read_priors() if self._options.persists else {}
         except BaseException:
             await self._close_engines()
             raise
@@ -267,4 +265,5 @@ class Host:
             device=placement.device.name,
             threads=placement.threads,
             cores=placement.cores,
+            infer=self._options.infer,
         )

@@ -22,6 +22,7 @@ from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.host import Host, Source
+from gateway.worker.options import Options
 from gateway.worker.slots import Slots
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
@@ -49,24 +50,17 @@ class Worker:
         read: ReadModel,
         devices: Sequence[Device],
         statistics: Statistics,
-        load_threads: int = 4,
-        *,
-        measures: bool = False,
-        persists: bool = False,
+        options: Options | None = None,
     ) -> None:
-        """With `measures` the batch sizes of each version are timed once it is ready; with `persists` what was learned
-        of them is kept in its folder.
-        """
         self._queue = queue
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
         self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
-        self._measures = measures
-        self._persists = persists
+        self._options = options or Options()
         self._statistics = statistics
         statistics.refreshers.append(self._report)
-        self._loading = asyncio.Semaphore(load_threads)
+        self._loading = asyncio.Semaphore(self._options.load_threads)
         self._models: dict[str, _Model] = {}
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -77,11 +71,13 @@ class Worker:
                 self._tasks.create_task(self._carry_out(order))
 
     async def drain(self) -> None:
-        """Answer everything accepted and stop every model."""
-        async with asyncio.TaskGroup() as tasks:
-            for model in self._models.values():
-                for host in model.hosts.values():
-                    tasks.create_task(host.drain())
+        """Answer everything accepted and stop every model, first those that may call others."""
+        for calls in (True, False):
+            async with asyncio.TaskGroup() as tasks:
+                for model in self._models.values():
+                    for host in model.hosts.values():
+                        if host.source.config.is_code is calls:
+                            tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
         """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.
@@ -156,9 +152,7 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(
-            source, self._queue, self._statistics, self._slots, measures=self._measures, persists=self._persists
-        )
+        host = Host(source, self._queue, self._statistics, self._slots, self._options)
         predecessor = model.hosts.get(source.version)
         try:
             async with self._loading:
