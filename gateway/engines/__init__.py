@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from gateway import errors
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import SUPPORTED
+from gateway.engines.isolated.limits import isolation
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
 from gateway.types import ModelIO
 
@@ -20,24 +22,40 @@ from gateway.types import ModelIO
 class _Backend(NamedTuple):
     module: str
     install: str  # what to do when a package the module imports is missing
+    isolated: bool = True  # where nobody says otherwise
+    shares: bool = False  # small models of it may share a process
+    calls: bool = False  # its models may call others; such code never runs in the gateway's own process
 
 
 _BACKENDS = {
     "onnxruntime": _Backend(
         "gateway.engines.onnxruntime",
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
+        shares=True,
     ),
-    "fake": _Backend("gateway.engines.fake", "reinstall lockgate"),
-    "python": _Backend("gateway.engines.python", "reinstall lockgate"),
+    "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
+    "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
 
 
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
-    """Load a version once, off the event loop, and return `count` engines that share it.
+    """Load a version, off the event loop, and return `count` engines of it.
 
     Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
     message names the file relative to the repository, and a remedy.
     """
+    return await _start(spec, count)
+
+
+async def _start(spec: EngineSpec, count: int) -> list[Engine]:
+    """In child processes, where there are any and the model or its backend wants them; else on threads of this one."""
+    if _isolates(spec):
+        from gateway.engines.isolated.engine import Backend, start
+
+        assert spec.children is not None
+        backend = _BACKENDS[spec.config.backend]
+        child = Backend(backend.module, backend.install, shares=backend.shares, calls=backend.calls)
+        return [*await start(spec, count, spec.children, child)]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
         loaded = await threads[0].call(partial(_load, spec, count))
@@ -46,6 +64,18 @@ async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
             thread.stop()
         raise
     return [ThreadEngine(model, thread) for model, thread in zip(loaded, threads, strict=True)]
+
+
+def _isolates(spec: EngineSpec) -> bool:
+    backend = _BACKENDS.get(spec.config.backend)
+    wanted = isolation(spec.config)
+    if backend is None or spec.children is None:
+        return False
+    if backend.calls or wanted == "auto":
+        wanted = "process" if backend.calls else spec.children.wanted
+    if not SUPPORTED:
+        return False
+    return backend.isolated if wanted == "auto" else wanted == "process"
 
 
 def describe(path: Path) -> ModelIO:

@@ -43,6 +43,7 @@ _COUNTS = (
     ("cache_hit_count", "nv_cache_num_hits_per_model", "Number of cache hits per model"),
     ("cache_miss_count", "nv_cache_num_misses_per_model", "Number of cache misses per model"),
     ("late", "gateway_requests_late_total", "Number of accepted requests that were not answered by their deadline"),
+    ("restarts", "gateway_engine_restarts_total", "Number of times that an engine's process was started again"),
 )
 
 _DURATIONS = (
@@ -105,11 +106,13 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     failed = "Number of failed inference requests, all batch sizes"
     closed = "Number of batches by why they were closed"
     refused = "Number of good requests that were not served, by why; see the table of refusals"
+    crashed = "Number of times that an engine's process ended or could not be started, by cause"
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
         Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
         Family("gateway_requests_refused_total", "counter", refused, _by_reason(versions, "refused")),
+        Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",
@@ -234,7 +237,12 @@ class MetricsApp:
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
             statistics = await self._fleet()
-            families = model_metrics(statistics) + await self._queue.collect(statistics)
+            tasks = "Tasks on the event loop of this process, the one that answers this included"
+            families = [
+                *model_metrics(statistics),
+                *await self._queue.collect(statistics),
+                Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
+            ]
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 

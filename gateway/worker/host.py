@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from gateway.types import InferRequest
 from gateway.worker.explain import explain, foresee
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
-from gateway.worker.options import Options
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
+from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import warm_up
 
@@ -57,7 +57,10 @@ class Source:
 class Host:
     """A loaded version and the tasks that serve it."""
 
-    def __init__(self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, options: Options) -> None:
+    def __init__(
+        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
+    ) -> None:
+        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -65,8 +68,8 @@ class Host:
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
         self._slots = slots
-        self._options = options
-        self._measures = options.measures and measurable(source.config)
+        self._measures = measures and measurable(source.config)
+        self._persists = persists
         self._priors: Priors | None = None
         self.asks_all = False
         batching = source.config.batching
@@ -91,7 +94,7 @@ class Host:
                 row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
                 if row is not None:
                     rows[placement.device.name] = row
-            priors = await self._read_priors() if self._options.persists else {}
+            priors = await self._read_priors() if self._persists else {}
         except BaseException:
             await self._close_engines()
             raise
@@ -99,7 +102,8 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        self._consumer = self._queue.consumer([self.lane], self._credits())
+        contained = all(engine.contained for engine, _ in self._engines)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -157,9 +161,12 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 serving = [tasks.create_task(self._read(self._consumer))]
+                siblings = Siblings(self._place)
                 for engine, placement in self._engines:
                     source = self.source
-                    instance = Instance(engine, source.config, source.version, self._statistics, source.digest)
+                    instance = Instance(
+                        engine, source.config, source.version, self._statistics, source.digest, siblings=siblings
+                    )
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
@@ -197,17 +204,26 @@ class Host:
 
     def _open_lane(self, priors: Mapping[str, Prior], rows: Mapping[str, float]) -> None:
         """A lane of this host's own: while a successor takes over, the two finish what each has taken."""
-        self._places = places(self._engines)
         bounds = limits(self.source.config)
         # An order must hear of every request that is given up.
         self.asks_all = self._order is not None or any(
             policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
         )
-        self._slots.open(self, bounds, self._places)
+        self._open_places(self._engines)
         for device, prior in priors.items():
             self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
+
+    def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
+        self._places = places(engines)
+        self._slots.open(self, limits(self.source.config), self._places)
+
+    def _place(self, working: Collection[Instance]) -> None:
+        """Have the scheduler count on these instances only."""
+        if not self._stopped.is_set():
+            there = {id(instance.engine) for instance in working}
+            self._open_places([(engine, placement) for engine, placement in self._engines if id(engine) in there])
 
     def _credits(self) -> int:
         """How many requests to have here: enough that no instance waits for the next, few enough for others to help."""
@@ -265,5 +281,4 @@ class Host:
             device=placement.device.name,
             threads=placement.threads,
             cores=placement.cores,
-            infer=self._options.infer,
         )

@@ -22,7 +22,6 @@ from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.host import Host, Source
-from gateway.worker.options import Options
 from gateway.worker.slots import Slots
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
@@ -50,17 +49,24 @@ class Worker:
         read: ReadModel,
         devices: Sequence[Device],
         statistics: Statistics,
-        options: Options | None = None,
+        load_threads: int = 4,
+        *,
+        measures: bool = False,
+        persists: bool = False,
     ) -> None:
+        """With `measures` the batch sizes of each version are timed once it is ready; with `persists` what was learned
+        of them is kept in its folder.
+        """
         self._queue = queue
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
         self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
-        self._options = options or Options()
+        self._measures = measures
+        self._persists = persists
         self._statistics = statistics
         statistics.refreshers.append(self._report)
-        self._loading = asyncio.Semaphore(self._options.load_threads)
+        self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -152,7 +158,9 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(source, self._queue, self._statistics, self._slots, self._options)
+        host = Host(
+            source, self._queue, self._statistics, self._slots, measures=self._measures, persists=self._persists
+        )
         predecessor = model.hosts.get(source.version)
         try:
             async with self._loading:
