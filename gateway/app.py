@@ -37,8 +37,8 @@ from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
 from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, TlsFiles
 from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp
-from gateway.types import Infer, InferRequest, Responses
-from gateway.worker import Worker, WorkerOptions
+from gateway.types import Infer
+from gateway.worker import Worker
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -98,12 +98,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
         queue = fleet.queue
         queue.repository_names(names)
-
-        def infer(request: InferRequest) -> Responses:
-            """How models call each other: as clients do, but for what wraps the endpoint."""
-            return service.infer(request)
-
-        worker = _worker(settings, queue, repository, statistics, infer)
+        worker = _worker(settings, queue, repository, statistics)
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -133,13 +128,15 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             working.cancel()
 
 
-def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics, infer: Infer) -> Worker:
+def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics) -> Worker:
     return Worker(
         queue,
         repository.read,
         placement.devices(settings.cpu_cores),
         statistics,
-        WorkerOptions(settings.model_load_thread_count, measures=True, persists=settings.persist_latency, infer=infer),
+        settings.model_load_thread_count,
+        measures=True,
+        persists=settings.persist_latency,
     )
 
 

@@ -1,6 +1,5 @@
 """The worker side: loads models, takes jobs from the queue and runs them in batches. `Worker` is the entry."""
 
-from gateway.worker.options import Options as WorkerOptions
 from gateway.worker.worker import Worker
 
-__all__ = ["Worker", "WorkerOptions"]
+__all__ = ["Worker"]
