@@ -23,7 +23,7 @@ from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
-from gateway.worker import Worker, WorkerOptions
+from gateway.worker import Worker
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits
 from gateway.worker.priors import NAME, Priors
@@ -54,9 +54,7 @@ class Rig:
         self.queue = MemoryQueue()
         self.statistics = Statistics()
         self.repository = Repository([folder], engines.describe)
-        self.worker = Worker(
-            self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics, WorkerOptions(**more)
-        )
+        self.worker = Worker(self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics, **more)
         self.service = Service(self.queue, self.statistics, self._names, ServiceOptions())
         self._writes = 0
 
