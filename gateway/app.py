@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
+from gateway.engines.isolated.children import Children
 from gateway.fleet import Fleet, joined
 from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
@@ -56,6 +57,7 @@ class Gateway:
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
+    children: Children | None = None
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -95,10 +97,15 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
     names = list(await asyncio.to_thread(repository.scan))
-    async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
+    async with (
+        joined(settings, statistics) as fleet,
+        Children.of(settings, statistics) as children,
+        asyncio.TaskGroup() as tasks,
+    ):
         queue = fleet.queue
         queue.repository_names(names)
         worker = _worker(settings, queue, repository, statistics)
+        worker.children = children
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -108,7 +115,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             fleet=fleet.statistics,
             reports=fleet.reports(worker.explain if works else None),
         )
-        gateway = Gateway(service, queue)
+        children.infer = service.infer
+        gateway = Gateway(service, queue, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -227,6 +235,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                     process=fleet.process,
                     figures=fleet.figures,
                     health=partial(health, gateway.service),
+                    more=gateway.children.metrics if gateway.children is not None else list,
                 ).__rsgi__
             ),
             settings.metrics_address,

@@ -64,6 +64,15 @@ class Settings(BaseSettings):
     idempotency_bytes: NonNegativeInt = _setting(
         64 * MIB, "models", "bytes of answers kept for requests that come again under their Idempotency-Key"
     )
+    isolation: Literal["auto", "thread", "process"] = _setting(
+        "auto",
+        "models",
+        "process: each instance in a child process; thread: in this one; auto: as each backend is used to; a model's "
+        "parameter isolation goes first",
+    )
+    max_children: NonNegativeInt = _setting(
+        0, "models", "child processes from which on small CPU models share one; 0: four for each core"
+    )
     persist_latency: bool = _setting(
         True, "models", "keep what was learned of batch times in each version's folder, for the next start"
     )

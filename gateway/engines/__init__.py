@@ -50,10 +50,11 @@ async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
 async def _start(spec: EngineSpec, count: int) -> list[Engine]:
     """In child processes, where there are any and the model or its backend wants them; else on threads of this one."""
     if _isolates(spec):
-        from gateway.engines.isolated.engine import Backend, start
+        from gateway.engines.isolated.engine import start
+        from gateway.engines.isolated.life import Backend
 
         assert spec.children is not None
-        backend = _BACKENDS[spec.config.backend]
+        backend = _BACKENDS[_name(spec)]
         child = Backend(backend.module, backend.install, shares=backend.shares, calls=backend.calls)
         return [*await start(spec, count, spec.children, child)]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
@@ -67,7 +68,7 @@ async def _start(spec: EngineSpec, count: int) -> list[Engine]:
 
 
 def _isolates(spec: EngineSpec) -> bool:
-    backend = _BACKENDS.get(spec.config.backend)
+    backend = _BACKENDS.get(_name(spec))
     wanted = isolation(spec.config)
     if backend is None or spec.children is None:
         return False
@@ -104,7 +105,11 @@ def runtime(backend: str) -> str:
 
 
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:
-    return _module(spec.config.backend).load(spec, count)  # type: ignore[no-any-return]
+    return _module(_name(spec)).load(spec, count)  # type: ignore[no-any-return]
+
+
+def _name(spec: EngineSpec) -> str:
+    return spec.config.backend if spec.artefact is None else spec.artefact.backend
 
 
 def _module(name: str) -> Any:

@@ -206,11 +206,14 @@ class MetricsApp:
         process: str = "",
         figures: ReadFigures | None = None,
         health: Callable[[str], Reply] | None = None,
+        more: Callable[[], list[Family]] = list,
     ) -> None:
         """`fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
-        `figures` tells of the queue. `health` answers for "live" and "ready".
+        `figures` tells of the queue. `health` answers for "live" and "ready". `more` are metrics of this
+        process that take a look at files.
         """
         self._health = health
+        self._more = more
         self._fleet = fleet
         self._queue = FleetMetrics(figures)
         self._tokens = tokens
@@ -254,4 +257,10 @@ class MetricsApp:
             "Always 1; the labels say what is running",
             [({"version": __version__, "python": python, **self._labels}, 1)],
         )
-        return write_metrics([*families, *self._host.collect(), *process_metrics(self._labels), build])
+        own = [
+            Family(
+                each.name, each.kind, each.help, [({**labels, **self._labels}, value) for labels, value in each.samples]
+            )
+            for each in self._more()
+        ]
+        return write_metrics([*families, *self._host.collect(), *own, *process_metrics(self._labels), build])

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
 from gateway.placement import Placement
 from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
@@ -58,9 +59,20 @@ class Host:
     """A loaded version and the tasks that serve it."""
 
     def __init__(
-        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
+        self,
+        source: Source,
+        queue: Queue,
+        statistics: Statistics,
+        slots: Slots,
+        *,
+        measures: bool,
+        persists: bool,
+        children: Children | None = None,
     ) -> None:
-        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
+        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk.
+
+        Its engines live in `children`, or all in this process.
+        """
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -68,6 +80,7 @@ class Host:
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
         self._slots = slots
+        self._children = children
         self._measures = measures and measurable(source.config)
         self._persists = persists
         self._priors: Priors | None = None
@@ -281,4 +294,6 @@ class Host:
             device=placement.device.name,
             threads=placement.threads,
             cores=placement.cores,
+            infer=None if self._children is None else self._children.infer,
+            children=self._children,
         )

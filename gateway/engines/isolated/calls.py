@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from queue import SimpleQueue
 
@@ -105,12 +105,11 @@ class ChildCalls:
 
 
 class CallServer(asyncio.Protocol):
-    """Answers the calls of one instance with `infer`; a task of `tasks` for each. `waits` is told of every call."""
+    """Answers the calls of one instance with `infer`; a task of `tasks` for each."""
 
-    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup, waits: Callable[[], None]) -> None:
+    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup) -> None:
         self._infer = infer
         self._tasks = tasks
-        self._waits = waits
         self._frames = Frames()
         self._open: dict[int, asyncio.Task[None]] = {}
 
@@ -150,7 +149,6 @@ class CallServer(asyncio.Protocol):
         elif message.call in self._open or len(self._open) >= _MOST_CALLS:
             raise BadMessage(f"call {message.call} is one too many: {len(self._open)} are open")
         else:
-            self._waits()
             task = self._tasks.create_task(self._answer(message, frame.payload))
             self._open[message.call] = task
             task.add_done_callback(lambda _: self._open.pop(message.call, None))

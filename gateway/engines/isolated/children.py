@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gateway.config.settings import Settings
 from gateway.engines.isolated.home import Home, least_crowded
 from gateway.engines.isolated.limits import Isolation
 from gateway.engines.isolated.nursery import Nursery
 from gateway.statistics import Statistics
 from gateway.telemetry import Family, log_event
+from gateway.types import Infer
 
 SUPPORTED = sys.platform == "linux"
 """Elsewhere instances live on threads: forks, descriptors in packets and deaths that follow the parent's are Linux."""
@@ -44,6 +46,7 @@ class Children:
         """0 children are four for each core that this process may use. `beat` is in seconds."""
         self.statistics = statistics
         self.wanted = wanted
+        self.infer: Infer | None = None  # how models call models, set before anything is loaded
         self.tasks = asyncio.TaskGroup()
         self.nursery = Nursery(log_format, verbose)
         self._most = most or 4 * len(os.sched_getaffinity(0) if SUPPORTED else (0,))
@@ -53,6 +56,17 @@ class Children:
         self._closing: list[Callable[[], None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self.shortages = 0
+
+    @classmethod
+    def of(cls, settings: Settings, statistics: Statistics) -> Self:
+        """As the settings say."""
+        return cls(
+            statistics,
+            settings.isolation,
+            settings.max_children,
+            log_format=settings.log_format,
+            verbose=settings.log_verbose,
+        )
 
     async def __aenter__(self) -> Self:
         await self.tasks.__aenter__()

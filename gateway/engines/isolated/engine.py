@@ -9,111 +9,81 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from functools import partial
 
 from gateway import errors
 from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.calling import call
 from gateway.engines.isolated import limits
 from gateway.engines.isolated.breaker import Breaker
-from gateway.engines.isolated.calls import CallServer
 from gateway.engines.isolated.children import Children
-from gateway.engines.isolated.frames import Ready
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
-from gateway.engines.isolated.link import Link, Memory, NeverSeen
+from gateway.engines.isolated.life import Backend, Life, Origin, WrongAnswer
+from gateway.engines.isolated.link import NeverSeen
 from gateway.engines.threads import EngineThread
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import Batch, BatchResult
+from gateway.types import Batch, BatchResult, Infer, InferRequest, Responses
 
 _FIRST_RUN = 60.0  # seconds that a run may take while none has succeeded
 _TIMES = 10  # as long as it was expected to take
-_LOAD = 600.0  # seconds
 _FAREWELL = 4.0  # seconds that a model has to finish
+_A_MOMENT = 1.0  # seconds
+_FROM_OUTSIDE = ("killed", "silent")
 _SMALL = 64 << 20  # bytes of a model that may share a process
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """What a child runs: the module, what to do when a package it imports is missing, whether its models may share one."""
-
-    module: str
-    install: str
-    shares: bool = False
-    calls: bool = False  # its models call others
-
-
-class _WrongAnswer(EngineCrashed):
-    """The process answers the golden input otherwise than the first one did."""
 
 
 async def start(spec: EngineSpec, count: int, children: Children, backend: Backend) -> list[IsolatedEngine]:
     """Start `count` instances of a version, each loaded and tested. Raises what the first that fails raised."""
     golden = Golden.of(spec.config)
-    created = [IsolatedEngine(spec, index, children, backend, golden) for index in range(count)]
-    tasks = [asyncio.ensure_future(engine.open()) for engine in created]
+    created = []
+    for index in range(count):
+        name = f"{spec.config.name}/{spec.version}#{index}"
+        created.append(IsolatedEngine(Origin(name, spec, backend, children, EngineThread(name), golden)))
     try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            for engine in created:
+                tasks.create_task(engine.open())
+    except BaseException as problem:
         for engine in created:
             await engine.close()
+        if isinstance(problem, BaseExceptionGroup):
+            raise problem.exceptions[0] from None
         raise
     return created
-
-
-class _Life:
-    """An instance in one child."""
-
-    link: Link
-
-    def __init__(self, home: Home, calls: CallServer | None) -> None:
-        self.home = home
-        self.calls = calls
-        self.ready: Ready | None = None
-        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def end(self, name: str) -> None:
-        """Have it end, if it has not, and give back all it had."""
-        self.link.close()
-        if self.calls is not None:
-            self.calls.close()
-        self.home.leave(name)
 
 
 class IsolatedEngine:
     """See the module. `open` it once."""
 
     concurrency = 1
+    contained = True
 
-    def __init__(self, spec: EngineSpec, index: int, children: Children, backend: Backend, golden: Golden) -> None:
+    def __init__(self, origin: Origin) -> None:
+        config, children = origin.spec.config, origin.children
         self.provider = ""
         self.warnings: tuple[str, ...] = ()
         self.widest = 1
-        self.name = f"{spec.config.name}/{spec.version}#{index}"
-        self._spec = spec
+        self.name = origin.name
+        self._origin = origin
         self._children = children
-        self._backend = backend
-        self._golden = golden
-        self._patience = limits.patience(spec.config)
-        self._shares = backend.shares and spec.device == "cpu" and not limits.limited(spec.config)
+        self._tasks: asyncio.TaskGroup = children.tasks
+        self._patience = limits.patience(config)
+        self._shares = origin.backend.shares and origin.spec.device == "cpu" and not limits.limited(config)
         self._alone = False  # lost its last process while others were at work there too
-        self._thread = EngineThread(self.name)
         self._turn = asyncio.Lock()
         self._breaker = Breaker()
-        self._life: _Life | None = None
-        self._working: _Life | None = None
+        self._life: Life | None = None
+        self._working: Life | None = None
+        self._batch: Batch | None = None  # that runs now, or ran last
+        self._longest: float | None = None  # seconds of a run that went well
         self._changed = asyncio.Event()
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
-        self._longest: float | None = None  # seconds of a run that went well
-        self._waits: Callable[[], None] = self._tell
 
     async def open(self) -> None:
         """Start it for the first time. Raises why that failed."""
@@ -121,13 +91,15 @@ class IsolatedEngine:
         try:
             await self._start()
         except EngineCrashed as problem:
-            if self._golden.ready or not self.provider:
-                raise self._unavailable(problem) from problem
+            if self._origin.golden.ready or not self.provider:
+                raise errors.Unavailable(
+                    f"model '{self._origin.spec.config.name}' does not load: {problem}; the server's log has the details"
+                ) from problem
             # It may be what the test does to it, which the model need not bear.
             log_event("not_tested", logging.WARNING, instance=self.name, reason="its process ends on a row of zeros")
-            self._golden.inputs = None
+            self._origin.golden.inputs = None
             await self._start()
-        self._keeper = self._children.tasks.create_task(self._keep())
+        self._keeper = self._tasks.create_task(self._keep())
         self._children.at_end(self._stop)
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
@@ -135,8 +107,7 @@ class IsolatedEngine:
         await self._turn.acquire()
         try:
             life = await self._begin()
-            assert life.ready is not None
-            self._waits = batch.waits
+            self._batch = batch
             if life.ready.answers:
                 async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
                     async for result in results:
@@ -144,10 +115,8 @@ class IsolatedEngine:
             else:
                 yield await self._computed(life, batch)
             self._breaker.succeeded()
-        except EngineCrashed:
-            if self._closing:
-                raise self._closed() from None
-            raise
+        except EngineCrashed as crash:
+            raise await self._explained(crash) from None
         finally:
             self._leave()
 
@@ -157,22 +126,22 @@ class IsolatedEngine:
         life, self._life = self._life, None
         if life is not None:
             try:
-                if life.ready is not None and life.ready.answers and not life.link.running:
+                if life.ready.answers and not life.link.running:
                     life.link.finish()
                     await asyncio.wait([life.lost], timeout=_FAREWELL)
             finally:
                 if life.link.running:
                     life.home.kill("closed", self.name)
-                life.end(self.name)
+                life.end()
             if not life.home.names:
                 await self._gone(life.home)
         if self._keeper is not None:
             await asyncio.wait([self._keeper])
-        await self._thread.close()
+        await self._origin.thread.close()
 
     # --- a run
 
-    async def _computed(self, life: _Life, batch: Batch) -> BatchResult:
+    async def _computed(self, life: Life, batch: Batch) -> BatchResult:
         while True:
             try:
                 result = await life.link.compute(batch, self._limit(batch), self._hung)
@@ -189,18 +158,30 @@ class IsolatedEngine:
             seconds = (result.finished_ns - result.stacked_ns) / 1e9
             if self._longest is None or seconds > self._longest:
                 self._longest = seconds
-            if self._golden.inputs is None and not self._golden.varies:
-                await self._keep_golden(life, batch, result)
+            golden = self._origin.golden
+            if golden.inputs is None and not golden.varies:
+                await life.keep_golden(batch, result, self._limit(None))
             return result
 
-    async def _begin(self) -> _Life:
+    async def _explained(self, crash: EngineCrashed) -> Exception:
+        """The crash and its cause, which is known a moment later. Whoever kills a process from outside may do so again."""
+        if self._closing or self._working is None:
+            return self._closed()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_A_MOMENT):
+                cause = await self._working.home.cause()
+                return EngineCrashed(f"{crash} ({cause})", sure=cause not in _FROM_OUTSIDE)
+        return crash
+
+    async def _begin(self) -> Life:
         """The instance in its process, which has something to do from now on; waits while it is being started."""
         while (life := self._life) is None:
             if self._closing:
                 raise self._closed()
             if (pause := self._breaker.retry_after(time.monotonic())) is not None:
                 raise errors.Unavailable(
-                    f"model '{self._spec.config.name}' keeps failing and is given a pause; try again later", pause
+                    f"model '{self._origin.spec.config.name}' keeps failing and is given a pause; try again later",
+                    pause,
                 )
             await self._changed.wait()
         life.home.at_work.add(self.name)
@@ -217,14 +198,14 @@ class IsolatedEngine:
             life.calls.abandon()
         life.link.when_idle(lambda: self._left(life))
 
-    def _left(self, life: _Life) -> None:
+    def _left(self, life: Life) -> None:
         if not life.lost.done():
             life.home.at_work.discard(self.name)
         self._turn.release()
 
-    def _limit(self, batch: Batch) -> float:
+    def _limit(self, batch: Batch | None) -> float:
         """Seconds after which a run is taken for hung."""
-        expected = self._longest if batch.predicted is None else batch.predicted
+        expected = self._longest if batch is None or batch.predicted is None else batch.predicted
         return max(_FIRST_RUN if self._longest is None else 0.0, _TIMES * (expected or 0.0), self._patience)
 
     def _hung(self) -> None:
@@ -241,14 +222,14 @@ class IsolatedEngine:
             try:
                 self._count(await life.home.cause(), why)
             finally:
-                life.end(self.name)
+                life.end()
             delay = self._breaker.crashed(time.monotonic())
             while not await self._paused(delay):
                 try:
                     await self._start()
                 except Exception as problem:  # noqa: BLE001 - whatever it is, trying again is all there is
                     delay = self._breaker.not_started(time.monotonic())
-                    self._count("self_test" if isinstance(problem, _WrongAnswer) else "start", str(problem))
+                    self._count("self_test" if isinstance(problem, WrongAnswer) else "start", str(problem))
                 else:
                     self._statistics.restarts += 1
                     seconds = round(time.monotonic() - ended, 3)
@@ -257,106 +238,23 @@ class IsolatedEngine:
 
     async def _start(self) -> None:
         """Have it in a process, loaded and tested. Raises why not."""
-        backend = self._backend
-        shares = self._shares and not self._alone
-        home = await self._children.home(self.name, [backend.module] if backend.shares else [], shares=shares)
+        origin = self._origin
+        preload = [origin.backend.module] if origin.backend.shares else []
+        home = await self._children.home(origin.name, preload, shares=self._shares and not self._alone)
+        life = Life(origin, home, self._lost)
+        infer = origin.spec.infer if origin.backend.calls else None
         try:
-            life = await self._moved_in(home)
+            seconds = await life.begin(infer and partial(self._call, infer), self._limit(None))
         except OSError as problem:
-            home.leave(self.name)
             raise errors.Unavailable(f"the process for the model is gone: {problem}") from problem
-        try:
-            async with asyncio.timeout(_LOAD):
-                life.ready = await life.link.load(self._spec, backend.module, backend.install)
-            self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
-            if not life.ready.answers:
-                async with self._golden.lock:
-                    await self._test(life)
-        except BaseException:
-            if life.link.running:
-                home.kill("start", self.name)
-            life.end(self.name)
-            raise
+        self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
+        if seconds is not None:
+            self._longest = max(self._longest or 0.0, seconds)
         self._breaker.started()
         self._life = life
         self._tell()
 
-    async def _moved_in(self, home: Home) -> _Life:
-        """An instance in this process, nothing loaded yet. Raises OSError when the process is gone."""
-        ours, theirs = socket.socketpair()
-        memory = Memory(self._children.short)
-        given = [theirs.fileno(), *(area.descriptor for area in memory.areas or ())]
-        called: socket.socket | None = None
-        calls: CallServer | None = None
-        try:
-            if self._backend.calls and (infer := self._spec.infer) is not None:
-                callers, called = socket.socketpair()
-                _, calls = await asyncio.get_running_loop().create_connection(
-                    lambda: CallServer(infer, self._children.tasks, self._wait), sock=callers
-                )
-                given.append(called.fileno())
-            home.host(self.name, given, areas=memory.areas is not None, calls=calls is not None)
-        except BaseException:
-            ours.close()
-            memory.close()
-            if calls is not None:
-                calls.close()
-            raise
-        finally:
-            theirs.close()
-            if called is not None:
-                called.close()
-        life = _Life(home, calls)
-        life.link = Link(ours, memory, self._thread, lambda why: self._lost(life, why))
-        return life
-
-    async def _test(self, life: _Life) -> None:
-        """Run the golden input. Raises `EngineCrashed` when the answer is another than that of the first process."""
-        golden = self._golden
-        batch = golden.batch()
-        if batch is None:
-            return
-        known = golden.ready
-        try:
-            result = await self._alone_with(life, batch)
-        except EngineCrashed:
-            raise
-        except Exception as problem:
-            if known:
-                raise _WrongAnswer(f"it fails where the first process did not: {problem}") from problem
-            golden.inputs = None
-            log_event("not_tested", logging.DEBUG, instance=self.name, reason=f"it does not run on zeros: {problem}")
-            return
-        if not golden.judge(result.outputs):
-            raise _WrongAnswer("it answers the golden input otherwise than the first process did")
-        self._longest = max(self._longest or 0.0, (result.finished_ns - result.stacked_ns) / 1e9)
-        if not known:
-            await self._test_golden(life, batch)
-
-    async def _keep_golden(self, life: _Life, batch: Batch, result: BatchResult) -> None:
-        """Test with this batch from now on, if it is fit for that."""
-        inputs = await self._thread.call(batch.stack)
-        if self._golden.offer(inputs, result.outputs):
-            again = self._golden.batch()
-            assert again is not None
-            await self._test_golden(life, again)
-
-    async def _test_golden(self, life: _Life, batch: Batch) -> None:
-        """See whether the model answers the same input twice the same."""
-        again = await self._alone_with(life, batch)
-        if not self._golden.judge(again.outputs):
-            self._golden.varies = True
-            log_event("not_tested", instance=self.name, reason="it answers the same input differently each time")
-
-    async def _alone_with(self, life: _Life, batch: Batch) -> BatchResult:
-        return await life.link.compute(batch, self._limit(batch), lambda: life.home.kill("hang", self.name))
-
-    def _lost(self, life: _Life, why: str) -> None:
-        """The process has ended, or is of no more use."""
-        if why not in ("ended", "closed"):
-            life.home.kill("protocol", self.name)
-        if not life.lost.done():
-            life.lost.set_result(why)
+    def _lost(self, life: Life) -> None:
         if self._life is life:
             self._life = None
             self._tell()
@@ -387,17 +285,14 @@ class IsolatedEngine:
                 self._keeper.cancel()
             self._tell()
 
-    def _wait(self) -> None:
-        """The run has to wait for another model."""
-        self._waits()
+    def _call(self, infer: Infer, request: InferRequest) -> Responses:
+        """Call another model for the one that runs here."""
+        if self._batch is None:
+            raise errors.Unavailable("a model cannot call others before it runs for the first time")
+        return call(infer, self._batch, self._origin.spec.config.name, request)
 
     def _closed(self) -> errors.Unavailable:
         return errors.Unavailable("the engine is closed; it takes no more work")
-
-    def _unavailable(self, problem: Exception) -> errors.Unavailable:
-        return errors.Unavailable(
-            f"model '{self._spec.config.name}' does not load: {problem}; the server's log has the details"
-        )
 
     def _tell(self) -> None:
         """Have everybody who waits look again."""
@@ -405,8 +300,8 @@ class IsolatedEngine:
         self._changed.clear()
 
     def _small(self) -> bool:
-        name = self._spec.config.default_model_filename
-        path = self._spec.path / (self._spec.artefact.file if self._spec.artefact else name)
+        name = self._origin.spec.config.default_model_filename
+        path = self._origin.spec.path / (self._origin.spec.artefact.file if self._origin.spec.artefact else name)
         try:
             return path.stat().st_size <= _SMALL
         except OSError:
@@ -419,4 +314,4 @@ class IsolatedEngine:
 
     @property
     def _statistics(self) -> VersionStatistics:
-        return self._children.statistics.of(self._spec.config.name, self._spec.version)
+        return self._children.statistics.of(self._origin.spec.config.name, self._origin.spec.version)

@@ -104,6 +104,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(line.fileno(), self._read)
         self._frames = Frames()
+        self._unsent = memoryview(b"")
         self._reply: asyncio.Future[Frame] | None = None
         self._due = 0.0
         self._alarm: asyncio.TimerHandle | None = None
@@ -123,7 +124,7 @@ class Link:
         plain = replace(spec, children=None, infer=None, config=replace(spec.config, proto=None))
         payload = await self._thread.call(lambda: pickle.dumps(plain))
         message = Load(module, install, spec.config.proto.SerializeToString())
-        await self._send(pack(message, len(payload)), bytearray(payload))
+        self._send(pack(message, len(payload)), bytearray(payload))
         said, _ = self._decoded(await self._next())
         if not isinstance(said, Ready):
             raise self._broken(f"{type(said).__name__} in answer to a load")
@@ -141,7 +142,7 @@ class Link:
         stacked = time.monotonic_ns()
         reply = self._expect()
         self._watch(patience, hung)
-        await self._send(header, payload)
+        self._send(header, payload)
         message, frame = self._decoded(await reply)
         if not isinstance(message, Done):
             raise self._broken(f"{type(message).__name__} in answer to a run")
@@ -159,7 +160,7 @@ class Link:
         stacked = time.monotonic_ns()
         reply = self._expect()
         self._watch(patience, hung)
-        await self._send(header, payload)
+        self._send(header, payload)
         while True:
             message, frame = self._decoded(await reply)
             if not isinstance(message, Answered):
@@ -172,7 +173,7 @@ class Link:
             yield BatchResult({}, started, stacked, max(stacked, min(message.finished_ns, now)), answers)
             self._watch(patience, hung)
             reply = self._expect()
-            await self._send(_NEXT)
+            self._send(_NEXT)
 
     def when_idle(self, callback: Callable[[], None]) -> None:
         """Call `callback` once the child is at work on nothing more: now, or when it has answered what was given up."""
@@ -210,7 +211,7 @@ class Link:
         message = Run(batch.rows, batch.cores, batch.outputs, layout.form, requests)
         return pack(message, len(payload) if payload else 0), payload
 
-    async def _send(self, header: bytes, payload: bytearray | None = None) -> None:
+    def _send(self, header: bytes, payload: bytearray | None = None) -> None:
         data = header if payload is None else header + payload
         try:
             sent = self._socket.send(data)
@@ -220,10 +221,14 @@ class Link:
             self._end("ended")
             raise NeverSeen("the engine's process had ended before the batch") from None
         if sent < len(data):
-            # Half a frame would be the end of the line, so nobody's cancelling cuts it short.
-            rest = asyncio.ensure_future(self._loop.sock_sendall(self._socket, memoryview(data)[sent:]))
-            rest.add_done_callback(lambda done: done.cancelled() or done.exception())
-            await asyncio.wait([rest])
+            self._unsent = memoryview(data)[sent:]
+            self._loop.add_writer(self._socket.fileno(), self._flush)
+
+    def _flush(self) -> None:
+        with suppress(OSError):  # it is full, or has ended, which it says next
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
+        if not self._unsent:
+            self._loop.remove_writer(self._socket.fileno())
 
     # --- from the child
 
@@ -317,6 +322,7 @@ class Link:
             return
         self._closed = True
         self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._memory.close()
         if self._alarm is not None:

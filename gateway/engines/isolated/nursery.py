@@ -26,11 +26,8 @@ from gateway.telemetry import log_event
 
 _PACKET = 1 << 16
 _PATIENCE = 20.0  # seconds that a fork may take, the start of the nursery and its imports on a busy machine included
-_QUIET = {
-    # Threads of libraries would make forking unsafe. ONNX Runtime has one for its telemetry, which is off here anyway.
-    "ORT_DISABLE_TELEMETRY": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
+# Threads of libraries would make forking unsafe. ONNX Runtime has one for its telemetry, which is off here anyway.
+_QUIET = ("ORT_DISABLE_TELEMETRY=1", "OPENBLAS_NUM_THREADS=1")
 _decode = msgspec.msgpack.Decoder(Spawned | Exited).decode
 
 
@@ -118,9 +115,6 @@ class Nursery:
                     stdout=2,  # what a model prints is for the log, and never for a client
                     stderr=2,
                     pass_fds=(theirs.fileno(),),
-                    env=os.environ
-                    | _QUIET
-                    | {"PYTHONPATH": os.pathsep.join(each or str(Path.cwd()) for each in sys.path)},
                     start_new_session=True,  # a signal from the terminal is for the gateway, which ends in order
                 )
             ours.setblocking(False)
@@ -167,5 +161,6 @@ class Nursery:
 
 
 def _command(descriptor: int, *rest: str) -> list[str]:
+    path = os.pathsep.join(each or str(Path.cwd()) for each in sys.path)  # so that it runs the package that we are
     program = [sys.executable, "-P", "-m", "gateway.engines.isolated.forker", str(descriptor), *rest]
-    return mortal(program)
+    return mortal(["/usr/bin/env", *_QUIET, f"PYTHONPATH={path}", *program])
