@@ -1,5 +1,6 @@
 """What all tests may ask for."""
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ from tests.redis_support import redis_server
 # How long an example takes says something of the machine only.
 settings.register_profile("lockgate", deadline=None)
 settings.load_profile("lockgate")
+
+# The gateways that tests start have their models on threads, which is quicker; what is of child processes asks for them.
+os.environ.setdefault("GATEWAY_ISOLATION", "thread")
 
 
 @pytest.fixture(scope="session")

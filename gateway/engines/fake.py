@@ -10,6 +10,9 @@ Parameters in `config.pbtxt`, all optional:
   device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
 - `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
   its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
+- `kill`, `abort`, `segfault`, `exit`, `hang_gil`, `oom`: a value that, with `allow_crash`, does this to the process; see
+  `faults.py`.
+- `drift_file`: the path of a file; a model loaded while there is one answers numbers that are 1 too large.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
 - `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
 """
@@ -31,6 +34,7 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
+from gateway.engines import faults
 from gateway.engines.base import EngineSpec
 from gateway.types import Array, Batch, DataType
 
@@ -56,6 +60,8 @@ class FakeModel:
         self._slow_file = config.parameters.get("slow_file", "")
         self._gate = config.parameters.get("gate", "")
         self._closing = threading.Event()
+        drift_file = config.parameters.get("drift_file", "")
+        self._drift = int(bool(drift_file) and Path(drift_file).exists())
 
     def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """See `Loaded.compute`."""
@@ -84,6 +90,9 @@ class FakeModel:
             if self._config.parameters.get("allow_crash") == "true":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise SystemError("the fake model crashed, as its input asked")
+        for way, strike in faults.WAYS.items():
+            if self._triggers(way, first) and self._config.parameters.get("allow_crash") == "true":
+                strike()
         if self._triggers("poison", first):
             raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
 
@@ -99,6 +108,8 @@ class FakeModel:
         rows = source if batched else source[np.newaxis]
         dims = tensor.dims if tensor.reshape is None else tensor.reshape
         result = _rows_of(tensor.datatype, dims, rows)
+        if self._drift and tensor.datatype is not DataType.BYTES:
+            result = result + self._drift
         if not batched:
             return cast("Array", result[0])
         return np.resize(result, (len(rows) + self._rows_delta, *result.shape[1:])) if self._rows_delta else result
