@@ -47,14 +47,17 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     """Where the instances of a model live, one entry a device, in the order of its instance groups.
 
     On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
-    cores. On a GPU it is one instance and one core. Raises `Unavailable` for a GPU that is not there.
+    cores. On a GPU it is one instance and one core, and a run of a Python model has one core. Raises `Unavailable` for a GPU that is not there.
     """
     counts: dict[Device, int] = {}
     for group in config.instance_groups or (InstanceGroup(),):
         for device in _devices_of(group, config.name, available):
             count = group.count or (device.cores if device.kind == "cpu" else 1)
             counts[device] = counts.get(device, 0) + count
-    return [Placement(device, count, max(1, device.cores // count), device.cores) for device, count in counts.items()]
+    return [
+        Placement(device, count, 1 if config.is_code else max(1, device.cores // count), device.cores)
+        for device, count in counts.items()
+    ]
 
 
 def _devices_of(group: InstanceGroup, model: str, available: Sequence[Device]) -> list[Device]:

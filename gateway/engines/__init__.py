@@ -38,6 +38,7 @@ _BACKENDS = {
     ),
     "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
+    "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
 
 
@@ -97,6 +98,14 @@ def describe(path: Path) -> ModelIO:
             f"'{path.name}' does not say what its inputs and outputs are; list them in config.pbtxt"
         )
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
+
+
+def auto_complete(path: Path, config: str) -> str:
+    """What the code of a Python model makes of its configuration, both as JSON; in a process of its own. Blocking.
+
+    Raises `InvalidArgument` for code that fails.
+    """
+    return importlib.import_module("gateway.engines.python.complete").complete(path, config)  # type: ignore[no-any-return]
 
 
 def runtime(backend: str) -> str:

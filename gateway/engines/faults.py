@@ -3,7 +3,7 @@
 Each parameter of this name is a value, and a run with it anywhere in the first input
 - `poison`: raises `Internal`; `oom`: asks for memory that no machine has;
 - `crash`: raises SystemError, or with `allow_crash` "true" is killed by SIGKILL, as by the machine when memory is short;
-- `segfault`, `abort`: ends the process by that signal;
+- `segfault`, `abort`, `kill`: ends the process by that signal; `exit`: with a status;
 - `hang`: waits until its engine closes; `hang_gil`: the same for good, and keeps the interpreter to itself;
 - `lost`: raises `EngineCrashed`, as an engine in a process of its own does when that has died;
 - `sticky`: does so too, and so does every later run of this process, as with a GPU after an illegal access;
@@ -42,6 +42,8 @@ class Faults:
             "crash": self._crash,
             "segfault": _read_nowhere,
             "abort": os.abort,
+            "kill": _kill,
+            "exit": _exit,
             "lost": _lose,
             "sticky": self._break,
             "oom": _allocate,
@@ -95,6 +97,14 @@ class Faults:
 
 def _lose() -> None:
     raise EngineCrashed("the fake model's device was lost, as its input asked")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit() -> None:
+    os._exit(3)
 
 
 def _read_nowhere() -> None:

@@ -79,11 +79,13 @@ class Worker:
                 self._tasks.create_task(self._carry_out(order))
 
     async def drain(self) -> None:
-        """Answer everything accepted and stop every model."""
-        async with asyncio.TaskGroup() as tasks:
-            for model in self._models.values():
-                for host in model.hosts.values():
-                    tasks.create_task(host.drain())
+        """Answer everything accepted and stop every model, first those that may call others."""
+        for calls in (True, False):
+            async with asyncio.TaskGroup() as tasks:
+                for model in self._models.values():
+                    for host in model.hosts.values():
+                        if host.source.config.is_code is calls:
+                            tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
         """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.

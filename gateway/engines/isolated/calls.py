@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from queue import SimpleQueue
+from typing import cast
 
 import msgspec
 
@@ -115,8 +116,7 @@ class CallServer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio.Protocol."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._line = transport
+        self._line = cast("asyncio.WriteTransport", transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
