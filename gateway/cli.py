@@ -256,7 +256,6 @@ def _models(settings: Settings) -> int:
 
 
 def _print_model(name: str, source: ModelSource, instances: int) -> None:
-    from gateway import artefacts
     from gateway.repository.promotion import listing
 
     config = source.config
@@ -269,7 +268,7 @@ def _print_model(name: str, source: ModelSource, instances: int) -> None:
         kind = "input " if tensor in config.inputs else "output"
         print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
     for path in source.versions.values():
-        for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
+        for line in listing(path, config.default_model_filename):
             print(f"    version {path.name}: {line}")
     for warning in source.warnings:
         print(f"    warning: {warning}")

@@ -192,7 +192,7 @@ async def test_promote_and_rollback_change_what_is_served_on_a_load_command(fold
     assert [digests.index(digest) for digest in digests] == [0, 1, 2, 1, 0]
     out = capsys.readouterr().out
     assert "adder version 1: build 2 is served now; a server in poll mode follows by itself" in out
-    assert f"artefact int8 (INT8, 0.0 MB, 1.50x the speed of FP32): passed on {HERE}, this device" in out
+    assert f"artefact int8 (INT8, 0.0 MB, 1.50x the speed of FP32): passed on {HERE}, which is here" in out
     assert "adder version 1: its own file 'model.onnx' is served now" in out
 
 
@@ -204,8 +204,9 @@ async def test_a_promotion_is_seen_in_poll_mode(folder):
         artefacts.promote(version)
         await until(lambda: state(gateway).instances[0].artefact == "int8")
         assert await added(gateway) == 8.0
-        artefacts.rollback(version)
+        (artefacts.build_folder(version, 1) / "int8.onnx").write_bytes(adder(1.0))  # behind the gate's back
         await until(lambda: state(gateway).instances[0].artefact == "fp32")
+        assert await added(gateway) == 0.0
 
 
 def test_the_commands_refuse_in_words(folder, capsys):
@@ -239,7 +240,7 @@ def test_models_lists_artefacts_with_their_verdicts(folder, capsys):
     assert cli.main(["models", "--model-repository", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "version 1: builds 1; 1 is promoted:" in out
-    assert f"artefact int8 (INT8, 0.0 MB, 1.62x the speed of FP32): passed on {HERE}, this device" in out
+    assert f"artefact int8 (INT8, 0.0 MB, 1.62x the speed of FP32): passed on {HERE}, which is here" in out
     assert "artefact s8s8 (INT8, 0.0 MB, 1.50x the speed of FP32): the gate failed it: top1_agreement is 0.645" in out
     (artefacts.build_folder(version, 1) / "report.json").write_text("{")
     assert cli.main(["models", "--model-repository", str(folder)]) == 0
