@@ -11,6 +11,7 @@ import pytest
 from gateway import artefacts, cli, engines
 from gateway.app import running
 from gateway.config.settings import Settings
+from gateway.devices import nvml
 from gateway.devices.fake_nvml import FakeGpu, FakeNvml
 from gateway.devices.nvml import gpus
 from tests.artefacts_support import built, made, write_adder
@@ -32,6 +33,7 @@ def machine(monkeypatch):
     fake = FakeNvml(FakeGpu("GPU-a", utilization=25), FakeGpu("GPU-b"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(nvml, "_has_driver", lambda: True)
     monkeypatch.setattr(engines, "_has", lambda _: True)
     gpus.cache_clear()
     yield fake

@@ -54,7 +54,15 @@ def test_no_driver_is_no_gpu_and_said_at_debug_level(events):
     assert events("no_gpus") == [{"reason": "Driver Not Loaded"}]
 
 
+def test_without_a_driver_the_package_is_not_even_imported(monkeypatch, events):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: False)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu("GPU-a")))
+    assert open_nvml() is None
+    assert events("no_gpus") == [{"reason": "there is no NVIDIA driver"}]
+
+
 def test_no_package_is_no_gpu(monkeypatch, events):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert open_nvml() is None
     assert events("no_gpus") == [{"reason": "the package nvidia-ml-py is not installed"}]
@@ -107,6 +115,7 @@ def test_a_gpu_without_memory_of_its_own_is_one():
 
 
 def test_the_kind_of_a_gpu_is_its_architecture(monkeypatch):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu("GPU-a", capability=(8, 9)), FakeGpu("GPU-b")))
     assert [device_kind(f"gpu:{index}") for index in range(3)] == ["gpu:sm89", "gpu:sm90", "gpu:unknown"]
 
