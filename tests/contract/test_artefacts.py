@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc.aio
@@ -251,8 +252,14 @@ async def test_the_fleet_hears_of_artefacts(folder):
     version = write_adder(folder)
     artefacts.promote(version, built(version, made(device=HERE), files={"int8": adder(8.0)}))
     async with serving(folder) as gateway:
-        pools, _ = read_holding(pack_holding(gateway.queue.pools(), []))
-        assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8"),)
+        holding = pack_holding(gateway.queue.pools(), [])
+    pools, _ = read_holding(holding)
+    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8"),)
+    # A process of the release before says nothing of them.
+    models, names = msgspec.msgpack.decode(holding)
+    models[0][2][0].pop()
+    pools, _ = read_holding(msgspec.msgpack.encode([models, names]))
+    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU),)
 
 
 async def test_an_unknown_model_has_no_instances(folder):
