@@ -32,6 +32,7 @@ class EngineSpec:
     threads: int = 1
     cores: int = 1
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
+    provider: str = ""  # the execution provider that must run it, or the load is refused; empty: what there is
 
 
 class EngineCrashed(Exception):
@@ -39,6 +40,10 @@ class EngineCrashed(Exception):
 
     The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot.
     """
+
+
+class DeviceOutOfMemory(MemoryError):
+    """The device has not the memory for this batch, or for this model; the engine stays usable, a smaller batch may fit."""
 
 
 class Engine(Protocol):
