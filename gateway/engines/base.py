@@ -38,8 +38,13 @@ class EngineSpec:
 class EngineCrashed(Exception):
     """The process that ran the batch died or was killed: the batch, or the machine, is to blame; no answer was given.
 
-    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot.
+    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot. `sure` is False
+    where something else than the batch may have ended the process: a signal from outside, or another batch in it.
     """
+
+    def __init__(self, message: str, *, sure: bool = True) -> None:
+        super().__init__(message)
+        self.sure = sure
 
 
 class DeviceOutOfMemory(MemoryError):
