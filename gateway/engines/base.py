@@ -14,7 +14,8 @@ from typing import Protocol
 
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
-from gateway.types import Batch, BatchResult, Parameter
+from gateway.engines.channel import Channel
+from gateway.types import Batch, BatchResult, Infer, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class EngineSpec:
     cores: int = 1
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
     provider: str = ""  # the execution provider that must run it, or the load is refused; empty: what there is
+    infer: Infer | None = None  # how its code calls other models; in the process of the worker only
+    channel: Channel | None = None  # the same in a child process, which the child itself fills in
 
 
 class EngineCrashed(Exception):

@@ -11,12 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from gateway import errors
-from gateway.queues.redis import message
-from gateway.queues.redis.message import (
+from gateway import errors, message
+from gateway.message import (
     VERSION,
     BadMessage,
-    Seal,
     pack_error,
     pack_request,
     pack_response,
@@ -25,6 +23,7 @@ from gateway.queues.redis.message import (
     unpack_response,
     version_of,
 )
+from gateway.queues.redis.seal import Seal
 from gateway.types import NO_PARAMETERS, DataType, InferRequest, InferResponse, RequestedOutput, Tensor, Timings
 
 SHAPES = st_numpy.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
