@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from gateway import errors
 from gateway.engines.base import Engine, EngineSpec
-from gateway.engines.choice import options
+from gateway.engines.chain import read
+from gateway.engines.fallback import open_chain
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
 from gateway.types import ModelIO
 
@@ -35,12 +36,25 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version once, off the event loop, and return `count` engines that share it.
 
-    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
-    message names the file relative to the repository, and a remedy.
+    Without an artefact in the spec they are what its chain of links makes of it, the best for the device first. Raises
+    `Unsupported` for a backend there is none of, `Unavailable` when nothing can load the model; the message names the
+    file relative to the repository, and a remedy.
     """
+    if spec.artefact is not None:
+        return await _start(spec, count)
+    reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
+    try:
+        chain = await reader.call(partial(read, spec, _BACKENDS))
+    finally:
+        await reader.close()
+    if len(chain.links) == 1 and not chain.warnings:
+        return await _start(chain.links[0].spec, count)
+    return [*await open_chain(chain, count, _start)]
+
+
+async def _start(spec: EngineSpec, count: int) -> list[Engine]:
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
-        spec = (await threads[0].call(partial(options, spec)))[0]
         loaded = await threads[0].call(partial(_load, spec, count))
     except BaseException:
         for thread in threads:

@@ -10,6 +10,10 @@ Parameters in `config.pbtxt`, all optional:
   device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
 - `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
   its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
+- `fault_file`: the path of a file with a word, read at the load and as each run begins; without a file all is well.
+  load: it does not load; unavailable, error, memory: a run raises `Unavailable`, `Internal`, `DeviceOutOfMemory`;
+  sticky: as a lost GPU, every run raises `EngineCrashed` until the model is loaded again.
+- `memory_rows`: a run of more rows raises `DeviceOutOfMemory`.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
 - `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
 """
@@ -31,12 +35,16 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.engines.base import EngineSpec
+from gateway.engines.base import DeviceOutOfMemory, EngineCrashed, EngineSpec
 from gateway.types import Array, Batch, DataType
 
 
 def load(spec: EngineSpec, count: int) -> list[FakeModel]:
-    """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number."""
+    """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number,
+    `Unavailable` where `fault_file` says so.
+    """
+    if _fault(spec.config) == "load":
+        raise errors.Unavailable(f"the fake model '{spec.config.name}' does not load, as its fault_file says")
     return [FakeModel(spec.config) for _ in range(count)]
 
 
@@ -53,6 +61,8 @@ class FakeModel:
         self._base = _number(config, "a_us") / 1e6
         self._per_row = _number(config, "b_us") / 1e6
         self._rows_delta = int(_number(config, "rows_delta"))
+        self._memory_rows = int(_number(config, "memory_rows"))
+        self._lost = False
         self._slow_file = config.parameters.get("slow_file", "")
         self._gate = config.parameters.get("gate", "")
         self._closing = threading.Event()
@@ -63,6 +73,7 @@ class FakeModel:
         if self._gate:
             _wait_at(self._gate, batch.rows)
         arrays = [inputs[tensor.name] for tensor in self._config.inputs if tensor.name in inputs]
+        self._break(batch.rows)
         self._misbehave(arrays[0])
         slowness = _slowness(self._slow_file) if self._slow_file else 1.0
         time.sleep((self._base + self._per_row * batch.rows) * slowness)
@@ -75,6 +86,19 @@ class FakeModel:
     def interrupt(self) -> None:
         """Let a hung run end."""
         self._closing.set()
+
+    def _break(self, rows: int) -> None:
+        """Fail as a device does, whatever the input."""
+        name, fault = self._config.name, _fault(self._config)
+        self._lost = self._lost or fault == "sticky"
+        if self._lost:
+            raise EngineCrashed(f"the device of the fake model '{name}' is lost", sure=False)
+        if fault == "memory" or 0 < self._memory_rows < rows:
+            raise DeviceOutOfMemory(f"the fake model '{name}' has no memory for {rows} rows")
+        if fault == "unavailable":
+            raise errors.Unavailable(f"the fake model '{name}' is not to be reached, as its fault_file says")
+        if fault == "error":
+            raise errors.Internal(f"the fake model '{name}' failed, as its fault_file says")
 
     def _misbehave(self, first: Array) -> None:
         if self._triggers("hang", first):
@@ -134,6 +158,13 @@ def _number(config: ModelConfig, key: str) -> float:
         raise errors.InvalidArgument(
             f"parameter '{key}' of model '{config.name}' must be a number, got '{text}'; correct it in config.pbtxt"
         ) from None
+
+
+def _fault(config: ModelConfig) -> str:
+    try:
+        return Path(config.parameters["fault_file"]).read_text().strip()
+    except (KeyError, OSError):
+        return ""
 
 
 def _slowness(path: str) -> float:
