@@ -12,7 +12,7 @@ The build promoted last is the one that is served. `folder` keeps the builds, `c
 `hashes` says whether a file is what it was. Everything is replaced by rename. Nothing here loads a model or measures one.
 """
 
-from gateway.artefacts.choice import Candidate, candidates, choose
+from gateway.artefacts.choice import Candidate, candidates, choose, speedup
 from gateway.artefacts.folder import (
     FOLDER,
     build_folder,
@@ -50,5 +50,6 @@ __all__ = [
     "rollback",
     "served_files",
     "sha256",
+    "speedup",
     "write",
 ]

@@ -51,7 +51,7 @@ def choose(
         if candidate.reason:
             _say(version, candidate.artefact.name, candidate.reason, candidate.alarming)
     usable = [candidate.artefact for candidate in found if not candidate.reason]
-    usable.sort(key=_speedup, reverse=True)
+    usable.sort(key=speedup, reverse=True)
     if not precision:
         return [*usable, source]
     pinned = [artefact for artefact in (*usable, source) if artefact.precision == precision.upper()]
@@ -60,17 +60,27 @@ def choose(
     return pinned
 
 
-def candidates(version: Path, device: str, model_file: str = "model.onnx") -> list[Candidate]:
-    """Every artefact of the promoted build, and why it is not run on this kind of device.
+def candidates(version: Path, device: str, model_file: str = "model.onnx", build: int | None = None) -> list[Candidate]:
+    """Every artefact of the promoted build, or of `build`, and why it is not run on this kind of device.
 
     Raises `Unavailable` when its report cannot be read.
     """
-    report = read(version)
+    report = read(version, build)
     if report is None:
         return []
     if reason := stale(version, report, model_file):
         return [Candidate(artefact, reason, alarming=True) for artefact in report.artefacts]
     return [_judge(version, device, artefact) for artefact in report.artefacts]
+
+
+def speedup(artefact: Artefact) -> float:
+    """How many times as fast as the model itself: the geometric mean over the batch sizes timed; 0 when none was."""
+    ratios = [
+        each.reference_seconds / each.seconds
+        for each in artefact.speed
+        if min(each.seconds, each.reference_seconds) > 0
+    ]
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
 
 
 def _judge(version: Path, device: str, artefact: Artefact) -> Candidate:
@@ -84,16 +94,6 @@ def _judge(version: Path, device: str, artefact: Artefact) -> Candidate:
         )
     reason = altered(version, artefact)
     return Candidate(artefact, reason, alarming=bool(reason))
-
-
-def _speedup(artefact: Artefact) -> float:
-    """How many times as fast as the model itself: the geometric mean over the batch sizes that were timed."""
-    ratios = [
-        each.reference_seconds / each.seconds
-        for each in artefact.speed
-        if min(each.seconds, each.reference_seconds) > 0
-    ]
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else 0.0
 
 
 @lru_cache(1024)  # each is said once, however many instances ask

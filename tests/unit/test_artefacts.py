@@ -9,11 +9,9 @@ import msgspec
 import pytest
 
 from gateway import artefacts, errors
-from gateway.artefacts import Artefact, Measured, Report
+from gateway.artefacts import Measured
 from gateway.devices.kind import cpu_kind
-
-AVX2 = "cpu:x86-64:avx2"
-VNNI = "cpu:x86-64:avx512_vnni"
+from tests.artefacts_support import AVX2, VNNI, built, made
 
 
 @pytest.fixture
@@ -23,29 +21,6 @@ def version(tmp_path):
     folder.mkdir(parents=True)
     (folder / "model.onnx").write_bytes(b"the model")
     return folder
-
-
-def built(version, *made, source=None, build=None):
-    """Write a build of these artefacts, whose files are made with them; returns its number."""
-    number = build or artefacts.next_build(version)
-    folder = artefacts.build_folder(version, number)
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = []
-    for artefact in made:
-        path = folder / f"{artefact.name}.onnx"
-        path.write_bytes(f"{artefact.name} of build {number}".encode())
-        listed.append(
-            msgspec.structs.replace(artefact, file=str(path.relative_to(version)), sha256=artefacts.sha256(path))
-        )
-    source = source or artefacts.sha256(version / "model.onnx")
-    report = Report("classifier", "1", source, 1.0, AVX2, {}, {}, tuple(listed))
-    artefacts.write(version, number, report)
-    return number
-
-
-def made(name="int8", precision="INT8", device=AVX2, verdict="passed", speedup=1.5, reasons=()):
-    speed = (Measured(8, 1.0, speedup), Measured(32, 4.0, 4.0 * speedup))
-    return Artefact(name, "", "onnxruntime", precision, device=device, verdict=verdict, speed=speed, reasons=reasons)
 
 
 def names(version, device=AVX2, precision=""):
@@ -161,7 +136,7 @@ def test_a_changed_artefact_is_not_promoted(version):
 
 
 def test_an_unproven_build_may_be_promoted_and_is_not_chosen(version):
-    artefacts.promote(version, built(version, made("trt", "FP16", "gpu:sm90", verdict="unproven")))
+    artefacts.promote(version, built(version, made("trt", "FP16", device="gpu:sm90", verdict="unproven")))
     assert names(version, "gpu:sm90") == ["fp32"]
 
 
@@ -217,7 +192,7 @@ def test_each_that_is_left_out_has_its_reason(version, caplog):
         made("good"),
         made("bad", verdict="failed", reasons=("top1_agreement is 0.645, at least 0.94 is wanted",)),
         made("elsewhere", device=VNNI),
-        made("unproven", "FP16", "gpu:sm90", verdict="unproven"),
+        made("unproven", "FP16", device="gpu:sm90", verdict="unproven"),
         made("changed"),
     )
     artefacts.promote(version, number)
