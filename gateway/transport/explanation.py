@@ -15,6 +15,8 @@ REMEDIES = {
     "queue_timeout": "the model's default_timeout_microseconds; raise it or leave it out",
     "unavailable": "the model was not ready or the server stopped; its log says which",
     "conflict": "an Idempotency-Key was used for two different requests; give each request its own",
+    "crashed": "a request that crashes the model by itself, its digest is in the log; mend the model, or the request",
+    "quarantined": "a request that crashed the model, sent again; it is not run for ten minutes",
 }
 """What to do about refused requests, by the reasons of the table of refusals."""
 

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
+from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import warm_up
 
@@ -163,9 +164,12 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 serving = [tasks.create_task(self._read(self._consumer))]
+                siblings = Siblings(self._place)
                 for engine, placement in self._engines:
                     source = self.source
-                    instance = Instance(engine, source.config, source.version, self._statistics, self.digest)
+                    instance = Instance(
+                        engine, source.config, source.version, self._statistics, self.digest, siblings=siblings
+                    )
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
@@ -203,17 +207,26 @@ class Host:
 
     def _open_lane(self, priors: Mapping[str, Prior], rows: Mapping[str, float]) -> None:
         """A lane of this host's own: while a successor takes over, the two finish what each has taken."""
-        self._places = places(self._engines)
         bounds = limits(self.source.config)
         # An order must hear of every request that is given up.
         self.asks_all = self._order is not None or any(
             policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
         )
-        self._slots.open(self, bounds, self._places)
+        self._open_places(self._engines)
         for device, prior in priors.items():
             self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
+
+    def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
+        self._places = places(engines)
+        self._slots.open(self, limits(self.source.config), self._places)
+
+    def _place(self, working: Collection[Instance]) -> None:
+        """Have the scheduler count on these instances only."""
+        if not self._stopped.is_set():
+            there = {id(instance.engine) for instance in working}
+            self._open_places([(engine, placement) for engine, placement in self._engines if id(engine) in there])
 
     def _credits(self) -> int:
         """How many requests to have here: enough that no instance waits for the next, few enough for others to help."""
