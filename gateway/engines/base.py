@@ -78,6 +78,10 @@ class Engine(Protocol):
     def concurrency(self) -> int:
         """How many runs may be open at once."""
 
+    @property
+    def contained(self) -> bool:
+        """Whether this process outlives whatever a run does."""
+
     def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """Run a batch; a model of one answer yields once. Raises `GatewayError`, or anything on a crash."""
 

@@ -136,6 +136,7 @@ class ThreadEngine:
     """The `Engine` of one loaded model on one thread. `loaded` is None once closed."""
 
     concurrency = 1
+    contained = False
 
     def __init__(self, loaded: Loaded, thread: EngineThread, artefact: Artefact | None = None) -> None:
         """`artefact` is what was loaded, where there was a choice."""

@@ -80,6 +80,11 @@ class FallbackEngine:
         return self._engine.artefact
 
     @property
+    def intended(self) -> Artefact | None:
+        """The file that it should run: the first link's."""
+        return self._tender.links[0].artefact
+
+    @property
     def widest(self) -> int:
         """The most cores that a run can use now."""
         return self._engine.widest
@@ -88,6 +93,11 @@ class FallbackEngine:
     def concurrency(self) -> int:
         """How many runs may be open at once now."""
         return self._engine.concurrency
+
+    @property
+    def contained(self) -> bool:
+        """Whether this process outlives whatever a run does on the links that are loaded."""
+        return all(engine.contained for link in self._tender.links for engine in link.engines)
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class LiveLink:
     def __init__(self, link: Link, count: int, start: Start) -> None:
         self.name = link.name
         self.config = link.spec.config
+        self.artefact = link.spec.artefact
         self.engines: Sequence[Engine] = ()  # none: not loaded
         self.health = Health(_PAUSES.get(self.config.backend, _PAUSE))
         self.times = Times()

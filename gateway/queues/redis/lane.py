@@ -33,7 +33,9 @@ from gateway.types import Buffer, InferRequest
 
 CLASSES = (1, 2, 3)
 _BLOCK = 1.0  # seconds; also how long a stop may have to wait for the reader
-_TRIES = 2  # what was begun so often, and lost with each of its workers, is not run again
+_TRIES = (
+    2  # what was begun so often, and lost with each of its workers, is not run again; once more where it is contained
+)
 _DEAD_KEPT = 1000  # dead letters of a lane
 
 
@@ -76,6 +78,11 @@ class LaneReader:
         self._room.set()
         while self._waiters:
             self._wake()
+
+    @property
+    def contained(self) -> bool:
+        """Whether a request that kills what runs it leaves this process alive: that a worker died is not its doing."""
+        return bool(self._consumers) and all(consumer.contained for consumer in self._consumers)
 
     @property
     def served(self) -> bool:
@@ -287,12 +294,12 @@ class LaneReader:
         return True
 
     def _admit(self, job: RedisJob, deliveries: int, *, orphan: bool) -> None:
-        if orphan and deliveries >= _TRIES:
+        if orphan and deliveries >= _TRIES + self.contained:
             self._bury(job, deliveries)
-        elif orphan:
+        elif orphan and (deliveries > 1 or not self.contained):
             self.suspects.add(job, deliveries)
         else:
-            if deliveries > 1:
+            if deliveries > 1 and not orphan:
                 job.request.signature = object()  # it was being tried
             self._add(job)
 
@@ -345,9 +352,10 @@ class Stub:
 class RedisConsumer:
     """The `Consumer` protocol over lanes of a Redis queue."""
 
-    def __init__(self, lanes: Sequence[LaneReader], limit: int) -> None:
+    def __init__(self, lanes: Sequence[LaneReader], limit: int, *, contained: bool = False) -> None:
         """Together with what it was given and has not answered, `limit` requests of a lane are read."""
         self.credits = limit
+        self.contained = contained
         self._lanes = lanes
         self._closed = asyncio.Event()
         for lane in lanes:
