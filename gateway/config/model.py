@@ -116,3 +116,11 @@ class ModelConfig:
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
     response_cache: ResponseCache | None = None
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
+
+
+def may_leave_gpu(backend: str, fallback: str) -> bool:
+    """Whether a model that asks for a GPU may run without; `fallback` is the parameter of that name.
+
+    The file of an ONNX model runs on the CPU, too. Of other models their configuration has to say what else they run on.
+    """
+    return backend == "onnxruntime" if not fallback else fallback != "none"

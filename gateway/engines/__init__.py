@@ -36,11 +36,11 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version once, off the event loop, and return `count` engines that share it.
 
-    Without an artefact in the spec they are what its chain of links makes of it, the best for the device first. Raises
-    `Unsupported` for a backend there is none of, `Unavailable` when nothing can load the model; the message names the
+    Unless the spec says what to run, an artefact or a provider, they are the chain of engines that the configuration asks
+    for, or that there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when nothing can load the model; the message names the
     file relative to the repository, and a remedy.
     """
-    if spec.artefact is not None:
+    if spec.artefact is not None or spec.provider:
         return await _start(spec, count)
     reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
     try:

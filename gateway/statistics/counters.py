@@ -160,7 +160,7 @@ class VersionStatistics:
     __slots__ = (
         "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
         "cache_miss_ns", "closed", "epoch", "executing", "execution_count", "failure_ns", "failures",
-        "last_inference_ms", "late", "model", "pending", "predictions", "refused", "row_sizes", "version",
+        "fallbacks", "last_inference_ms", "late", "links", "model", "pending", "predictions", "refused", "row_sizes", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -193,6 +193,8 @@ class VersionStatistics:
         self.batches: dict[int, BatchStatistics] = {}
         self.closed: dict[str, int] = {}
         self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
+        self.links: dict[str, int] = {}  # requests of a chain of engines, by the link that answered them
+        self.fallbacks: dict[str, int] = {}  # those that not the first link answered, by why it did not
         self.row_sizes = Histogram(ROW_BOUNDS)
 
     def record_success(self, total_ns: int, timings: Timings | None, rows: int) -> None:

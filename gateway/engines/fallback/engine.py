@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import zip_longest
 
 from gateway import errors
 from gateway.artefacts import Artefact
@@ -40,7 +41,11 @@ async def open_chain(chain: Chain, count: int, start: Start) -> list[FallbackEng
 
 
 class _TooSlow(Exception):
-    """A run was given up, so that the next link can still answer in time."""
+    """A run was given up after so many seconds, so that the next link can still answer in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"it gave no answer in {seconds:.3f} s")
+        self.seconds = seconds
 
 
 class FallbackEngine:
@@ -157,7 +162,7 @@ class FallbackEngine:
         links = [link for link in self._tender.links if link.used]
         tried = []
         deadline = min((each.deadline for each in batch.requests if each.deadline is not None), default=None)
-        for link, following in zip(links, [*links[1:], None], strict=True):
+        for link, following in zip_longest(links, links[1:]):
             limit = None if deadline is None else _limit(following, batch.rows, deadline - time.monotonic())
             expected = link.times.predict(batch.rows)
             if limit is not None and expected is not None and expected > limit:
@@ -186,12 +191,12 @@ class FallbackEngine:
             except TimeoutError:
                 if not clock.expired():
                     raise
-                raise _TooSlow from None
+                raise _TooSlow(time.monotonic() - begun) from None
             if first is None:
                 return
             link.times.learn(batch.rows, time.monotonic() - begun)
-            if ended is not None:
-                ended(first)
+            if ended is not None and ended(first):
+                self._tender.sampled()
             yield first
             async for result in results:
                 yield result
@@ -213,6 +218,8 @@ class FallbackEngine:
             tender.trip(link, "unavailable", str(error), getattr(error, "retry_after", None) or 0.0)
             return "unavailable"
         if isinstance(error, _TooSlow | errors.DeadlineExceeded):
+            if isinstance(error, _TooSlow):
+                link.times.exceeded(batch.rows, error.seconds)
             tender.doubt(link)
             return "deadline"
         tender.prepare(link)

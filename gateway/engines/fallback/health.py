@@ -22,6 +22,7 @@ REASONS = {
 
 _FIRST = 0.25  # seconds until the first probe
 _STEADY = 10.0  # seconds of good service after which trouble is new trouble
+_DOUBT = 4.0  # seconds between probes of a link that is only slow, at most
 _ENOUGH = 3  # failures in a row that are no accident
 _SMOOTH = 0.3  # the weight of the latest run
 _PATIENCE = 32  # good runs before more rows are tried,
@@ -68,14 +69,18 @@ class Health:
 
     def trip(self, reason: str, text: str, now: float, retry_after: float = 0.0) -> None:
         """Take the link out of use."""
-        soon = now - self._recovered_at < _STEADY
-        self._pause = min(2 * self._pause, self._longest) if soon else _FIRST
+        self._pause = self._next_pause(now)
         self.trouble, self.text = reason, text
         self.retry_at = now + min(max(self._pause, retry_after), self._longest)
 
     def doubt(self, now: float) -> None:
         """Have it probed though it is in use."""
-        self.retry_at = min(self.retry_at, now + self._pause)
+        self._pause = self._next_pause(now)
+        self.retry_at = now + min(self._pause, _DOUBT)
+
+    def _next_pause(self, now: float) -> float:
+        soon = now - self._recovered_at < _STEADY
+        return min(2 * self._pause, self._longest) if soon else _FIRST
 
     def refused(self, reason: str, text: str, now: float) -> None:
         """A probe failed."""
@@ -132,6 +137,7 @@ class Room:
         self.rows = 0  # the most to run at once; 0 while nothing has failed
         self._failed = 0  # rows of the smallest batch that did not fit
         self._good = 0
+        self._grew = False
         self._patience = _PATIENCE
 
     def holds(self, rows: int) -> bool:
@@ -140,9 +146,9 @@ class Room:
 
     def refuse(self, rows: int) -> int:
         """So many rows did not fit; returns how many to try."""
-        if self._failed:  # growing back was too early
+        if self._grew:  # too early
             self._patience = min(2 * self._patience, _MOST_PATIENCE)
-        self._failed, self._good = rows, 0
+        self._failed, self._good, self._grew = rows, 0, False
         self.rows = max(1, rows // 2)
         return self.rows
 
@@ -152,7 +158,7 @@ class Room:
             return
         self._good += 1
         if self._good >= self._patience:
-            self._good = 0
+            self._good, self._grew = 0, True
             self.rows *= 2
             if self.rows > self._failed:
                 self.rows = 0

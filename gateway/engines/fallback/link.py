@@ -76,10 +76,10 @@ class LiveLink:
             await self.load()
         whole, engine = Part(batch), self.engines[instance]
         async with self._open[instance]:
-            waiting = deque([whole] if self._room.holds(batch.rows) else cut(whole, self._room.rows))
+            waiting = deque([whole])
             done: list[tuple[Part, BatchResult]] = []
             while waiting:
-                part, began = waiting.popleft(), False
+                part, began = self._next(waiting), False
                 try:
                     async with aclosing(engine.run(part.batch)) as results:
                         async for result in results:
@@ -94,6 +94,15 @@ class LiveLink:
                     self._room.fitted(part.batch.rows)
             if done:
                 yield joined(done)
+
+    def _next(self, waiting: deque[Part]) -> Part:
+        """The next part to run, cut to what fits."""
+        part = waiting.popleft()
+        if self._room.holds(part.batch.rows):
+            return part
+        first, *rest = cut(part, self._room.rows)
+        waiting.extendleft(reversed(rest))
+        return first
 
     def _smaller(self, part: Part, problem: MemoryError, *, began: bool) -> list[Part]:
         """The part in halves, because it did not fit. Raises that again where it cannot be halved, or has given answers."""

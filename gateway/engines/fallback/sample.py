@@ -32,8 +32,8 @@ class Sample:
     def __bool__(self) -> bool:
         return self._kept is not None
 
-    def watch(self, batch: Batch) -> tuple[Batch, Callable[[BatchResult], None]]:
-        """The batch to run in its place, and what to tell of its result."""
+    def watch(self, batch: Batch) -> tuple[Batch, Callable[[BatchResult], bool]]:
+        """The batch to run in its place, and what to tell of its result; that says whether the run was kept."""
         inputs: dict[str, Array] = {}
 
         def stack() -> dict[str, Array]:
@@ -41,11 +41,12 @@ class Sample:
             inputs.update(self._rows(arrays))
             return arrays
 
-        def ended(result: BatchResult) -> None:
+        def ended(result: BatchResult) -> bool:
             # An engine that answers request by request takes no batch that is of no request.
             if self.wanted and inputs and result.answers is None:
                 self._kept = inputs, self._rows(result.outputs), batch.outputs
-            self.wanted = False
+            first, self.wanted = self.wanted, False
+            return first and self._kept is not None
 
         return replace(batch, stack=stack), ended
 

@@ -64,11 +64,17 @@ class Tender:
         else:
             tried = "; ".join(f"{link.name}: {link.health.text}" for link in self.links)
             raise errors.Unavailable(f"model '{self.model}' has no engine that loads: {tried}")
+        self._settle()
         eager = self._preload == "true" or (not self._preload and self.links[0].config.backend == "remote")
         if eager:
             self._wanted += [link for link in self.links if link.used and not link.engines]
 
     # --- told by runs
+
+    def sampled(self) -> None:
+        """The sample was taken. Links that were loaded before it are tried with it, so that their first runs are quick."""
+        self._wanted += [link for link in self.links if link.engines and link is not self.current]
+        self._wake.set()
 
     def answered(self, link: LiveLink, failed: Sequence[tuple[LiveLink, str]], requests: int) -> None:
         """A link ran a batch that others had failed on."""
@@ -81,6 +87,7 @@ class Tender:
             # Where the next link could do it, the request is not to blame.
             if reason in ("memory", "error") and other.health.failed():
                 self.trip(other, reason, "it failed several times in a row")
+        self._settle()
 
     def trip(self, link: LiveLink, reason: str, text: str, retry_after: float = 0.0) -> None:
         """A link goes out of use until a probe succeeds."""
@@ -95,6 +102,8 @@ class Tender:
 
     def doubt(self, link: LiveLink) -> None:
         """A link is too slow for a deadline: its time is to be measured again."""
+        if link.health.retry_at < math.inf:
+            return
         link.health.doubt(time.monotonic())
         self.prepare(link)
 
@@ -176,7 +185,7 @@ class Tender:
         if best is not self.current:
             log_event(
                 "engine_changed", logging.WARNING if self.reason else logging.INFO, model=self.model,
-                before=self.current.name, now=best.name, reason=self.reason or "it works again",
+                before=self.current.name, now=best.name,
             )  # fmt: skip
             self.current = best
             self._changed()
