@@ -118,7 +118,9 @@ async def test_where_requests_are_contained_what_a_dead_worker_held_is_run_toget
             async with background(*(ask(gateway, request(id=str(n))) for n in range(3))) as callers:
                 assert len(await take(doomed, 3)) == 3
                 await mortal.die()
-                jobs = await take(heir, 3, heir.consumer([LANE], 8, contained=True))  # none is answered before the third
+                jobs = await take(
+                    heir, 3, heir.consumer([LANE], 8, contained=True)
+                )  # none is answered before the third
                 assert {job.request.signature for job in jobs} == {None}
                 for job in jobs:
                     job.reply(answer(job.request))

@@ -140,7 +140,7 @@ async def test_a_provider_that_fell_back_is_recorded(tmp_path: Path) -> None:
     (engine,) = await engines.create(spec(relu(tmp_path), RELU, device="gpu:0", execution_providers=wanted))
     assert engine.provider == "CPUExecutionProvider"
     (warning,) = engine.warnings
-    assert "runs on cpu, and not on cuda: it does not load" in warning
+    assert "runs on cpu, not on cuda: it does not load" in warning
     assert "lockgate[gpu]" in warning
     await engine.close()
 

@@ -122,8 +122,8 @@ async def test_a_link_that_says_it_is_not_there_goes_out_of_use_at_once_and_come
         assert told(await run(other)) == (SECOND, "unavailable")
         assert {engine.link, other.link} == {SECOND}
         assert engine.reason == (
-            "and not on fake: it cannot be reached, or says that it cannot run (the fake model 'm' is not to be reached, "
-            "as its fault_file says)"
+            "not on fake: it cannot be reached, or says that it cannot run: the fake model 'm' is not to be reached, as "
+            "its fault_file says"
         )
         fault.mend()
         await until(lambda: engine.link == FIRST)
@@ -138,7 +138,7 @@ async def test_a_link_that_does_not_load_is_loaded_later(fault: Fault) -> None:
     async with chain(fake__fault_file=str(fault.path)) as (engine, _):
         assert engine.link == SECOND
         assert engine.warnings == (
-            "runs on fake:b, and not on fake: it does not load (the fake model 'm' does not load, as its fault_file says)",
+            "runs on fake:b, not on fake: it does not load: the fake model 'm' does not load, as its fault_file says",
         )
         assert told(await run(engine)) == (SECOND, "load")
         fault.mend()
@@ -214,7 +214,7 @@ async def test_crashes_of_different_batches_are_the_engines_fault(fault: Fault) 
         assert engine.link == FIRST
         with pytest.raises(EngineCrashed):  # the second link crashes as well
             await results(engine, batch(others[2]))
-        assert engine.reason.startswith("and not on fake: its process crashed again and again")
+        assert engine.reason.startswith("not on fake: its process crashed again and again")
         crashing = False
         await until(lambda: engine.link == FIRST)
         assert told(await run(engine)) == (None, None)
@@ -228,7 +228,7 @@ async def test_failures_that_the_next_link_does_not_share_take_a_link_out_of_use
         await run(engine)
         assert engine.link == FIRST
         await run(engine)
-        assert (engine.link, engine.reason[:16]) == (SECOND, "and not on fake:")
+        assert (engine.link, engine.reason[:12]) == (SECOND, "not on fake:")
 
 
 async def test_a_request_that_fails_on_every_link_is_no_evidence_against_any() -> None:

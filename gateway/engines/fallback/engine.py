@@ -123,7 +123,7 @@ class FallbackEngine:
                         if link is not self._tender.links[0]:
                             self._sign(result, link, failed)
                         yield result
-            except Exception as error:
+            except Exception as error:  # an engine may raise anything; what it means is judged
                 if given or self._closed:
                     raise
                 failed.append((link, self._judge(link, batch, error)))

@@ -45,7 +45,7 @@ class Tender:
     def reason(self) -> str:
         """Why the first link does not run, in words; empty when it does."""
         first = self.links[0]
-        return "" if first.used else f"and not on {first.name}: {REASONS[first.health.trouble]} ({first.health.text})"
+        return "" if first.used else f"not on {first.name}: {REASONS[first.health.trouble]}: {first.health.text}"
 
     def why(self, failed: Sequence[tuple[LiveLink, str]]) -> str:
         """The word of REASONS why the first link did not answer a batch that these failed on."""
