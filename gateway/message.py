@@ -69,6 +69,7 @@ class _Request(msgspec.Struct, array_like=True, gc=False):
     parameters: _Parameters
     priority: int
     tenant: str
+    callers: tuple[str, ...] = ()
 
 
 class _ResponseForm(msgspec.Struct, array_like=True, gc=False):
@@ -135,7 +136,8 @@ def pack_request(request: InferRequest) -> _Packed:
             )
         )
         parameters = dict(request.parameters) if request.parameters else _NONE
-        return _REQUEST + _encode((form, request.id, parameters, request.priority, request.tenant)), parts
+        body = (form, request.id, parameters, request.priority, request.tenant)
+        return _REQUEST + _encode((*body, request.callers) if request.callers else body), parts
     except (OverflowError, TypeError, ValueError) as problem:
         raise errors.InvalidArgument(
             f"{errors.request_prefix(request.id)}the request cannot be queued: {problem}"
@@ -166,6 +168,7 @@ def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
         form.rows,
         form.size,
         form.signature,
+        callers=read.callers,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
 from gateway.engines.channel import Channel
+from gateway.engines.isolated.children import Children
 from gateway.types import Batch, BatchResult, Infer, Parameter
 
 
@@ -37,6 +38,7 @@ class EngineSpec:
     cpu_cores: int = 1  # how many cores a run gets that is on the CPU though `device` is not
     infer: Infer | None = None  # how its code calls other models; in the process of the worker only
     channel: Channel | None = None  # the same in a child process, which the child itself fills in
+    children: Children | None = None  # where there are child processes to live in
 
 
 class EngineCrashed(Exception):

@@ -135,7 +135,10 @@ def _known(spec: EngineSpec, on_gpu: Sequence[Artefact], on_cpu: Sequence[Artefa
     here = spec
     if spec.device.startswith("gpu:"):
         here = replace(spec, device="cpu", threads=spec.cpu_cores, cores=spec.cpu_cores)
-    known[_NATIVE] = [*_files(_NATIVE, there, "", [each for each in on_gpu if each.backend == "tensorrt"])]
+    plans = [each for each in (*on_gpu, *on_cpu) if each.backend == "tensorrt"]
+    known[_NATIVE] = [
+        *_files(_NATIVE, spec if own == _NATIVE else there, "", plans)
+    ]  # a model's own stays where it is put
     for providers, where, artefacts in ((_ON_GPU, there, on_gpu), (_ON_CPU, here, on_cpu)):
         for provider, place in providers.items():
             ran = [each for each in artefacts if each.backend == "onnxruntime"]
@@ -163,8 +166,10 @@ def _default(spec: EngineSpec, known: dict[str, list[Link]]) -> Iterator[Link]:
         yield from known[spec.config.backend]
         return
     asked = [_ON_GPU.get(provider) or _ON_CPU[provider] for provider in spec.config.execution_providers]
+    if spec.device.startswith("gpu:") or spec.config.backend == _NATIVE:
+        yield from known[_NATIVE][:1]
     if spec.device.startswith("gpu:"):
-        for place in (_NATIVE, *(place for place in asked if place in _ON_GPU.values())):
+        for place in (place for place in asked if place in _ON_GPU.values()):
             yield from known[place][:1]
     for place in asked:
         if place == "openvino":

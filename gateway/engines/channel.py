@@ -40,3 +40,6 @@ class Answering(Protocol):
         Every request has had a final answer when it ends. Raises to have the whole batch fail, which must not happen
         once an answer was given.
         """
+
+    def close(self) -> None:
+        """No run comes any more: let the model's code finish up. Called on the thread that ran it."""

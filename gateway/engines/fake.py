@@ -8,12 +8,9 @@ Parameters in `config.pbtxt`, all optional:
 - `a_us`, `b_us`: a run takes a + b * rows microseconds, asleep, without the GIL.
 - `slow_file`: the path of a file with a number, read as each run begins, that the run's time is multiplied by: a
   device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
-- `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
-  its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
-- `fault_file`: the path of a file with a word, read at the load and as each run begins; without a file all is well.
-  load: it does not load; unavailable, error, memory: a run raises `Unavailable`, `Internal`, `DeviceOutOfMemory`;
-  sticky: as a lost GPU, every run raises `EngineCrashed` until the model is loaded again.
-- `memory_rows`: a run of more rows raises `DeviceOutOfMemory`.
+- `poison`, `hang`, `crash` and the other faults of `faults.py`: a value; what a run does that has it in its first input.
+- `fault_file`, `memory_rows`: what goes wrong whatever the input, see `faults.py`.
+- `drift_file`: the path of a file; a model loaded while there is one answers numbers that are 1 too large.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
 - `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
 """
@@ -21,8 +18,6 @@ Parameters in `config.pbtxt`, all optional:
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 import threading
 import time
@@ -35,7 +30,8 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.engines.base import DeviceOutOfMemory, EngineCrashed, EngineSpec
+from gateway.engines.base import EngineSpec
+from gateway.engines.faults import Faults, fault
 from gateway.types import Array, Batch, DataType
 
 
@@ -43,7 +39,7 @@ def load(spec: EngineSpec, count: int) -> list[FakeModel]:
     """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number,
     `Unavailable` where `fault_file` says so.
     """
-    if _fault(spec.config) == "load":
+    if fault(spec.config) == "load":
         raise errors.Unavailable(f"the fake model '{spec.config.name}' does not load, as its fault_file says")
     return [FakeModel(spec.config) for _ in range(count)]
 
@@ -61,11 +57,12 @@ class FakeModel:
         self._base = _number(config, "a_us") / 1e6
         self._per_row = _number(config, "b_us") / 1e6
         self._rows_delta = int(_number(config, "rows_delta"))
-        self._memory_rows = int(_number(config, "memory_rows"))
-        self._lost = False
         self._slow_file = config.parameters.get("slow_file", "")
         self._gate = config.parameters.get("gate", "")
         self._closing = threading.Event()
+        self._faults = Faults(config, self._closing)
+        drift_file = config.parameters.get("drift_file", "")
+        self._drift = int(bool(drift_file) and Path(drift_file).exists())
 
     def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """See `Loaded.compute`."""
@@ -73,56 +70,28 @@ class FakeModel:
         if self._gate:
             _wait_at(self._gate, batch.rows)
         arrays = [inputs[tensor.name] for tensor in self._config.inputs if tensor.name in inputs]
-        self._break(batch.rows)
-        self._misbehave(arrays[0])
+        if self._faults.any:
+            self._faults.before(arrays[0])
         slowness = _slowness(self._slow_file) if self._slow_file else 1.0
         time.sleep((self._base + self._per_row * batch.rows) * slowness)
-        return {
+        outputs = {
             tensor.name: self._output(tensor, arrays[min(index, len(arrays) - 1)])
             for index, tensor in enumerate(self._config.outputs)
             if not batch.outputs or tensor.name in batch.outputs
         }
+        return self._faults.after(arrays[0], outputs) if self._faults.any else outputs
 
     def interrupt(self) -> None:
         """Let a hung run end."""
         self._closing.set()
-
-    def _break(self, rows: int) -> None:
-        """Fail as a device does, whatever the input."""
-        name, fault = self._config.name, _fault(self._config)
-        self._lost = self._lost or fault == "sticky"
-        if self._lost:
-            raise EngineCrashed(f"the device of the fake model '{name}' is lost", sure=False)
-        if fault == "memory" or 0 < self._memory_rows < rows:
-            raise DeviceOutOfMemory(f"the fake model '{name}' has no memory for {rows} rows")
-        if fault == "unavailable":
-            raise errors.Unavailable(f"the fake model '{name}' is not to be reached, as its fault_file says")
-        if fault == "error":
-            raise errors.Internal(f"the fake model '{name}' failed, as its fault_file says")
-
-    def _misbehave(self, first: Array) -> None:
-        if self._triggers("hang", first):
-            self._closing.wait()
-            raise errors.Unavailable("the fake model hung until its engine was closed")
-        if self._triggers("crash", first):
-            if self._config.parameters.get("allow_crash") == "true":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise SystemError("the fake model crashed, as its input asked")
-        if self._triggers("poison", first):
-            raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
-
-    def _triggers(self, parameter: str, first: Array) -> bool:
-        if parameter not in self._config.parameters:
-            return False
-        text = self._config.parameters[parameter]
-        value = text.encode() if first.dtype == object else float(text)
-        return bool(np.any(first == value))
 
     def _output(self, tensor: TensorConfig, source: Array) -> Array:
         batched = self._config.max_batch_size > 0
         rows = source if batched else source[np.newaxis]
         dims = tensor.dims if tensor.reshape is None else tensor.reshape
         result = _rows_of(tensor.datatype, dims, rows)
+        if self._drift and tensor.datatype is not DataType.BYTES:
+            result = result + self._drift
         if not batched:
             return cast("Array", result[0])
         return np.resize(result, (len(rows) + self._rows_delta, *result.shape[1:])) if self._rows_delta else result
@@ -158,13 +127,6 @@ def _number(config: ModelConfig, key: str) -> float:
         raise errors.InvalidArgument(
             f"parameter '{key}' of model '{config.name}' must be a number, got '{text}'; correct it in config.pbtxt"
         ) from None
-
-
-def _fault(config: ModelConfig) -> str:
-    try:
-        return Path(config.parameters["fault_file"]).read_text().strip()
-    except (KeyError, OSError):
-        return ""
 
 
 def _slowness(path: str) -> float:

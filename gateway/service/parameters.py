@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 
 from gateway import errors
+from gateway.service.inference import EMPTY_FINAL
 from gateway.types import InferRequest, Parameter
-
-_ALLOWED_RESERVED = "triton_enable_empty_final_response"
 
 
 def apply_parameters(request: InferRequest) -> None:
     """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
     for key in request.parameters:
-        if key.startswith("triton_") and key != _ALLOWED_RESERVED:
+        if key.startswith("triton_") and key != EMPTY_FINAL:
             raise errors.reserved_parameter()
     if timeout := _natural(request.parameters.get("timeout")):
         deadline = time.monotonic() + timeout / 1e6

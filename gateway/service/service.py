@@ -160,7 +160,7 @@ class Service:
 
     def prepare(self, request: InferRequest) -> Route:
         """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""
-        if self._draining:
+        if self._draining and not request.callers:  # what an accepted request needs is accepted too
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:

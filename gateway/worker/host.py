@@ -22,6 +22,7 @@ from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.fallback import FallbackEngine
+from gateway.engines.isolated.children import Children
 from gateway.placement import Placement
 from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
@@ -61,9 +62,20 @@ class Host:
     """A loaded version and the tasks that serve it."""
 
     def __init__(
-        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
+        self,
+        source: Source,
+        queue: Queue,
+        statistics: Statistics,
+        slots: Slots,
+        *,
+        measures: bool,
+        persists: bool,
+        children: Children | None = None,
     ) -> None:
-        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
+        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk.
+
+        Its engines live in `children`, or all in this process.
+        """
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
@@ -72,6 +84,7 @@ class Host:
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
         self._slots = slots
+        self._children = children
         self._measures = measures and measurable(source.config)
         self._persists = persists
         self._priors: Priors | None = None
@@ -110,8 +123,7 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        contained = all(engine.contained for engine, _ in self._engines)
-        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=self._contained())
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -243,6 +255,9 @@ class Host:
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
 
+    def _contained(self) -> bool:
+        return all(engine.contained for engine, _ in self._engines)
+
     def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
         self._working = engines
         self._places = places(engines)
@@ -311,4 +326,6 @@ class Host:
             threads=placement.threads,
             cores=placement.cores,
             cpu_cores=placement.cpu_cores,
+            infer=None if self._children is None else self._children.infer,
+            children=self._children,
         )

@@ -362,6 +362,17 @@ async def test_messages_of_another_deployment_are_not_believed(fleet):
             assert isinstance(await caller, errors.DeadlineExceeded)
 
 
+async def test_what_no_worker_believes_is_not_sent_for_ever(fleet, monkeypatch):
+    monkeypatch.setattr("gateway.queues.redis.calls._YOUNG", 0.0)
+    ours, theirs = b"0123456789abcdef", b"fedcba9876543210"
+    async with fleet_queue(fleet, "gateway", key=theirs) as forger, fleet_queue(fleet, "worker", key=ours) as held:
+        held.consumer([LANE], 8)
+        error = await refusal(ask(forger, request()))
+        assert isinstance(error, errors.Unavailable)
+        assert "the same queue key" in error.message
+        assert held.counts.damaged == 6
+
+
 # --- admission
 
 

@@ -80,7 +80,7 @@ def ready(gateway: GatewayProcess) -> dict[str, Any]:
     return json.loads(gateway.get("/v2/health/ready"))
 
 
-@pytest.mark.parametrize(("flags", "fault", "reason"), [((), "sticky", "crash"), (FLEET, "unavailable", "unavailable")])
+@pytest.mark.parametrize(("flags", "fault", "reason"), [((), "lost", "crash"), (FLEET, "unavailable", "unavailable")])
 async def test_the_first_link_breaks_under_load_and_comes_back(
     repository: Path, flags: tuple[str, ...], fault: str, reason: str
 ) -> None:

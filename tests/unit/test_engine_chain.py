@@ -21,12 +21,15 @@ FP32 = Artefact("fp32", "model.onnx", "onnxruntime", "FP32", verdict="passed")
 INT8 = Artefact("int8", "artefacts/1/int8.onnx", "onnxruntime", "INT8", verdict="passed")
 INT4 = Artefact("int4", "artefacts/1/int4.onnx", "onnxruntime", "INT4", verdict="passed")
 FP16 = Artefact("fp16", "artefacts/1/fp16.onnx", "onnxruntime", "FP16", verdict="passed")
+MODEL_PLAN = Artefact("fp32", "model.plan", "tensorrt", "FP32", verdict="passed")
 PLAN = Artefact("trt-int8", "artefacts/1/int8.plan", "tensorrt", "INT8", verdict="passed")
 
 
 def spec(device="cpu", *, backend="onnxruntime", providers=(CPU,), **parameters: str) -> EngineSpec:
     named = {key.replace("__", "."): value for key, value in parameters.items()}
-    config = replace(model_config(parameters=named), backend=backend, execution_providers=providers)
+    file = "model.plan" if backend == "tensorrt" else ""
+    config = model_config(parameters=named)
+    config = replace(config, backend=backend, execution_providers=providers, default_model_filename=file)
     return EngineSpec(config, "1", Path("m/1"), device, threads=2, cores=4, cpu_cores=8)
 
 
@@ -63,6 +66,8 @@ def runs(link: Link) -> tuple[str, str, str, str]:
         (spec(fallback="cuda,cpu"), [FP32], [FP32], ["cuda", "cpu"]),
         (spec(fallback="remote,cpu-int8,cpu"), [], [INT8, FP32], ["remote", "cpu-int8", "cpu"]),
         (spec(fallback="remote:a,remote:b"), [], [FP32], ["remote:a", "remote:b"]),
+        (spec(backend="tensorrt"), [], [MODEL_PLAN], ["tensorrt"]),
+        (spec("gpu:0", backend="tensorrt", providers=(CUDA, CPU)), [MODEL_PLAN], [MODEL_PLAN], ["tensorrt"]),
         (spec(backend="fake"), [], [], ["fake"]),
         (spec(backend="fake", fallback="fake,fake:slow"), [], [], ["fake", "fake:slow"]),
     ],

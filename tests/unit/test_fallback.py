@@ -99,9 +99,9 @@ async def test_the_first_link_answers_and_nothing_is_said_of_it(fault: Fault) ->
         assert engine.counted() == ({FIRST: 1}, {})
 
 
-@pytest.mark.parametrize("word", ["unavailable", "error", "memory", "sticky"])
+@pytest.mark.parametrize("word", ["unavailable", "error", "memory", "lost"])
 async def test_what_one_link_cannot_do_the_next_one_does_in_the_same_call(fault: Fault, word: str) -> None:
-    reason = {"sticky": "crash"}.get(word, word)
+    reason = {"lost": "crash"}.get(word, word)
     async with chain(fake__fault_file=str(fault.path)) as (engine, _):
         await run(engine)
         fault(word)
@@ -243,7 +243,7 @@ async def test_a_request_that_fails_on_every_link_is_no_evidence_against_any() -
 async def test_a_lost_device_is_loaded_anew(fault: Fault) -> None:
     async with chain(fake__fault_file=str(fault.path)) as (engine, _):
         await run(engine)
-        fault("sticky")
+        fault("lost")
         for _ in range(3):
             assert told(await run(engine)) == (SECOND, "crash")
         assert engine.link == SECOND

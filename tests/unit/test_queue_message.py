@@ -68,6 +68,7 @@ REQUESTS = st.builds(
     SIGNATURES,
     st.just(True),
     TEXT,
+    st.lists(TEXT, max_size=2).map(tuple),
 )
 RESPONSES = st.builds(
     InferResponse,
@@ -137,7 +138,7 @@ def test_a_response_comes_back_as_it_was(sent):
 def test_every_field_of_a_request_is_sent_or_left_out_on_purpose():
     assert InferRequest.__struct_fields__ == (
         "model_name", "inputs", "model_version", "id", "outputs", "parameters", "deadline", "priority", "tenant", "form",
-        "rows", "size", "signature", "admitted", "idempotency_key",
+        "rows", "size", "signature", "admitted", "idempotency_key", "callers",
     )  # fmt: skip
     assert InferResponse.__struct_fields__ == (
         "model_name", "model_version", "outputs", "id", "parameters", "timings", "final", "digest",
@@ -261,7 +262,7 @@ def test_fields_that_are_not_known_are_passed_over():
     header, parts = pack_request(tiny())
     form, *rest = msgspec.msgpack.decode(header[2:])
     form = msgspec.msgpack.encode([*msgspec.msgpack.decode(form), {"new": 1}])
-    got = unpack_request(header[:2] + msgspec.msgpack.encode([form, *rest, "new", [1]]), b"".join(parts))
+    got = unpack_request(header[:2] + msgspec.msgpack.encode([form, *rest, [], "new", [1]]), b"".join(parts))
     assert fields(got, "inputs") == fields(sent_over(pack_request, unpack_request, tiny()), "inputs")
 
 

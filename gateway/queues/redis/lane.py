@@ -36,7 +36,7 @@ _BLOCK = 1.0  # seconds; also how long a stop may have to wait for the reader
 _TRIES = (
     2  # what was begun so often, and lost with each of its workers, is not run again; once more where it is contained
 )
-_DEAD_KEPT = 1000  # dead letters of a lane
+_DEAD_KEPT, _DEAD_BYTES = 1000, 64 << 20  # dead letters of a lane, and how large all of them may be if they are alike
 
 
 class LaneReader:
@@ -315,10 +315,11 @@ class LaneReader:
         log_event("dead_letter", logging.ERROR, model=lane.model, id=job.request.id, reason=reason)
         key = client.keys.dead(lane.model, lane.version)
         header, parts = pack_request(job.request)
+        payload = b"".join(parts)
+        kept = max(min(_DEAD_KEPT, _DEAD_BYTES // (len(payload) + 1)), 1)
         buried = client.call(
-            "XADD", key, "MAXLEN", "~", _DEAD_KEPT, "*", "id", job.request.id, "reason", reason, "h", header,
-            "p", b"".join(parts),
-        )  # fmt: skip
+            "XADD", key, "MAXLEN", "~", kept, "*", "id", job.request.id, "reason", reason, "h", header, "p", payload
+        )
         buried.add_done_callback(self._buried)
         job.fail(
             errors.Internal(
