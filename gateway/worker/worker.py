@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gateway import errors
+from gateway.engines.isolated.children import Children
 from gateway.placement import Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
@@ -62,6 +63,7 @@ class Worker:
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
         self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
+        self.children: Children | None = None  # where engines may live, set before anything is loaded
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
@@ -157,7 +159,13 @@ class Worker:
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
         host = Host(
-            source, self._queue, self._statistics, self._slots, measures=self._measures, persists=self._persists
+            source,
+            self._queue,
+            self._statistics,
+            self._slots,
+            measures=self._measures,
+            persists=self._persists,
+            children=self.children,
         )
         predecessor = model.hosts.get(source.version)
         try:
@@ -182,7 +190,7 @@ class Worker:
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
-            version, "READY", "", host.source.config, host.instances, host, epoch, host.source.digest
+            version, "READY", "", host.source.config, host.instances, host, epoch, host.digest
         )
         self._publish(model)
         for warning in host.warnings:
