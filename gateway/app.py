@@ -225,6 +225,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                     process=fleet.process,
                     figures=fleet.figures,
                     health=partial(health, gateway.service),
+                    pools=gateway.queue.pools,
                 ).__rsgi__
             ),
             settings.metrics_address,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from gateway import errors
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.choice import options
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
 from gateway.types import ModelIO
 
@@ -34,17 +35,18 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version once, off the event loop, and return `count` engines that share it.
 
-    Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
+    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
     message names the file relative to the repository, and a remedy.
     """
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
+        spec = (await threads[0].call(partial(options, spec)))[0]
         loaded = await threads[0].call(partial(_load, spec, count))
     except BaseException:
         for thread in threads:
             thread.stop()
         raise
-    return [ThreadEngine(model, thread) for model, thread in zip(loaded, threads, strict=True)]
+    return [ThreadEngine(model, thread, spec.artefact) for model, thread in zip(loaded, threads, strict=True)]
 
 
 def describe(path: Path) -> ModelIO:
@@ -65,7 +67,8 @@ def runtime(backend: str) -> str:
 
 
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:
-    return _module(spec.config.backend).load(spec, count)  # type: ignore[no-any-return]
+    backend = spec.config.backend if spec.artefact is None else spec.artefact.backend
+    return _module(backend).load(spec, count)  # type: ignore[no-any-return]
 
 
 def _module(name: str) -> Any:

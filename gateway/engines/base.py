@@ -14,7 +14,7 @@ from typing import Protocol
 
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
-from gateway.types import Batch, BatchResult
+from gateway.types import Batch, BatchResult, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Engine(Protocol):
     """One instance's way to run batches."""
 
     provider: str
+    artefact: Artefact | None  # the file it runs; None where there is none to choose from
     warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
     widest: int  # the most cores a run can use
     concurrency: int  # how many runs may be open at once
@@ -54,3 +55,10 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Release the model and its threads. Idempotent."""
+
+
+def identity(engine: Engine) -> dict[str, Parameter]:
+    """What a client that asks is told of the engine that answered it, as response parameters."""
+    if engine.artefact is None:
+        return {"engine": engine.provider}
+    return {"engine": engine.provider, "precision": engine.artefact.precision, "artefact": engine.artefact.name}

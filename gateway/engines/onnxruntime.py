@@ -47,7 +47,7 @@ def load(spec: EngineSpec, count: int) -> list[OnnxModel]:
     that does not fit it.
     """
     _prepare()
-    name = spec.config.default_model_filename or "model.onnx"
+    name = (spec.artefact and spec.artefact.file) or spec.config.default_model_filename or "model.onnx"
     label = f"{spec.config.name}/{spec.version}/{name}"
     fixed = _whole(spec.config, "intra_op_thread_count")
     threads = fixed or spec.threads

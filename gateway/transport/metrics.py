@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any, TypeAlias
 
 from gateway import __version__
 from gateway.errors import Unauthenticated
+from gateway.queues.base import PoolState
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
 from gateway.transport.fleet import FleetMetrics, ReadFigures
 from gateway.transport.http.replies import Reply, error_reply
+from gateway.transport.instances import instance_metrics
 
 _PROBES = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
@@ -203,11 +205,13 @@ class MetricsApp:
         process: str = "",
         figures: ReadFigures | None = None,
         health: Callable[[str], Reply] | None = None,
+        pools: Callable[[], Iterable[PoolState]] = tuple,
     ) -> None:
-        """`fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
+        """`pools` are the models as `Queue.pools` has them. `fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
         `figures` tells of the queue. `health` answers for "live" and "ready".
         """
         self._health = health
+        self._pools = pools
         self._fleet = fleet
         self._queue = FleetMetrics(figures)
         self._tokens = tokens
@@ -234,7 +238,8 @@ class MetricsApp:
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
             statistics = await self._fleet()
-            families = model_metrics(statistics) + await self._queue.collect(statistics)
+            families = [*model_metrics(statistics), instance_metrics(self._pools())]
+            families += await self._queue.collect(statistics)
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 

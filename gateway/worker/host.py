@@ -8,6 +8,7 @@ taken). The `Worker` owns the order of these steps.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from gateway import engines, errors
+from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.placement import Placement
@@ -50,7 +52,7 @@ class Source:
     version: str
     path: Path
     fingerprint: object
-    digest: str = ""  # see `VersionState`
+    digest: str = ""  # of what all its artefacts are made from, see `Repository`
 
 
 class Host:
@@ -63,6 +65,7 @@ class Host:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
+        self.digest = ""  # see `VersionState`
         self.lane = Lane(source.config.name, source.version)
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
@@ -97,7 +100,8 @@ class Host:
         except BaseException:
             await self._close_engines()
             raise
-        self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
+        self.instances = tuple(_state(engine, placement) for engine, placement in self._engines)
+        self.digest = _digest(self.source.digest, [engine.artefact for engine, _ in self._engines])
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
@@ -161,7 +165,7 @@ class Host:
                 serving = [tasks.create_task(self._read(self._consumer))]
                 for engine, placement in self._engines:
                     source = self.source
-                    instance = Instance(engine, source.config, source.version, self._statistics, source.digest)
+                    instance = Instance(engine, source.config, source.version, self._statistics, self.digest)
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
@@ -235,10 +239,10 @@ class Host:
     async def _read_priors(self) -> Mapping[str, Prior]:
         def opened() -> Priors:
             runtime, files = engines.runtime(self.source.config.backend), self.source.fingerprint
-            providers = {placement.device: engine.provider for engine, placement in self._engines}
+            on = {placement.device: engine for engine, placement in self._engines}
             return Priors(
                 self.source.path,
-                {device.name: key(device, provider, runtime, files) for device, provider in providers.items()},
+                {device.name: key(device, e.provider, runtime, files, e.artefact) for device, e in on.items()},
             )
 
         self._priors = await asyncio.to_thread(opened)
@@ -268,3 +272,20 @@ class Host:
             threads=placement.threads,
             cores=placement.cores,
         )
+
+
+def _state(engine: Engine, placement: Placement) -> InstanceState:
+    artefact = engine.artefact
+    made = ("", "") if artefact is None else (artefact.precision, artefact.name)
+    return InstanceState(placement.device.name, engine.provider, *made)
+
+
+def _digest(source: str, artefacts: Sequence[Artefact | None]) -> str:
+    """What engines that run these compute; empty when they differ, because nobody knows which one answers next.
+
+    The integer kernels of one kind of device round otherwise than those of another.
+    """
+    made = {f"{each.sha256} {each.device}" if each is not None and each.sha256 else "" for each in artefacts}
+    if not source or len(made) != 1:
+        return ""
+    return hashlib.sha256(f"{source} {made.pop()}".encode()).hexdigest()

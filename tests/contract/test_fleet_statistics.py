@@ -146,7 +146,7 @@ async def test_metrics_and_explanations_are_of_the_whole_fleet(fleet):
         told = merged(await gateway.service.explain("m"))
         assert told["workers"] == sorted(worker.queue.process for worker in workers)
         assert (told["answered"], sum(told["closed"].values()), len(told["devices"])) == (2, told["batches"], 2)
-        assert explanation(told).startswith("model m, version 1\nworkers that answered: 2\n")
+        assert explanation(told).startswith("model m, version 1\n  2 x cpu Fake\nworkers that answered: 2\n")
 
 
 async def test_the_figures_of_a_lane(redis_url):
