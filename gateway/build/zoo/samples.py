@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from gateway.build.zoo import minilm
-from gateway.build.zoo.files import BuildError
+from gateway.build.zoo.files import BuildError, package_file
 
 SEED = 0
 SIDE = 256  # of which the preprocessing keeps the middle 224
@@ -55,7 +56,7 @@ def crops(out: Path) -> str:
 
 def sentences(out: Path) -> str:
     """Write tokenized sentences, batches of equal length, and say how many."""
-    tokenizer = Path(minilm.package_file(minilm.PACKAGE, "model/tokenizer.json", minilm.TOKENIZER_SHA))
+    tokenizer = package_file(minilm.PACKAGE, "model/tokenizer.json", minilm.TOKENIZER_SHA)
     held_out = minilm.sentences()
     calibration = [text for text in _first_lines("sklearn", CALIBRATION_MODULES) if text not in set(held_out)][:200]
     for name, texts in (("calibration", calibration), ("held_out", list(held_out))):
