@@ -33,15 +33,19 @@ from gateway.engines.tensorrt.profiles import Profile, Shape
 Progress = Callable[[str, float], None]
 """Told what the builder does and how far that is, from 0 to 1."""
 
+COMMON_SM = "89"
+"""What TensorRT-RTX builds for without a GPU and a word: GeForce RTX 40 and L4."""
+
 _STRONGLY_TYPED_BY_FLAG = "10"  # the major version in which a network is strongly typed if asked; later always
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan is built with, and for: the compute capability of a GPU, e.g. "89"."""
+    """What a plan is built with, and for: the compute capability of a GPU, e.g. "89". `executes`: such a GPU is here."""
 
     package: Package
     sm: str
+    executes: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,33 @@ class Order:
     again: bool = False  # even if there is one that fits
 
 
-def target(spec: EngineSpec, sm: str = "") -> Target:
-    """What to build with here: the installed package; for `sm` or, by default, for the GPU that is here.
+def target(spec: EngineSpec, sm: str = "", *, rtx: bool = False) -> Target:
+    """What to build with here: the installed package, TensorRT-RTX with `rtx`; for `sm` or for the GPU that is here.
 
-    Raises `Unavailable` when nothing is installed, or there is no GPU and the package cannot do without, and
-    `InvalidArgument` for an `sm` that it cannot build for.
+    TensorRT-RTX needs no GPU, and builds for `COMMON_SM` where nothing else is known. Raises `Unavailable` when nothing
+    is installed, or there is no GPU and the package cannot do without, and `InvalidArgument` for an `sm` that it cannot
+    build for.
     """
-    package = packages.chosen(spec.config)
-    if package is packages.RTX and sm:
-        known = [each.removeprefix("SM") for each in vars(package.api().ComputeCapability) if each.startswith("SM")]
-        if sm not in known:
-            raise errors.InvalidArgument(
-                f"TensorRT-RTX does not build for compute capability {sm}; it does for: {', '.join(sorted(known, key=int))}. "
-                "Other GPUs need TensorRT, on the GPU itself"
-            )
-        return Target(package, sm)
+    package = packages.installed([packages.RTX]) if rtx else packages.chosen(spec.config)
     if package.builtin:
         return Target(package, sm)
-    here = driver.probe().gpu(_index(spec.device)).sm
-    if sm not in ("", here):
+    if package is not packages.RTX:
+        here = driver.probe().gpu(_index(spec.device)).sm
+        if sm not in ("", here):
+            raise errors.InvalidArgument(
+                f"TensorRT builds for the GPU that it runs on, and that has compute capability {here}, not {sm}; build "
+                "on such a machine"
+            )
+        return Target(package, here)
+    here = _capability(spec)
+    wanted = sm or here or COMMON_SM
+    known = [each.removeprefix("SM") for each in vars(package.api().ComputeCapability) if each.startswith("SM")]
+    if wanted not in known:
         raise errors.InvalidArgument(
-            f"TensorRT builds for the GPU that it runs on, and that has compute capability {here}, not {sm}; build on "
-            "such a machine"
+            f"TensorRT-RTX does not build for compute capability {wanted}; it does for: "
+            f"{', '.join(sorted(known, key=int))}. Other GPUs need TensorRT, on the GPU itself"
         )
-    return Target(package, here)
+    return Target(package, wanted, executes=wanted == here)
 
 
 def build(order: Order, given: Target, progress: Progress) -> Plan:
@@ -90,7 +97,7 @@ def build(order: Order, given: Target, progress: Progress) -> Plan:
     file = spec.path / source
     if not file.is_file() or file.suffix != ".onnx":
         raise errors.InvalidArgument(f"'{source}' is no ONNX file of {spec.config.name}/{spec.version}; name one")
-    shapes = profiles.profile(spec.config, order.observed)
+    shapes = profiles.profile(spec.config, order.observed or _seen_before(spec, source))
     folder = spec.path / plan.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
@@ -117,6 +124,15 @@ def build(order: Order, given: Target, progress: Progress) -> Plan:
         path = _keep(folder, info, content)
         _drop_stale(spec, info)
     return Plan(path, info.package, info)
+
+
+def _seen_before(spec: EngineSpec, source: str) -> dict[str, list[Shape]]:
+    """The shapes of the last plan of a file, which may have been observed when that was built."""
+    for _, info in plan.kept(spec.path):
+        if info.source == source and info.profiles:
+            last = info.profiles[0].items()
+            return {name: [each.least, each.best, each.greatest] for name, each in last}
+    return {}
 
 
 def _found(spec: EngineSpec, sm: str) -> Plan | None:
@@ -194,6 +210,14 @@ def _workspace(spec: EngineSpec) -> int:
             "config.pbtxt"
         )
     return int(text)
+
+
+def _capability(spec: EngineSpec) -> str:
+    """The compute capability of the GPU that is here; empty for none."""
+    try:
+        return driver.probe().gpu(_index(spec.device)).sm
+    except errors.Unavailable:
+        return ""
 
 
 def _index(device: str) -> int:

@@ -76,12 +76,14 @@ def test_the_shapes_of_the_configuration_are_the_profile(order: Order, built) ->
     assert profile.shapes == {name: [(1, 1), (4, 8), (8, 16)] for name in ("A", "B")}
 
 
-def test_observed_shapes_fill_open_dimensions(order: Order, built) -> None:
-    given = Order(spec(order.spec.path, "", "model.onnx"), observed={name: [(1, 3), (1, 9)] for name in ("A", "B")})
-    build(given, HERE, quiet)
-    assert built[0][1].profiles[0].shapes["A"] == [(1, 3), (8, 9), (8, 9)]
+def test_observed_shapes_fill_open_dimensions_and_are_remembered(order: Order, built) -> None:
+    given = spec(order.spec.path, "", "model.onnx")
     with pytest.raises(errors.InvalidArgument, match="'A' of model 'm' has an open dimension"):
-        build(Order(given.spec, again=True), HERE, quiet)
+        build(Order(given), HERE, quiet)
+    build(Order(given, observed={name: [(1, 3), (1, 9)] for name in ("A", "B")}), HERE, quiet)
+    build(Order(given, again=True), HERE, quiet)  # as the server does, which has seen nothing
+    for _, config in built:
+        assert config.profiles[0].shapes["A"] == [(1, 3), (8, 9), (8, 9)]
 
 
 @pytest.mark.parametrize(("version", "flags"), [("10.13.3.9", 2), ("11.4.0", 0)])
@@ -239,6 +241,10 @@ def test_only_onnx_files_are_built_from(order: Order) -> None:
 # --- what to build with
 
 
+def no_driver() -> None:
+    raise errors.Unavailable("no NVIDIA driver")
+
+
 class FakeRtx:
     """The module tensorrt_rtx, as far as it says what it builds for."""
 
@@ -249,7 +255,12 @@ class FakeRtx:
 def test_tensorrt_rtx_builds_for_any_gpu_that_it_knows(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans.packages, "chosen", lambda _config: packages.RTX)
     monkeypatch.setattr(packages.Package, "api", lambda _self: FakeRtx)
-    assert target(order.spec, "89") == Target(packages.RTX, "89")
+    monkeypatch.setattr(plans.driver, "probe", no_driver)
+    assert target(order.spec, "120") == Target(packages.RTX, "120", executes=False)
+    assert target(order.spec) == Target(packages.RTX, plans.COMMON_SM, executes=False)
+    here = plans.driver.Driver("13.0", (plans.driver.Gpu(0, "RTX A6000", "80", 1 << 36),))
+    monkeypatch.setattr(plans.driver, "probe", lambda: here)
+    assert target(order.spec) == Target(packages.RTX, "80", executes=True)
     with pytest.raises(errors.InvalidArgument) as caught:
         target(order.spec, "90")
     assert caught.value.message == (
