@@ -49,6 +49,7 @@ options:
 
 # Each is a module with `run(arguments)`, or the function that is named, imported for its command only.
 _ELSEWHERE = {
+    "build": "gateway.build.cli",
     "explain": "gateway.transport.explain",
     "jobs": "gateway.jobs.cli",
     "promote": "gateway.repository.promotion:promote",

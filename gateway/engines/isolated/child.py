@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import os
 import pickle
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -22,7 +24,7 @@ import msgspec
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from gateway import errors
-from gateway.engines.base import EngineSpec
+from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.isolated import limits
 from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.calls import ChildCalls
@@ -101,6 +103,9 @@ class Instance:
             return  # the gateway is gone, and the line says so next
         except errors.GatewayError as error:
             self._line.send(Failed(pack_error(error)))
+        except EngineCrashed as problem:  # a GPU that this process can use no more: only another one can
+            sys.stderr.write(f"{threading.current_thread().name}: {problem}\n")
+            os._exit(1)
         except BaseException as problem:  # noqa: BLE001 - a model may raise anything, and the gateway must hear of it
             self._line.send(_told(problem))
 
