@@ -32,3 +32,12 @@ def debian_redis_url() -> Iterator[str]:
         pytest.skip("needs Debian's redis-server: apt-get install redis-server")
     with redis_server(server=server) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def ort_gpu_python() -> str:
+    """A Python that has onnxruntime-gpu in place of onnxruntime, and this project's dependencies; see README.md."""
+    python = os.environ.get("LOCKGATE_ORT_GPU_PYTHON", "")
+    if not python:
+        pytest.skip("needs LOCKGATE_ORT_GPU_PYTHON, a Python that has onnxruntime-gpu")
+    return python

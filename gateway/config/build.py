@@ -54,6 +54,7 @@ def build(
         proto=full,
         default_deadline_ms=default_deadline_ms(full, source),
         response_cache=ResponseCache(public) if _caches(full) else None,
+        accelerators=_accelerators(full),
     )
 
 
@@ -148,3 +149,11 @@ def _providers(full: ModelConfigProto, gpus: Sequence[int]) -> tuple[str, ...]:
     names = [ACCELERATORS[accelerator.name] for accelerator in asked]
     defaults = ["CUDAExecutionProvider", "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
     return tuple(dict.fromkeys(names + defaults))
+
+
+def _accelerators(full: ModelConfigProto) -> dict[str, Mapping[str, str]]:
+    accelerators = full.optimization.execution_accelerators
+    return {
+        ACCELERATORS[accelerator.name]: dict(accelerator.parameters)
+        for accelerator in (*accelerators.cpu_execution_accelerator, *accelerators.gpu_execution_accelerator)
+    }

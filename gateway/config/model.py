@@ -115,6 +115,7 @@ class ModelConfig:
     proto: ModelConfigProto
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
     response_cache: ResponseCache | None = None
+    accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
 
     @property
     def is_code(self) -> bool:

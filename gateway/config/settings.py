@@ -181,6 +181,9 @@ class Settings(BaseSettings):
     allow_metrics: bool = _setting(True, "metrics", "serve Prometheus metrics at /metrics")
     metrics_address: str = _setting("", "metrics", "address to listen on; the default is --http-address")
     metrics_port: Port = _setting(8002, "metrics", "port to listen on; 0 for any free one")
+    allow_gpu_metrics: bool = _setting(True, "metrics", "read the GPUs, for metrics and for their health")
+    allow_cpu_metrics: bool = _setting(True, "metrics", "report the CPU, its limits and its energy")
+    metrics_interval_ms: PositiveInt = _setting(2000, "metrics", "ms between two looks at the GPUs")
 
     token_file: FilePath | None = _setting(
         None, "safety", "file with a line 'tenant:token' for each caller; requests must carry a token"

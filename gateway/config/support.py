@@ -121,20 +121,25 @@ _WITHOUT_EFFECT = (
         "The instances are placed as with KIND_AUTO",
     ),
     Gap(
-        lambda proto: _set_in(
-            proto.optimization, ("graph", "priority", "cuda", "gather_kernel_buffer_threshold", "eager_batching")
+        lambda proto: (
+            _set_in(proto.optimization, ("graph", "priority", "gather_kernel_buffer_threshold", "eager_batching"))
+            or (proto.backend != "tensorrt" and proto.optimization.HasField("cuda"))
         ),
         ("optimization",),
-        "Of optimization only execution_accelerators counts",
+        "Of optimization only execution_accelerators counts and, for TensorRT, cuda { graphs }",
+    ),
+    Gap(
+        lambda proto: (
+            proto.backend == "tensorrt"
+            and _set_in(proto.optimization.cuda, ("graph_spec", "busy_wait_events", "output_copy_stream"))
+        ),
+        ("optimization", "cuda"),
+        "Of cuda only graphs counts: a graph is captured for each of the first shapes that come",
     ),
     Gap(
         lambda proto: any(
             accelerator.parameters
-            for accelerators in (
-                proto.optimization.execution_accelerators.gpu_execution_accelerator,
-                proto.optimization.execution_accelerators.cpu_execution_accelerator,
-            )
-            for accelerator in accelerators
+            for accelerator in proto.optimization.execution_accelerators.cpu_execution_accelerator
         ),
         ("optimization", "execution_accelerators", "parameters"),
         "The execution provider runs with its defaults",

@@ -6,13 +6,16 @@ what is heavy. Where a package does the work, `RUNTIME` names it and its version
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import errors
+from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.choice import options
 from gateway.engines.isolated.children import SUPPORTED
 from gateway.engines.isolated.limits import isolation
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
@@ -33,6 +36,7 @@ _BACKENDS = {
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
         shares=True,
     ),
+    "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
     "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
@@ -41,10 +45,15 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version, off the event loop, and return `count` engines of it.
 
-    Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
+    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
     message names the file relative to the repository, and a remedy.
     """
-    return await _start(spec, count)
+    reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
+    try:
+        best = (await reader.call(partial(options, spec)))[0]
+    finally:
+        await reader.close()
+    return await _start(best, count)
 
 
 async def _start(spec: EngineSpec, count: int) -> list[Engine]:
@@ -64,7 +73,7 @@ async def _start(spec: EngineSpec, count: int) -> list[Engine]:
         for thread in threads:
             thread.stop()
         raise
-    return [ThreadEngine(model, thread) for model, thread in zip(loaded, threads, strict=True)]
+    return [ThreadEngine(model, thread, spec.artefact) for model, thread in zip(loaded, threads, strict=True)]
 
 
 def _isolates(spec: EngineSpec) -> bool:
@@ -102,6 +111,21 @@ def auto_complete(path: Path, config: str) -> str:
 def runtime(backend: str) -> str:
     """What a backend runs on and its version, e.g. `onnxruntime 1.23.2`; empty for one that needs no package."""
     return getattr(_module(backend), "RUNTIME", "")
+
+
+def gpus() -> list[str]:
+    """The GPUs of this process, by name, where a backend is installed that can use them. Blocking: asks the driver."""
+    if not _has("onnxruntime-gpu") and importlib.util.find_spec("tensorrt") is None:
+        return []
+    return [gpu.name for gpu in nvml.gpus()]
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:

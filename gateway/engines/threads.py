@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from gateway import errors
+from gateway.artefacts import Artefact
 from gateway.types import Array, Batch, BatchResult
 
 T = TypeVar("T")
@@ -146,8 +147,10 @@ class ThreadEngine:
     concurrency = 1
     contained = False
 
-    def __init__(self, loaded: Loaded, thread: EngineThread) -> None:
+    def __init__(self, loaded: Loaded, thread: EngineThread, artefact: Artefact | None = None) -> None:
+        """`artefact` is what was loaded, where there was a choice."""
         self.provider = loaded.provider
+        self.artefact = artefact
         self.warnings = loaded.warnings
         self.widest = loaded.widest
         self.loaded: Loaded | None = loaded

@@ -57,7 +57,7 @@ class Repository:
         paths: Sequence[Path],
         describe: Callable[[Path], ModelIO],
         *,
-        backends: Collection[str] = ("onnxruntime", "fake"),
+        backends: Collection[str] = ("onnxruntime", "tensorrt", "fake"),
         gpus: Sequence[int] = (),
         default_max_batch_size: int = 4,
         config_name: str = "",

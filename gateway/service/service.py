@@ -17,7 +17,7 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
 from gateway.service.inference import EMPTY_FINAL, Inference
-from gateway.service.reports import Reports, count
+from gateway.service.reports import Reports, count, running
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Parameter, Responses
@@ -237,6 +237,7 @@ class Service:
             state.admission,
             (self._options.default_deadline_ms if own is None else own) / 1000,
             state.digest,
+            state.instances,
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
         self._routes[name, version] = route
@@ -269,6 +270,10 @@ class Service:
         """The complete configuration of a ready version."""
         return self._resolve(name, version).config
 
+    def instances(self, name: str, version: str = "") -> Sequence[Mapping[str, Any]]:
+        """What a ready version runs on, and from what; see `running`."""
+        return running(self._resolve(name, version).instances)
+
     async def explain(self, name: str, version: str = "") -> Mapping[str, Any]:
         """What was decided about the requests of a ready version and why; see `Admission.explain`.
 
@@ -279,7 +284,7 @@ class Service:
         if self._reports is not None:
             told["workers"] = await self._reports(*route.lane)
         counted = count((await self._fleet()).of(*route.lane))
-        return {"model": name, "version": route.lane.version, **counted, **told}
+        return {"model": name, "version": route.lane.version, "instances": running(route.instances), **counted, **told}
 
     def ready_versions(self, name: str) -> list[str]:
         """The versions of a model that are ready, oldest first."""

@@ -63,6 +63,7 @@ def merged(told: Mapping[str, Any]) -> Mapping[str, Any]:
 def explanation(told: Mapping[str, Any]) -> str:
     """The text for the answer of `/v2/models/MODEL/explain`. Raises KeyError, or others, for what is not one."""
     lines = [f"model {told['model']}, version {told['version']}"]
+    lines += [f"  {_instances(each)}" for each in told["instances"]]
     if "workers" in told:
         lines.append(f"workers that answered: {len(told['workers'])}")
     for block in (_next(told["next"]), _requests(told), _batches(told)):
@@ -70,6 +71,11 @@ def explanation(told: Mapping[str, Any]) -> str:
     for name, device in told["devices"].items():
         lines += ["", *_device(name, device)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _instances(entry: Mapping[str, Any]) -> str:
+    made = f", {entry['artefact']} ({entry['precision']})" if entry["artefact"] else ""
+    return f"{entry['count']} x {entry['device']} {entry['provider']}{made}"
 
 
 def duration(milliseconds: float) -> str:

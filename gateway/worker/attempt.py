@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+
+import msgspec
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.engines.base import Engine
+from gateway.engines.base import Engine, identity
 from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferResponse, Timings
+from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferRequest, InferResponse, Parameter, Timings
 from gateway.worker.probe import Probe
 
 
@@ -28,17 +29,18 @@ def _nothing(*_: object) -> None:
     """What those are told who need not know."""
 
 
-@dataclass(slots=True)
-class Part:
+_ASKED = "engine"  # the request parameter, a boolean; the response has what `identity` says
+
+
+class Part(msgspec.Struct, eq=False):
     """Jobs that run together."""
 
     jobs: list[Job]
     crashes: int = 0  # of the engine, that all of them were in
-    begun: set[int] = field(default_factory=set)  # places of those that were given an answer, and not their last
+    begun: set[int] = set()  # places of those that were given an answer, and not their last
 
 
-@dataclass(slots=True)
-class Terms:
+class Terms(msgspec.Struct, eq=False):
     """How a part is run; see `Batch` for what is not said here."""
 
     reason: str
@@ -90,20 +92,19 @@ class Runner:
         finally:
             self._statistics.executing -= len(jobs)
         if first is not None and last is not None:
-            self._note(jobs, batch, (first, last), terms)
-        for place, job in enumerate(jobs):
-            if not job.done:
-                what = "stopped in the middle of its answers" if place in part.begun else "ran and gave no answer"
-                job.fail(errors.Internal(f"model '{self._config.name}' {what}"))
+            self._note(jobs, batch, first, last, terms)
+        if not all([job.done for job in jobs]):  # noqa: C419 - a list takes half of the time
+            self._end_silent(part)
 
     def _answer_all(self, jobs: list[Job], batch: Batch, begun: int, result: BatchResult, terms: Terms) -> None:
         requests = [job.request for job in jobs]
         answers = batching.split(result.outputs, requests, self._config)
-        stacked, ran, split = self._note(jobs, batch, (result, result), terms)
+        stacked, ran, split = self._note(jobs, batch, result, result, terms)
         rows, version, digest = batch.rows, self._version, self._digest
-        parameters = result.parameters or NO_PARAMETERS
+        said = result.parameters or NO_PARAMETERS
         for job, request, outputs in zip(jobs, requests, answers, strict=True):
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
+            parameters = self._told(request, said) if request.parameters else said
             job.reply(
                 InferResponse(request.model_name, version, outputs, request.id, parameters, timings, digest=digest)
             )
@@ -126,7 +127,8 @@ class Runner:
             if not answer.final:
                 part.begun.add(answer.request)
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, batch.rows)
-            parameters = result.parameters or NO_PARAMETERS
+            said = {**(result.parameters or {}), **(answer.parameters or {})} or NO_PARAMETERS
+            parameters = self._told(request, said)
             job.reply(
                 InferResponse(
                     request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
@@ -134,18 +136,28 @@ class Runner:
                 )
             )  # fmt: skip
 
+    def _told(self, request: InferRequest, said: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+        """The response's parameters: what the engine said and, where the request asks for it, which engine that is."""
+        return {**identity(self._engine), **said} if request.parameters.get(_ASKED) is True else said
+
+    def _end_silent(self, part: Part) -> None:
+        for place, job in enumerate(part.jobs):
+            if not job.done:
+                what = "stopped in the middle of its answers" if place in part.begun else "ran and gave no answer"
+                job.fail(errors.Internal(f"model '{self._config.name}' {what}"))
+
     def _note(
-        self, jobs: list[Job], batch: Batch, results: tuple[BatchResult, BatchResult], terms: Terms
+        self, jobs: list[Job], batch: Batch, first: BatchResult, last: BatchResult, terms: Terms
     ) -> tuple[int, int, int]:
         """Count a run that gave these, first and last; returns its nanoseconds of stacking, running, and since."""
-        spent = _spent(*results)
+        spent = _spent(first, last)
         if not isinstance(jobs[0], Probe):
             self._statistics.record_batch(batch.rows, *spent, terms.reason)
         log_event(
             "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
             rows=batch.rows, cores=terms.cores, reason=terms.reason, compute_us=sum(spent) // 1000,
         )  # fmt: skip
-        terms.computed((results[1].finished_ns - results[0].started_ns) / 1e9)
+        terms.computed((last.finished_ns - first.started_ns) / 1e9)
         return spent
 
 

@@ -8,6 +8,7 @@ taken). The `Worker` owns the order of these steps.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -52,7 +53,7 @@ class Source:
     version: str
     path: Path
     fingerprint: object
-    digest: str = ""  # see `VersionState`
+    digest: str = ""  # of what all its artefacts are made from, see `Repository`
 
 
 class Host:
@@ -76,6 +77,7 @@ class Host:
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
+        self.digest = ""  # see `VersionState`
         self.lane = Lane(source.config.name, source.version)
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
@@ -111,12 +113,12 @@ class Host:
         except BaseException:
             await self._close_engines()
             raise
-        self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
+        self.instances = tuple(_state(engine, placement) for engine, placement in self._engines)
+        self.digest = _digest(self.source.digest, self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        contained = all(engine.contained for engine, _ in self._engines)
-        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=self._contained())
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -178,7 +180,7 @@ class Host:
                 for engine, placement in self._engines:
                     source = self.source
                     instance = Instance(
-                        engine, source.config, source.version, self._statistics, source.digest, siblings=siblings
+                        engine, source.config, source.version, self._statistics, self.digest, siblings=siblings
                     )
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
@@ -228,6 +230,9 @@ class Host:
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
 
+    def _contained(self) -> bool:
+        return all(engine.contained for engine, _ in self._engines)
+
     def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
         self._places = places(engines)
         self._slots.open(self, limits(self.source.config), self._places)
@@ -262,10 +267,10 @@ class Host:
     async def _read_priors(self) -> Mapping[str, Prior]:
         def opened() -> Priors:
             runtime, files = engines.runtime(self.source.config.backend), self.source.fingerprint
-            providers = {placement.device: engine.provider for engine, placement in self._engines}
+            on = {placement.device: engine for engine, placement in self._engines}
             return Priors(
                 self.source.path,
-                {device.name: key(device, provider, runtime, files) for device, provider in providers.items()},
+                {device.name: key(device, e.provider, runtime, files, e.artefact) for device, e in on.items()},
             )
 
         self._priors = await asyncio.to_thread(opened)
@@ -297,3 +302,21 @@ class Host:
             infer=None if self._children is None else self._children.infer,
             children=self._children,
         )
+
+
+def _state(engine: Engine, placement: Placement) -> InstanceState:
+    artefact = engine.artefact
+    made = ("", "") if artefact is None else (artefact.precision, artefact.name)
+    return InstanceState(placement.device.name, engine.provider, *made)
+
+
+def _digest(source: str, running: Sequence[tuple[Engine, Placement]]) -> str:
+    """What these compute; empty when they differ, because nobody knows which one answers next.
+
+    The integer kernels of one kind of device round otherwise than those of another.
+    """
+    artefacts = [engine.artefact for engine, _ in running]
+    made = {f"{each.sha256} {each.device}" if each is not None and each.sha256 else "" for each in artefacts}
+    if not source or len(made) != 1:
+        return ""
+    return hashlib.sha256(f"{source} {made.pop()}".encode()).hexdigest()

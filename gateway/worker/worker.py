@@ -192,7 +192,7 @@ class Worker:
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
-            version, "READY", "", host.source.config, host.instances, host, epoch, host.source.digest
+            version, "READY", "", host.source.config, host.instances, host, epoch, host.digest
         )
         self._publish(model)
         for warning in host.warnings:

@@ -66,6 +66,7 @@ class IsolatedEngine:
     def __init__(self, origin: Origin) -> None:
         config, children = origin.spec.config, origin.children
         self.provider = ""
+        self.artefact = origin.spec.artefact
         self.warnings: tuple[str, ...] = ()
         self.widest = 1
         self.name = origin.name
