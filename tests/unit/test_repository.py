@@ -506,6 +506,17 @@ def test_code_that_says_nothing_of_its_tensors_is_asked_to(repository: Repositor
     assert refusal(repository) == "m/1/model.py: 'model.py' does not say"
 
 
+def test_code_that_has_nothing_to_say_is_not_asked(repository: Repository, root: Path) -> None:
+    def refuse(path: Path, config: str) -> str:
+        raise InvalidArgument("asked")
+
+    repository.allow_python(refuse)
+    put(root, {"m/1/model.py": "class TritonPythonModel: ...", "m/config.pbtxt": TENSORS})
+    assert repository.read("m").config.is_code
+    put(root, {"m/1/model.py": "def auto_complete_config(config): ..."})
+    assert refusal(repository) == "m/config.pbtxt: asked"
+
+
 def test_whoever_may_load_models_does_not_say_what_is_code(repository: Repository, root: Path) -> None:
     put(root, {"m/1/model.py": "", "m/config.pbtxt": TENSORS})
     repository.allow_python(lambda _, config: config)
