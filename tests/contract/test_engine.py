@@ -19,6 +19,7 @@ from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
 from gateway.engines.tensorrt.fakes.network import serialize
 from gateway.types import Array, Batch, BatchResult, DataType
 
@@ -59,9 +60,10 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 class Zoo:
     """Opens engines of one backend in a temporary repository, and closes them."""
 
-    def __init__(self, backend: str, folder: Path) -> None:
+    def __init__(self, backend: str, folder: Path, children: Children | None = None) -> None:
         self.backend = backend
         self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+        self._children = children
         self._folder = folder
 
     @asynccontextmanager
@@ -100,7 +102,7 @@ class Zoo:
             shapes = {name: (*batch, *dims) for name, (_, dims) in named.items()}
             profile = {name: [_sized(shape, 0), _sized(shape, 1), _sized(shape, 8)] for name, shape in shapes.items()}
             (version / "model.plan").write_bytes(serialize((version / "model.onnx").read_bytes(), [profile]))
-        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
+        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores, children=self._children)
         created = await engines.create(spec, count)
         try:
             yield created
@@ -282,7 +284,7 @@ async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
         assert set(threading.enumerate()) == before
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(engine.loaded is None for engine in created)
+        assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
