@@ -56,7 +56,7 @@ def counted_from_zero(home: Children) -> None:
 @pytest.mark.parametrize(
     ("way", "cause"),
     [("kill", "killed"), ("abort", "abort"), ("segfault", "segfault"), ("exit", "exit"), ("hang", "hang"),
-     ("hang_gil", "hang")],
+     ("hang_gil", "hang"), ("sticky", "exit")],
 )  # fmt: skip
 async def test_a_run_that_ends_its_process_raises_and_the_next_one_is_answered(home, tmp_path, way, cause):
     spec = fake_spec(home, tmp_path, allow_crash="true", watchdog_ms="200", **{way: "13"})
@@ -77,7 +77,7 @@ async def test_out_of_memory_is_an_error_of_the_run_alone(home, tmp_path):
         before = pid_of(home)
         with pytest.raises(MemoryError, match="64.0 TiB") as problem:
             await run(engine, 13)
-        assert "_misbehave" in problem.value.__notes__[0]  # the child's trace
+        assert "_allocate" in problem.value.__notes__[0]  # the child's trace
         await run(engine, 1)
         assert pid_of(home) == before
 
