@@ -223,17 +223,20 @@ def _place(instance: InstanceState) -> str:
 
 def _models(settings: Settings) -> int:
     """Read every model without loading it; status 1 when any has a problem."""
-    from gateway import artefacts, engines, placement
+    from gateway import engines, placement
     from gateway.repository import Repository
-    from gateway.repository.promotion import listing
 
+    gpus = engines.gpus()
     repository = Repository(
         settings.model_repository,
         engines.describe,
+        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     try:
         names = list(repository.scan())
     except errors.GatewayError as problem:
@@ -244,26 +247,33 @@ def _models(settings: Settings) -> int:
         try:
             source = repository.read(name)
             _open_files(source)
-            instances = sum(place.count for place in placement.plan(source.config, placement.devices()))
+            instances = sum(place.count for place in placement.plan(source.config, placement.devices(0, gpus)))
         except errors.GatewayError as problem:
             status = 1
             print(f"{name}: UNAVAILABLE: {problem.message}")
             continue
-        config = source.config
-        versions = ", ".join(str(number) for number in source.versions)
-        print(
-            f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
-            f"{instances} instance(s)"
-        )
-        for tensor in (*config.inputs, *config.outputs):
-            kind = "input " if tensor in config.inputs else "output"
-            print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
-        for path in source.versions.values():
-            for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
-                print(f"    version {path.name}: {line}")
-        for warning in source.warnings:
-            print(f"    warning: {warning}")
+        _print_model(name, source, instances)
     return status
+
+
+def _print_model(name: str, source: ModelSource, instances: int) -> None:
+    from gateway import artefacts
+    from gateway.repository.promotion import listing
+
+    config = source.config
+    versions = ", ".join(str(number) for number in source.versions)
+    print(
+        f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
+        f"{instances} instance(s)"
+    )
+    for tensor in (*config.inputs, *config.outputs):
+        kind = "input " if tensor in config.inputs else "output"
+        print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
+    for path in source.versions.values():
+        for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
+            print(f"    version {path.name}: {line}")
+    for warning in source.warnings:
+        print(f"    warning: {warning}")
 
 
 def _open_files(source: ModelSource) -> None:

@@ -10,6 +10,8 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
+from gateway.devices.nvml import gpus
+
 _MACHINES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64"}
 # The best first: a name, and the flags of /proc/cpuinfo that it takes.
 _LEVELS = {
@@ -31,9 +33,9 @@ def device_kind(name: str) -> str:
 
     Blocking on first use: reads /proc/cpuinfo, or asks the driver.
     """
-    if name.startswith("gpu:"):
-        return _gpu_kind(name)
-    return _cpu_kind()
+    if not name.startswith("gpu:"):
+        return _cpu_kind()
+    return next((gpu_kind(gpu.sm) for gpu in gpus() if gpu.name == name), "gpu:unknown")
 
 
 def cpu_kind(machine: str, cpuinfo: str) -> str:
@@ -63,5 +65,6 @@ def _cpu_kind() -> str:
     return cpu_kind(platform.machine(), cpuinfo)
 
 
-def _gpu_kind(_name: str) -> str:
-    return "gpu:unknown"
+def gpu_kind(sm: str) -> str:
+    """The kind of a GPU of this compute capability, e.g. "90"."""
+    return f"gpu:sm{sm}"

@@ -16,7 +16,7 @@ from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.service.inference import Inference
+from gateway.service.inference import EMPTY_FINAL, Inference
 from gateway.service.reports import Reports, count, running
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
@@ -159,7 +159,7 @@ class Service:
 
     def prepare(self, request: InferRequest) -> Route:
         """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""
-        if self._draining:
+        if self._draining and not request.callers:  # what an accepted request needs is accepted too
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
@@ -378,13 +378,10 @@ def _index_entries(name: str, pool: PoolState | None) -> list[IndexEntry]:
     return [IndexEntry(name, state.version, state.state, state.reason) for state in pool.versions]
 
 
-_ALLOWED_RESERVED = "triton_enable_empty_final_response"
-
-
 def _apply_parameters(request: InferRequest) -> None:
     """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
     for key in request.parameters:
-        if key.startswith("triton_") and key != _ALLOWED_RESERVED:
+        if key.startswith("triton_") and key != EMPTY_FINAL:
             raise errors.reserved_parameter()
     if timeout := _natural(request.parameters.get("timeout")):
         deadline = time.monotonic() + timeout / 1e6

@@ -15,6 +15,8 @@ REMEDIES = {
     "queue_timeout": "the model's default_timeout_microseconds; raise it or leave it out",
     "unavailable": "the model was not ready or the server stopped; its log says which",
     "conflict": "an Idempotency-Key was used for two different requests; give each request its own",
+    "crashed": "a request that crashes the model by itself, its digest is in the log; mend the model, or the request",
+    "quarantined": "a request that crashed the model, sent again; it is not run for ten minutes",
 }
 """What to do about refused requests, by the reasons of the table of refusals."""
 
@@ -27,7 +29,7 @@ CLOSED = {
     "share": "the rest was left to the other instances or the next run",
     "shape": "what else waited had another shape",
     "preferred": "a preferred_batch_size was reached",
-    "retry": "a batch had failed; its requests ran one by one",
+    "retry": "a batch had failed; its halves ran, and theirs, until what failed was alone",
     "delay": "max_queue_delay_microseconds or a deadline ran out",
 }
 """Why batches closed, in words."""

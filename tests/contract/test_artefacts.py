@@ -93,6 +93,32 @@ async def triton_config(gateway):
         return (await client.get_model_config("adder")).config
 
 
+async def test_a_client_that_asks_is_told_what_answered_it(folder):
+    version = write_adder(folder)
+    artefacts.promote(version, built(version, made(device=HERE), files={"int8": adder(8.0)}))
+    told = {"engine": CPU, "precision": "INT8", "artefact": "int8"}
+    tensor = {"name": "IN", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}
+    async with serving(folder) as gateway, httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{gateway.ports['http']}/v2/models/adder/infer"
+
+        async def asked(**parameters):
+            answer = (await client.post(url, json={"inputs": [tensor], "parameters": parameters})).json()
+            assert answer["outputs"][0]["data"] == [9.0, 10.0]
+            return answer.get("parameters")
+
+        assert await asked(engine=True) == told
+        assert [await asked(), await asked(engine=False), await asked(engine="yes")] == [None] * 3
+        both = await asyncio.gather(asked(engine=True), asked())  # in one batch, maybe; to each its own
+        assert both == [told, None]
+        target = f"127.0.0.1:{gateway.ports['grpc']}"
+        async with tritonclient.grpc.aio.InferenceServerClient(target) as grpc:
+            value = tritonclient.grpc.aio.InferInput("IN", [1, 2], "FP32")
+            value.set_data_from_numpy(np.ones((1, 2), np.float32))
+            result = await grpc.infer("adder", [value], parameters={"engine": True})
+        parameters = result.get_response().parameters
+        assert {key: parameters[key].string_param for key in parameters} == told
+
+
 async def test_a_version_without_a_build_is_run_from_its_own_file(folder):
     write_adder(folder)
     async with serving(folder) as gateway:

@@ -1,4 +1,4 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake and ONNX Runtime.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, and TensorRT on a fake GPU.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -19,6 +19,8 @@ from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
+from gateway.engines.tensorrt.fakes.network import serialize
 from gateway.types import Array, Batch, BatchResult, DataType
 
 ONNX_TYPES = {
@@ -39,6 +41,9 @@ ONNX_TYPES = {
 }
 
 
+NOT_IN_TENSORRT = {"UINT16", "UINT32", "UINT64", "INT16", "FP64", "BYTES"}
+
+
 def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> None:
     """Write an ONNX model whose output OUT<i> is its input <name i>."""
     nodes, inputs, outputs = [], [], []
@@ -55,8 +60,10 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 class Zoo:
     """Opens engines of one backend in a temporary repository, and closes them."""
 
-    def __init__(self, backend: str, folder: Path) -> None:
+    def __init__(self, backend: str, folder: Path, children: Children | None = None) -> None:
         self.backend = backend
+        self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+        self._children = children
         self._folder = folder
 
     @asynccontextmanager
@@ -70,6 +77,8 @@ class Zoo:
     ):
         """Engines of a model with inputs IN0, IN1, ... of these types and dims, and outputs OUT0, OUT1, ..."""
         named = {f"IN{index}": (DataType[name], dims) for index, (name, dims) in enumerate(tensors)}
+        if self.backend == "tensorrt" and (lacking := {name for name, _ in tensors} & NOT_IN_TENSORRT):
+            pytest.skip(f"TensorRT has no {', '.join(lacking)}")
         version = self._folder / "identity" / "1"
         version.mkdir(parents=True)
         identity_model(version / "model.onnx", named, batched)
@@ -85,7 +94,15 @@ class Zoo:
         proto.default_model_filename = "model.onnx"
         if self.backend == "onnxruntime":
             proto.platform = "onnxruntime_onnx"
-        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
+        if self.backend == "tensorrt":
+            proto.platform = "tensorrt_plan"
+            proto.default_model_filename = "model.plan"
+            proto.parameters["tensorrt_package"].string_value = "fake"
+            batch = (-1,) if batched else ()
+            shapes = {name: (*batch, *dims) for name, (_, dims) in named.items()}
+            profile = {name: [_sized(shape, 0), _sized(shape, 1), _sized(shape, 8)] for name, shape in shapes.items()}
+            (version / "model.plan").write_bytes(serialize((version / "model.onnx").read_bytes(), [profile]))
+        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores, children=self._children)
         created = await engines.create(spec, count)
         try:
             yield created
@@ -94,7 +111,11 @@ class Zoo:
                 await engine.close()
 
 
-@pytest.fixture(params=["fake", "onnxruntime"])
+def _sized(shape: tuple[int, ...], size: int) -> list[int]:
+    return [size if dim == -1 else dim for dim in shape]
+
+
+@pytest.fixture(params=["fake", "onnxruntime", "tensorrt"])
 def zoo(request, tmp_path: Path) -> Zoo:
     return Zoo(request.param, tmp_path)
 
@@ -161,8 +182,8 @@ async def test_arrays_in_any_memory_layout(zoo: Zoo) -> None:
 
 
 async def test_only_the_outputs_asked_for(zoo: Zoo) -> None:
-    inputs = {"IN0": sample("FP32", (1, 2)), "IN1": sample("BYTES", (1, 2)), "IN2": sample("INT8", (1, 2))}
-    async with zoo.identity(("FP32", (2,)), ("BYTES", (2,)), ("INT8", (2,))) as (engine,):
+    inputs = {"IN0": sample("FP32", (1, 2)), "IN1": sample(zoo.other, (1, 2)), "IN2": sample("INT8", (1, 2))}
+    async with zoo.identity(("FP32", (2,)), (zoo.other, (2,)), ("INT8", (2,))) as (engine,):
         assert list((await run(engine, **inputs)).outputs) == ["OUT0", "OUT1", "OUT2"]
         result = await run(engine, outputs=("OUT2", "OUT1"), **inputs)
     assert set(result.outputs) == {"OUT2", "OUT1"}
@@ -263,11 +284,12 @@ async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
         assert set(threading.enumerate()) == before
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(engine.loaded is None for engine in created)
+        assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
     async with zoo.identity(("FP32", (2,))) as (engine,):
-        assert engine.provider == {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}[zoo.backend]
+        providers = {"fake": "Fake", "onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}
+        assert engine.provider == providers[zoo.backend]
         assert engine.warnings == ()
         assert engine.concurrency == 1

@@ -145,7 +145,10 @@ def test_a_backend_without_files_needs_its_tensors_in_the_configuration(reposito
     [
         ('\nname: "other"', "m/config.pbtxt line 2: unexpected directory name 'm' for model 'other'"),
         ("\n\nmax_batchsize: 1", "m/config.pbtxt line 3 column 1: "),
-        ('\nbackend: "python"', "m/config.pbtxt line 2: backend 'python' is not supported"),
+        (
+            '\nbackend: "python"',
+            "m/config.pbtxt line 2: backend 'python' runs the code in 'model.py', which is not allowed",
+        ),
         ("sequence_batching { }", "m/config.pbtxt line 1: sequence_batching is not supported"),
         (
             '\ndefault_model_filename: "a.onnx" backend: "onnxruntime"',
