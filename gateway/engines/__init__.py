@@ -1,17 +1,19 @@
 """The backends by name. Each is imported when the first model asks for it, so what is not used costs nothing.
 
 A backend is a module with `load(spec, count) -> list[Loaded]`, blocking, one per engine; the list may share
-what is heavy. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
+what is heavy; one whose engines need no thread has `create(spec, count) -> list[Engine]` instead. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import errors
+from gateway.config.model import ModelConfigProto
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
 from gateway.types import ModelIO
@@ -28,6 +30,7 @@ _BACKENDS = {
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
     ),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate"),
+    "remote": _Backend("gateway.engines.remote", "reinstall lockgate"),
 }
 
 
@@ -37,6 +40,9 @@ async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
     message names the file relative to the repository, and a remedy.
     """
+    module = _module(spec.config.backend)
+    if hasattr(module, "create"):
+        return await module.create(spec, count)  # type: ignore[no-any-return]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
         loaded = await threads[0].call(partial(_load, spec, count))
@@ -57,6 +63,11 @@ def describe(path: Path) -> ModelIO:
             f"'{path.name}' does not say what its inputs and outputs are; list them in config.pbtxt"
         )
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
+
+
+def remote_configuration(model: str, parameters: Mapping[str, str]) -> ModelConfigProto:
+    """What a remote server says of the model that these parameters name. Blocking; see `engines.remote`."""
+    return _module("remote").configuration(model, parameters)
 
 
 def runtime(backend: str) -> str:

@@ -1,0 +1,164 @@
+"""The servers of one remote model: which of them is asked, how long, and whether once more.
+
+Promises that nobody waits longer than it may, that a server is sent no more than its limit, and that a request is
+sent again only where it was not answered, within the retry budget and its time. Where no server is worth asking it
+fails at once. All of it runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from gateway import errors
+from gateway.engines.remote.budget import RetryBudget
+from gateway.engines.remote.client import Client, Payload, Raw
+from gateway.engines.remote.failures import Failure
+from gateway.engines.remote.health import Attempt, Health
+from gateway.engines.remote.limit import Gate, GradientLimit
+from gateway.telemetry import log_event
+
+
+class Target:
+    """One server."""
+
+    def __init__(self, name: str, client: Client, most: int) -> None:
+        """`name` is its `host:port`, `most` the requests that may be on their way to it."""
+        self.name = name
+        self.client = client
+        self.health = Health()
+        self.gate = Gate(GradientLimit(most))
+
+    def admit(self, rows: int, now: float, until: float | None) -> Attempt | None:
+        """See `Health.admit`."""
+        queued = 0.0
+        if not self.gate.free:
+            queued = self.health.latency.predicted(rows) * (self.gate.waiting + 1) / self.gate.limit.limit
+        return self.health.admit(rows, now, until, queued)
+
+    async def ask(self, attempt: Attempt, payload: Callable[[], Awaitable[Payload]], end: float) -> Raw:
+        """Send what `payload` gives and wait for the answer until `end`. Raises `Failure`, and TimeoutError at the end."""
+        ended: Callable[[Attempt], None] = self.health.abandoned
+        try:
+            if attempt.trial and self.health.lost:
+                await self.client.renew()
+            ready = await payload()
+            ended = self._gave_up  # also when it is cancelled: whoever does that has somebody else answer
+            async with asyncio.timeout(end - time.monotonic()), self.gate.enter():
+                raw = await self._send(ready, end)
+        except Failure as failure:
+            ended = self._failed(failure)
+            raise
+        else:
+            ended = self._answered
+            return raw
+        finally:
+            ended(attempt)
+
+    async def _send(self, payload: Payload, end: float) -> Raw:
+        sent = time.monotonic()
+        raw = await self.client.send(payload, end - sent)
+        self.gate.limit.answered(time.monotonic() - sent, self.gate.open)
+        return raw
+
+    def _answered(self, attempt: Attempt) -> None:
+        self.health.answered(attempt, time.monotonic())
+
+    def _gave_up(self, attempt: Attempt) -> None:
+        self.gate.limit.dropped()
+        self.health.gave_up(attempt, time.monotonic())
+
+    def _failed(self, failure: Failure) -> Callable[[Attempt], None]:
+        if failure.kind == "gone":
+            return lambda attempt: self.health.failed(attempt, time.monotonic())
+        if failure.kind == "busy":
+            self.gate.limit.dropped()
+        return lambda attempt: self.health.declined(attempt, time.monotonic(), failure.error.retry_after or 0.0)
+
+
+class Pool:
+    """All of them, equals."""
+
+    def __init__(self, model: str, targets: Sequence[Target]) -> None:
+        """`model` is the name that clients and the log know."""
+        self._model = model
+        self._targets = list(targets)  # the next to ask first
+        self._budget = RetryBudget()
+
+    async def ask(
+        self, rows: int, payload: Callable[[], Awaitable[Payload]], end: float, until: float | None
+    ) -> tuple[Target, Raw]:
+        """Ask one, and another if that fails, and return who answered, and what.
+
+        Nobody waits longer than `end`; who gives `until`, which is no later, has somebody else to turn to and is refused
+        at once where no answer is likely by then. Raises `GatewayError`.
+        """
+        self._budget.sent(time.monotonic())
+        failure: Failure | None = None
+        for _ in range(len(self._targets) + 1):
+            if failure is not None and not self._budget.withdraw(time.monotonic()):
+                break
+            target, attempt = self._pick(rows, until, failure)
+            try:
+                return target, await self._try(target, attempt, payload, end)
+            except Failure as problem:
+                failure = problem
+                if failure.kind == "declined":
+                    break
+        assert failure is not None
+        raise failure.error from failure
+
+    async def close(self) -> None:
+        """Close every connection. Idempotent."""
+        for target in self._targets:
+            await target.client.close()
+
+    async def _try(
+        self, target: Target, attempt: Attempt, payload: Callable[[], Awaitable[Payload]], end: float
+    ) -> Raw:
+        lost = target.health.lost
+        spare = attempt.trial and any(not other.health.lost for other in self._targets if other is not target)
+        now = time.monotonic()
+        reason = ""
+        try:
+            # With others to turn to, a trial may cost its caller half of its time and no more.
+            return await target.ask(attempt, payload, now + (end - now) / 2 if spare else end)
+        except TimeoutError:
+            reason = "it is silent"
+            late = errors.DeadlineExceeded(f"the remote server of model '{self._model}' did not answer in time")
+            raise Failure("gone" if spare else "declined", late, reason) from None
+        except Failure as failure:
+            reason = failure.reason
+            raise
+        finally:
+            self._tell(target, lost, reason)
+
+    def _tell(self, target: Target, before: bool, reason: str) -> None:
+        if target.health.lost and not before:
+            log_event("remote_lost", logging.WARNING, model=self._model, server=target.name, reason=reason)
+        elif before and not target.health.lost:
+            log_event("remote_back", model=self._model, server=target.name)
+
+    def _pick(self, rows: int, until: float | None, failure: Failure | None) -> tuple[Target, Attempt]:
+        """The server to ask: one that is due for a trial, or that with the fewest requests on their way, in turn."""
+        now = time.monotonic()
+        for target in sorted(
+            self._targets, key=lambda each: (not each.health.lost, each.gate.open + each.gate.waiting)
+        ):
+            attempt = target.admit(rows, now, until)
+            if attempt is not None:
+                self._targets.remove(target)
+                self._targets.append(target)
+                return target, attempt
+        if failure is not None:
+            raise failure.error from failure
+        if any(not target.health.lost for target in self._targets):
+            raise errors.DeadlineExceeded(
+                f"the remote server of model '{self._model}' is too slow, or busy, for this request"
+            )
+        again = min(target.health.again_in(now) for target in self._targets)
+        raise errors.Unavailable(
+            f"the remote server of model '{self._model}' cannot be reached; try again later", again
+        )
