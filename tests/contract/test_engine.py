@@ -1,4 +1,4 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake and ONNX Runtime.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime and a gateway on real ports.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from gateway import engines, errors
+from gateway.app import running
 from gateway.config.build import build
+from gateway.config.model import ModelConfig
 from gateway.config.parse import Source, parse_text
+from gateway.config.settings import Settings
 from gateway.engines.base import Engine, EngineSpec
 from gateway.types import Array, Batch, BatchResult, DataType
 
@@ -57,6 +61,7 @@ class Zoo:
 
     def __init__(self, backend: str, folder: Path) -> None:
         self.backend = backend
+        self.provider = {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}.get(backend, "")
         self._folder = folder
 
     @asynccontextmanager
@@ -73,19 +78,7 @@ class Zoo:
         version = self._folder / "identity" / "1"
         version.mkdir(parents=True)
         identity_model(version / "model.onnx", named, batched)
-        lines = [f"backend: '{self.backend}' max_batch_size: {8 if batched else 0}"]
-        for index, (name, (datatype, dims)) in enumerate(named.items()):
-            kind = "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.name}"
-            shape = f"dims: {list(dims or (1,))}"  # a configuration has no word for a scalar
-            lines.append(f"input {{ name: '{name}' data_type: {kind} {shape} }}")
-            lines.append(f"output {{ name: 'OUT{index}' data_type: {kind} {shape} }}")
-        source = Source("identity/config.pbtxt", "\n".join(lines))
-        proto = parse_text(source)
-        proto.name = "identity"
-        proto.default_model_filename = "model.onnx"
-        if self.backend == "onnxruntime":
-            proto.platform = "onnxruntime_onnx"
-        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
+        spec = EngineSpec(self._config(named, batched), "1", version, "cpu", threads, cores)
         created = await engines.create(spec, count)
         try:
             yield created
@@ -93,10 +86,59 @@ class Zoo:
             for engine in created:
                 await engine.close()
 
+    def _config(self, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> ModelConfig:
+        text = config_text(self.backend, named, batched)
+        source = Source("identity/config.pbtxt", text)
+        proto = parse_text(source)
+        proto.name = "identity"
+        proto.default_model_filename = "model.onnx"
+        if self.backend == "onnxruntime":
+            proto.platform = "onnxruntime_onnx"
+        return build(proto, source)
 
-@pytest.fixture(params=["fake", "onnxruntime"])
+
+class RemoteZoo(Zoo):
+    """Engines that ask a gateway of this process, over real ports; it serves the same models by the fake backend."""
+
+    def __init__(self, scheme: str, folder: Path) -> None:
+        super().__init__("remote", folder)
+        self.scheme = scheme
+
+    @asynccontextmanager
+    async def identity(self, *tensors, batched: bool = True, **more):
+        named = {f"IN{index}": (DataType[name], dims) for index, (name, dims) in enumerate(tensors)}
+        served = self._folder / "there" / "served"
+        (served / "1").mkdir(parents=True)
+        (served / "config.pbtxt").write_text(config_text("fake", named, batched))
+        settings = Settings(
+            model_repository=(served.parent,), http_port=0, grpc_port=0, allow_metrics=False, persist_latency=False
+        )
+        async with running(settings) as gateway:
+            await gateway.loaded.wait()
+            self.provider = f"remote:127.0.0.1:{gateway.ports[self.scheme]}"
+            async with super().identity(*tensors, batched=batched, **more) as created:
+                yield created
+
+    def _config(self, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> ModelConfig:
+        config = super()._config(named, batched)
+        url = f"{self.scheme}://{self.provider.removeprefix('remote:')}"
+        return replace(config, parameters={"remote.url": url, "remote.model": "served"})
+
+
+def config_text(backend: str, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> str:
+    lines = [f"backend: '{backend}' max_batch_size: {8 if batched else 0}"]
+    for index, (name, (datatype, dims)) in enumerate(named.items()):
+        kind = "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.name}"
+        shape = f"dims: {list(dims or (1,))}"  # a configuration has no word for a scalar
+        lines.append(f"input {{ name: '{name}' data_type: {kind} {shape} }}")
+        lines.append(f"output {{ name: 'OUT{index}' data_type: {kind} {shape} }}")
+    return "\n".join(lines)
+
+
+@pytest.fixture(params=["fake", "onnxruntime", "remote-grpc", "remote-http"])
 def zoo(request, tmp_path: Path) -> Zoo:
-    return Zoo(request.param, tmp_path)
+    kind, _, scheme = request.param.partition("-")
+    return RemoteZoo(scheme, tmp_path) if scheme else Zoo(kind, tmp_path)
 
 
 async def run(engine: Engine, rows: int = 1, outputs: tuple[str, ...] = (), cores: int = 1, **inputs) -> BatchResult:
@@ -124,6 +166,10 @@ def sample(name: str, shape: tuple[int, ...]) -> Array:
 async def test_every_type_comes_back_as_it_went_in(zoo: Zoo, name: str, shape: tuple[int, ...]) -> None:
     given = sample(name, shape)
     async with zoo.identity((name, (2,))) as (engine,):
+        if zoo.backend == "remote" and not shape[0]:  # the other gateway refuses what this one would refuse
+            with pytest.raises(errors.InvalidArgument, match="batch-size must be >= 1"):
+                await run(engine, 0, IN0=given)
+            return
         result = await run(engine, shape[0], IN0=given)
     out = result.outputs["OUT0"]
     assert out.dtype == DataType[name].dtype
@@ -253,21 +299,25 @@ async def test_a_cancelled_caller_disturbs_nobody(zoo: Zoo) -> None:
 
 
 async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
-    before = set(threading.enumerate())
+    def threads() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name.startswith("identity/")}
+
     async with zoo.identity(("FP32", (2,)), count=3, threads=1, cores=2) as created:
-        assert len(set(threading.enumerate()) - before) == 3
+        assert len(threads()) == 3
         await run(created[0], cores=2, IN0=sample("FP32", (1, 2)))
+        await created[0].close()
+        await run(created[1], cores=2, IN0=sample("FP32", (1, 2)))
         async with asyncio.TaskGroup() as tasks:
             for engine in (*created, *created):
                 tasks.create_task(engine.close())
-        assert set(threading.enumerate()) == before
+        assert not threads()
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(engine.loaded is None for engine in created)
+        assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
     async with zoo.identity(("FP32", (2,))) as (engine,):
-        assert engine.provider == {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}[zoo.backend]
+        assert engine.provider == zoo.provider
         assert engine.warnings == ()
-        assert engine.concurrency == 1
+        assert engine.concurrency == (64 if zoo.backend == "remote" else 1)

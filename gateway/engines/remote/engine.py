@@ -43,6 +43,7 @@ class RemoteEngine:
         self._pool = pool
         self._client = client
         self._thread = thread
+        pool.join(self)
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """Send a batch on and yield its answer. Raises `GatewayError`, and by `batch.until` if there is one."""
@@ -64,8 +65,8 @@ class RemoteEngine:
         yield BatchResult(outputs, started, asked.stacked or started, time.monotonic_ns(), parameters=told)
 
     async def close(self) -> None:
-        """Close the connections and end the thread."""
-        await self._pool.close()
+        """End the thread, and with the last engine's the connections."""
+        await self._pool.leave(self)
         await self._thread.close()
 
     async def _ask(self, asked: _Asked, part: _Part) -> tuple[Target, dict[str, Array]]:

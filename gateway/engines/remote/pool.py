@@ -86,6 +86,7 @@ class Pool:
         self._model = model
         self._targets = list(targets)  # the next to ask first
         self._budget = RetryBudget()
+        self._users: set[object] = set()
 
     async def ask(
         self, rows: int, payload: Callable[[], Awaitable[Payload]], end: float, until: float | None
@@ -110,10 +111,16 @@ class Pool:
         assert failure is not None
         raise failure.error from failure
 
-    async def close(self) -> None:
-        """Close every connection. Idempotent."""
-        for target in self._targets:
-            await target.client.close()
+    def join(self, user: object) -> None:
+        """Somebody asks here from now on."""
+        self._users.add(user)
+
+    async def leave(self, user: object) -> None:
+        """Somebody asks no more; the last one closes every connection. Idempotent."""
+        self._users.discard(user)
+        if not self._users:
+            for target in self._targets:
+                await target.client.close()
 
     async def _try(
         self, target: Target, attempt: Attempt, payload: Callable[[], Awaitable[Payload]], end: float
