@@ -290,8 +290,7 @@ class Batch:
     engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
     `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
     before it does that. `requests` are what the batch is made of, in row order, for an engine that must tell them
-    apart; a batch that no client sent has none. `until`, by the monotonic clock, is when another engine must begin for
-    an answer in time: who has none by then gives up, and who foresees that does so at once.
+    apart; a batch that no client sent has none.
     """
 
     rows: int
@@ -300,7 +299,6 @@ class Batch:
     cores: int = 1
     hurry: bool = False
     requests: Sequence[InferRequest] = ()
-    until: float | None = None
 
 
 @dataclass(slots=True)

@@ -39,7 +39,10 @@ async def create(spec: EngineSpec, count: int) -> list[Engine]:
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
         options, warnings = await threads[0].call(partial(_prepare, spec.config))
-        targets = [Target(each.name, _client(each, options), options.concurrency) for each in options.addresses]
+        targets = [
+            Target(spec.config.name, each.name, _client(each, options), options.concurrency)
+            for each in options.addresses
+        ]
     except BaseException:
         for thread in threads:
             thread.stop()

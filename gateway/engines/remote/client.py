@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from gateway.types import Array, Buffer, Parameter, Tensor
 
+WAY = 0.003  # seconds that a server is told to be earlier, so that it says that the time is over before we give up
 LARGE = 64 * 1024  # bytes; more is not decoded on the event loop
 
 Raw: TypeAlias = Any  # an answer as its client's `decode` takes it
@@ -39,13 +40,19 @@ class Client(Protocol):
         """The wire bytes of a question. May take long for large tensors."""
 
     async def send(self, payload: Payload, seconds: float) -> Raw:
-        """Ask, and return the answer as it came; who answers is told how many seconds are left. Raises `Failure`."""
+        """Ask, and return the answer as it came; who answers is told how many seconds are left.
+
+        Raises `Failure`, and TimeoutError when nothing came until then.
+        """
 
     def size(self, raw: Raw) -> int:
         """The bytes of an answer."""
 
     def decode(self, raw: Raw) -> dict[str, Array]:
         """The outputs of an answer. Raises ValueError for one that makes no sense."""
+
+    async def live(self) -> None:
+        """Return when the server has answered anything. Raises `Failure` when it has not within the time to connect."""
 
     async def renew(self) -> None:
         """Use a new connection from now on: the server is silent on this one."""

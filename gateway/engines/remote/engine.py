@@ -16,14 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from gateway import errors
+from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
-from gateway.engines.remote.client import LARGE, Client, Payload, Question
+from gateway.engines.remote.client import LARGE, WAY, Client, Payload, Question
 from gateway.engines.remote.options import Options
 from gateway.engines.remote.pool import Pool, Target
 from gateway.engines.threads import EngineThread
 from gateway.types import Array, Batch, BatchResult, InferRequest, Parameter, Tensor
 
-_MARGIN = 0.005  # seconds of a deadline that are kept for the way back and for our own answer
+_BACK = 0.002  # seconds of a deadline that are kept for our own answer
 _OURS = ("timeout", "binary_data_output")  # parameters that are between the client and us
 
 
@@ -31,6 +32,7 @@ class RemoteEngine:
     """One instance's way to the servers of a model, which all instances share."""
 
     warnings: tuple[str, ...]
+    artefact: Artefact | None = None
     widest = 1
 
     def __init__(self, config: ModelConfig, options: Options, pool: Pool, client: Client, thread: EngineThread) -> None:
@@ -46,7 +48,7 @@ class RemoteEngine:
         pool.join(self)
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
-        """Send a batch on and yield its answer. Raises `GatewayError`, and by `batch.until` if there is one."""
+        """Send a batch on and yield its answer. Raises `GatewayError`."""
         started = time.monotonic_ns()
         asked = _Asked(batch, started / 1e9 + self._timeout)
         parts = _parts(batch)
@@ -80,7 +82,7 @@ class RemoteEngine:
                 ready = await self._thread.call(partial(self._encode, asked, part), hurry=asked.batch.hurry)
             return ready
 
-        target, raw = await self._pool.ask(part.rows, payload, asked.end, asked.batch.until)
+        target, raw = await self._pool.ask(payload, asked.end)
         decode = partial(self._decode, raw)
         return target, await self._thread.call(decode) if self._client.size(raw) > LARGE else decode()
 
@@ -93,7 +95,7 @@ class RemoteEngine:
                 array = arrays[tensor.name] if rows is None else arrays[tensor.name][rows]
                 array = _reshaped(array, tensor.reshape, tensor.dims)
                 inputs[tensor.name] = Tensor.from_array(tensor.datatype, array)
-        seconds = asked.end - time.monotonic() if asked.deadline else None
+        seconds = asked.end - WAY - time.monotonic() if asked.deadline else None
         return self._client.encode(Question(inputs, asked.batch.outputs, part.parameters, part.id, seconds))
 
     def _decode(self, raw: object) -> dict[str, Array]:
@@ -128,8 +130,8 @@ class _Asked:
         deadlines = [request.deadline for request in batch.requests]
         known = [deadline for deadline in deadlines if deadline is not None]
         # The last of them counts: the others' own waits end by themselves, and must not end this one's.
-        self.deadline = max(known) - _MARGIN if known and len(known) == len(deadlines) else None
-        self.end = min(each for each in (self.deadline, batch.until, patience) if each is not None)
+        self.deadline = max(known) - _BACK if known and len(known) == len(deadlines) else None
+        self.end = patience if self.deadline is None else min(self.deadline, patience)
         self.stacked = 0  # ns
         self._inputs: dict[str, Array] | None = None
 

@@ -6,6 +6,8 @@ nothing comes any more, is replaced when it is told to (`renew`).
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -21,6 +23,8 @@ from gateway.engines.remote.options import Address, Options
 from gateway.types import Array, DataType, Parameter, Tensor
 
 _SERVICE = "/inference.GRPCInferenceService/"
+_OWN_TIMER = "Deadline Exceeded"  # details of the library's own; a server's say more
+_ABSENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _FIRST_PAUSE_MS, _LONGEST_PAUSE_MS = 100, 1000
 
 
@@ -51,17 +55,13 @@ class GrpcClient:
 
     async def send(self, payload: Payload, seconds: float) -> bytes:
         """See `Client`."""
-        line = self._line
-        line.calls += 1
         try:
-            call = line.infer(payload.parts[0], timeout=seconds, metadata=self._metadata)
-            return await call  # type: ignore[no-any-return]
+            async with self._used() as line:
+                return await line.infer(payload.parts[0], timeout=seconds, metadata=self._metadata)  # type: ignore[no-any-return]
         except grpc.aio.AioRpcError as problem:
+            if problem.details() == _OWN_TIMER:
+                raise TimeoutError from problem
             raise _failure(self._options.model, problem, problem.trailing_metadata()) from problem
-        finally:
-            line.calls -= 1
-            if line is not self._line and not line.calls:
-                await line.channel.close()
 
     def size(self, raw: bytes) -> int:
         """See `Client`."""
@@ -79,6 +79,15 @@ class GrpcClient:
         except DecodeError as problem:
             raise ValueError("no inference response") from problem
 
+    async def live(self) -> None:
+        """See `Client`."""
+        try:
+            async with self._used() as line:
+                await line.live(b"", timeout=self._options.connect_timeout, metadata=self._metadata)
+        except grpc.aio.AioRpcError as problem:
+            if problem.code() in _ABSENT:
+                raise unreachable(self._options.model, problem.details()) from problem
+
     async def renew(self) -> None:
         """See `Client`. Calls on the old connection may still be answered; the last of them closes it."""
         old, self._line = self._line, _Line(self._open())
@@ -88,6 +97,18 @@ class GrpcClient:
     async def close(self) -> None:
         """See `Client`."""
         await self._line.channel.close()
+
+    @asynccontextmanager
+    async def _used(self) -> AsyncGenerator[_Line, None]:
+        """The channel, kept open until the call is over."""
+        line = self._line
+        line.calls += 1
+        try:
+            yield line
+        finally:
+            line.calls -= 1
+            if line is not self._line and not line.calls:
+                await line.channel.close()
 
     def _open(self) -> Any:
         options = (
@@ -111,6 +132,7 @@ class _Line:
     def __init__(self, channel: Any) -> None:
         self.channel = channel
         self.infer = channel.unary_unary(_SERVICE + "ModelInfer")
+        self.live = channel.unary_unary(_SERVICE + "ServerLive")
         self.calls = 0
 
 

@@ -1,10 +1,8 @@
-"""Whether a server is worth a request now: is it there, and can it answer in time.
+"""Whether a server is worth a request now, and how long an answer may take before one asks whether it is still there.
 
 A server that breaks connections, refuses them or is silent is lost: nothing is sent to it but a trial now and then, one
-at a time, and the first answer brings it back. One that is only slow is passed over by requests that cannot wait for
-it, but for a trial now and then, so that it is noticed when it is quick again. A trial is a request like any other,
-so nobody probes behind the callers' backs, and its caller loses no more than the time it gave.
-Pure state: who asks brings the time, in monotonic seconds.
+at a time, and the first answer brings it back. A trial is a request like any other, so nobody probes behind the
+callers' backs. Pure state: who asks brings the time, in monotonic seconds.
 """
 
 from __future__ import annotations
@@ -12,41 +10,19 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-_SAMPLES = 32  # of each size
+_SAMPLES = 32
 _QUANTILE = 0.95
-_SLOW_TRIAL = 0.5  # seconds between trials of a server that is slow
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.125, 1.0  # seconds between trials of one that is lost; doubled each time
+_PATIENCE = (0.25, 1.0)  # seconds, at least and at most; the most while nothing is known
+_PATIENT = 4.0  # times the usual
+_SILENT = 3  # requests in a row that nothing came of
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.125, 1.0  # seconds between trials; doubled each time
 _LONGEST_HOLD = 5.0  # seconds for which a server may ask to be left alone
-
-
-class Latency:
-    """How long answers take, lately, by the size of the request: its rows, rounded to a power of two."""
-
-    def __init__(self) -> None:
-        self._samples: dict[int, deque[float]] = {}
-
-    def predicted(self, rows: int) -> float:
-        """Seconds in which 95 % of answers came to requests of this size, or to the next smaller one known; 0: unknown."""
-        size = max((each for each in self._samples if each <= rows.bit_length()), default=None)
-        if size is None:
-            return 0.0
-        ordered = sorted(self._samples[size])
-        return ordered[int(_QUANTILE * (len(ordered) - 1) + 0.5)]
-
-    def add(self, rows: int, seconds: float) -> None:
-        """An answer took so long, or at least so long when it was not waited for."""
-        self._samples.setdefault(rows.bit_length(), deque(maxlen=_SAMPLES)).append(seconds)
-
-    def restart(self) -> None:
-        """What was known holds no more."""
-        self._samples.clear()
 
 
 @dataclass(slots=True)
 class Attempt:
     """One request that was let through: how it ends must be told to `Health`, once."""
 
-    rows: int
     started: float
     trial: bool = False
 
@@ -55,31 +31,30 @@ class Health:
     """What is known of one server."""
 
     def __init__(self) -> None:
-        self.latency = Latency()
         self.lost = False
+        self.heard = 0.0  # when the last answer came, whatever it said
+        self._latencies: deque[float] = deque(maxlen=_SAMPLES)
         self._failures = 0  # in a row
+        self._silent = 0  # in a row
         self._changed = 0.0  # when it was last found lost or there
-        self._heard = 0.0  # when the last answer came, whatever it said
         self._hold_until = 0.0
         self._next_trial = 0.0
         self._trying = False
 
-    def admit(self, rows: int, now: float, until: float | None, queued: float = 0.0) -> Attempt | None:
-        """Let a request through, or None. Who has `until` can do something better than wait longer.
+    @property
+    def patience(self) -> float:
+        """Seconds without any answer after which to ask whether it is there: some times what 95 % of answers took."""
+        if not self._latencies:
+            return _PATIENCE[1]
+        usual = sorted(self._latencies)[int(_QUANTILE * (len(self._latencies) - 1) + 0.5)]
+        return min(max(_PATIENT * usual, _PATIENCE[0]), _PATIENCE[1])
 
-        `queued` is the seconds it will wait here before it is sent.
-        """
-        if now < self._hold_until:
+    def admit(self, now: float) -> Attempt | None:
+        """Let a request through, or None."""
+        if now < self._hold_until or (self.lost and (self._trying or now < self._next_trial)):
             return None
-        slow = until is not None and now + queued + self.latency.predicted(rows) > until
-        if not self.lost and not slow:
-            return Attempt(rows, now)
-        if self._trying or now < self._next_trial:
-            return None
-        self._trying = True
-        if slow:
-            self._next_trial = now + _SLOW_TRIAL
-        return Attempt(rows, now, trial=True)
+        self._trying = self.lost
+        return Attempt(now, self.lost)
 
     def again_in(self, now: float) -> float:
         """Seconds until a request may get through that does not now."""
@@ -87,21 +62,22 @@ class Health:
 
     def answered(self, attempt: Attempt, now: float) -> None:
         """It answered with a result."""
-        self._hear(attempt, now)
-        if attempt.trial:
-            self.latency.restart()
-        self.latency.add(attempt.rows, now - attempt.started)
+        self._latencies.append(now - attempt.started)
+        self.hear(now)
+        self._end(attempt)
 
     def declined(self, attempt: Attempt, now: float, retry_after: float = 0.0) -> None:
         """It answered with an error, and perhaps asked to be left alone for some seconds."""
-        self._hear(attempt, now)
+        self.hear(now)
         self._hold_until = max(self._hold_until, now + min(retry_after, _LONGEST_HOLD))
+        self._end(attempt)
 
     def gave_up(self, attempt: Attempt, now: float) -> None:
-        """The answer did not come in time. If nothing else came either, nobody is there."""
-        self.latency.add(attempt.rows, now - attempt.started)
-        if self._heard < attempt.started:
-            self._lose(attempt, now)
+        """No answer came in time. If that goes on, and nothing else comes either, nobody is there."""
+        if self.heard < attempt.started:
+            self._silent += 1
+            if attempt.trial or self._silent >= _SILENT:
+                self._lose(attempt, now)
         self._end(attempt)
 
     def failed(self, attempt: Attempt, now: float) -> None:
@@ -110,15 +86,16 @@ class Health:
         self._end(attempt)
 
     def abandoned(self, attempt: Attempt) -> None:
-        """Nobody waits for it any more, which says nothing about the server."""
+        """It was never sent."""
         self._end(attempt)
 
-    def _hear(self, attempt: Attempt, now: float) -> None:
-        self._heard = now
+    def hear(self, now: float) -> None:
+        """It is there."""
+        self.heard = now
+        self._failures = self._silent = 0
         if self.lost:
             self.lost, self._changed, self._next_trial = False, now, 0.0
-        self._failures = 0
-        self._end(attempt)
+            self._latencies.clear()
 
     def _lose(self, attempt: Attempt, now: float) -> None:
         if attempt.started < self._changed:

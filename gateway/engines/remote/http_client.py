@@ -18,7 +18,7 @@ import numpy as np
 from gateway import errors
 from gateway.config.model import ModelConfigProto
 from gateway.config.parse import parse_json
-from gateway.engines.remote.client import Payload, Question
+from gateway.engines.remote.client import WAY, Payload, Question
 from gateway.engines.remote.failures import Failure, of_http, unreachable
 from gateway.engines.remote.options import Address, Options
 from gateway.types import Array, Buffer, DataType, Tensor, element_count
@@ -33,6 +33,7 @@ class HttpClient:
 
     def __init__(self, address: Address, options: Options) -> None:
         self._model = options.model
+        self._patience = options.connect_timeout
         self._path = _model_path(options) + "/infer"
         self._client = httpx.AsyncClient(
             **_settings(address, options),
@@ -72,13 +73,13 @@ class HttpClient:
                 "content-length": str(size),
                 "content-type": "application/octet-stream",
                 _HEAD: str(payload.head),
-                "x-request-timeout-ms": f"{seconds * 1e3:.3f}",
+                "x-request-timeout-ms": f"{max(seconds - WAY, 0.001) * 1e3:.3f}",
             },
         )
         try:
             response = await self._client.send(request)
         except httpx.TransportError as problem:
-            raise unreachable(self._model, f"{type(problem).__name__}: {problem}") from problem
+            raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
         if response.status_code != 200:
             raise _failure(self._model, response)
         return response
@@ -106,6 +107,13 @@ class HttpClient:
             raise ValueError(f"no inference response: {problem}") from problem
         return outputs
 
+    async def live(self) -> None:
+        """See `Client`."""
+        try:
+            await self._client.get("/v2/health/live", timeout=self._patience)
+        except httpx.TransportError as problem:
+            raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
+
     async def renew(self) -> None:
         """See `Client`: a connection whose answer was not waited for is closed already."""
 
@@ -121,7 +129,7 @@ def fetch(address: Address, options: Options) -> ModelConfigProto:
         with httpx.Client(**settings, timeout=options.connect_timeout) as client:
             response = client.get(_model_path(options) + "/config")
     except httpx.TransportError as problem:
-        raise unreachable(options.model, f"{type(problem).__name__}: {problem}") from problem
+        raise unreachable(options.model, f"{type(problem).__name__} {problem}".strip()) from problem
     if response.status_code != 200:
         raise _failure(options.model, response)
     try:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from gateway import errors
 from gateway.engines.remote.budget import RetryBudget
 from gateway.engines.remote.client import Client, Payload, Raw
-from gateway.engines.remote.failures import Failure
+from gateway.engines.remote.failures import Failure, unreachable
 from gateway.engines.remote.health import Attempt, Health
 from gateway.engines.remote.limit import Gate, GradientLimit
 from gateway.telemetry import log_event
@@ -24,19 +24,14 @@ from gateway.telemetry import log_event
 class Target:
     """One server."""
 
-    def __init__(self, name: str, client: Client, most: int) -> None:
+    def __init__(self, model: str, name: str, client: Client, most: int) -> None:
         """`name` is its `host:port`, `most` the requests that may be on their way to it."""
         self.name = name
         self.client = client
         self.health = Health()
         self.gate = Gate(GradientLimit(most))
-
-    def admit(self, rows: int, now: float, until: float | None) -> Attempt | None:
-        """See `Health.admit`."""
-        queued = 0.0
-        if not self.gate.free:
-            queued = self.health.latency.predicted(rows) * (self.gate.waiting + 1) / self.gate.limit.limit
-        return self.health.admit(rows, now, until, queued)
+        self._model = model
+        self._asking: asyncio.Future[str | None] | None = None
 
     async def ask(self, attempt: Attempt, payload: Callable[[], Awaitable[Payload]], end: float) -> Raw:
         """Send what `payload` gives and wait for the answer until `end`. Raises `Failure`, and TimeoutError at the end."""
@@ -59,9 +54,41 @@ class Target:
 
     async def _send(self, payload: Payload, end: float) -> Raw:
         sent = time.monotonic()
-        raw = await self.client.send(payload, end - sent)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(self._watch())
+                raw = await self.client.send(payload, end - sent)
+                watching.cancel()
+        except* (Failure, TimeoutError) as problems:
+            raise problems.exceptions[0] from None
         self.gate.limit.answered(time.monotonic() - sent, self.gate.open)
         return raw
+
+    async def _watch(self) -> None:
+        """Ask whether the server is there when nothing has come from it for long. Raises `Failure` when it is not."""
+        since = time.monotonic()
+        while True:
+            quiet = time.monotonic() - max(self.health.heard, since)
+            if quiet < (patience := self.health.patience):
+                await asyncio.sleep(patience - quiet)
+            elif (reason := await self._ask_whether_there()) is not None:
+                raise unreachable(self._model, reason)
+
+    async def _ask_whether_there(self) -> str | None:
+        """Why it is not; None if it is, or if that was not found out. One asks for all who wait."""
+        if self._asking is not None:
+            return await asyncio.shield(self._asking)
+        self._asking = asyncio.get_running_loop().create_future()
+        reason: str | None = None
+        try:
+            await self.client.live()
+            self.health.hear(time.monotonic())
+        except Failure as failure:
+            reason = failure.reason
+        finally:
+            self._asking.set_result(reason)
+            self._asking = None
+        return reason
 
     def _answered(self, attempt: Attempt) -> None:
         self.health.answered(attempt, time.monotonic())
@@ -88,20 +115,14 @@ class Pool:
         self._budget = RetryBudget()
         self._users: set[object] = set()
 
-    async def ask(
-        self, rows: int, payload: Callable[[], Awaitable[Payload]], end: float, until: float | None
-    ) -> tuple[Target, Raw]:
-        """Ask one, and another if that fails, and return who answered, and what.
-
-        Nobody waits longer than `end`; who gives `until`, which is no later, has somebody else to turn to and is refused
-        at once where no answer is likely by then. Raises `GatewayError`.
-        """
+    async def ask(self, payload: Callable[[], Awaitable[Payload]], end: float) -> tuple[Target, Raw]:
+        """Ask one until `end`, and another if that fails, and return who answered, and what. Raises `GatewayError`."""
         self._budget.sent(time.monotonic())
         failure: Failure | None = None
         for _ in range(len(self._targets) + 1):
             if failure is not None and not self._budget.withdraw(time.monotonic()):
                 break
-            target, attempt = self._pick(rows, until, failure)
+            target, attempt = self._pick(failure)
             try:
                 return target, await self._try(target, attempt, payload, end)
             except Failure as problem:
@@ -148,13 +169,13 @@ class Pool:
         elif before and not target.health.lost:
             log_event("remote_back", model=self._model, server=target.name)
 
-    def _pick(self, rows: int, until: float | None, failure: Failure | None) -> tuple[Target, Attempt]:
+    def _pick(self, failure: Failure | None) -> tuple[Target, Attempt]:
         """The server to ask: one that is due for a trial, or that with the fewest requests on their way, in turn."""
         now = time.monotonic()
         for target in sorted(
             self._targets, key=lambda each: (not each.health.lost, each.gate.open + each.gate.waiting)
         ):
-            attempt = target.admit(rows, now, until)
+            attempt = target.health.admit(now)
             if attempt is not None:
                 self._targets.remove(target)
                 self._targets.append(target)
