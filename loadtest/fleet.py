@@ -12,12 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -44,6 +45,15 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = _PATIE
             message = f"not within {seconds:g} s: {what}"
             raise FleetError(message)
         time.sleep(_LOOK)
+
+
+class Resources(NamedTuple):
+    """What a process uses."""
+
+    memory: int  # resident bytes that are its own
+    descriptors: int
+    threads: int
+    tasks: int  # on its event loop
 
 
 class Process:
@@ -113,12 +123,23 @@ class Process:
         """The end of its log."""
         return self.log.read_text(errors="replace")[-size:]
 
-    def resources(self) -> tuple[int, int, int]:
-        """Resident bytes that are its own, descriptors, threads."""
+    def resources(self) -> Resources:
+        """What it uses now. Its metrics must answer."""
+        tasks = self._tasks()
         process = psutil.Process(self.pid)
         with process.oneshot():
             memory = process.memory_info()
-            return memory.rss - memory.shared, process.num_fds(), process.num_threads()
+            return Resources(memory.rss - memory.shared, process.num_fds(), process.num_threads(), tasks)
+
+    def _tasks(self) -> int:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port()}/metrics", timeout=10) as reply:
+            lines = reply.read().decode().splitlines()
+        return int(float(next(line for line in lines if line.startswith("gateway_tasks")).rpartition(" ")[2]))
+
+    def _metrics_port(self) -> int:
+        """As it said when it was last started."""
+        said = (json.loads(line) for line in self.log.read_text().splitlines() if '"listening"' in line)
+        return [int(line["metrics"]) for line in said if "metrics" in line][-1]
 
     def descriptors(self) -> dict[str, int]:
         """How many descriptors there are of each kind."""

@@ -234,6 +234,18 @@ def redis_frozen(rig: Rig, pace: Pace) -> Outcome:
 
 
 @fault()
+def redis_frozen_again(rig: Rig, pace: Pace) -> Outcome:
+    """Five times SIGSTOP of Redis for 10 s: what each leaves behind would add up."""
+    watched = Watched([*rig.fleet.workers, *rig.fleet.gateways])
+    for _ in range(5):
+        outcome = redis_frozen(rig, pace)
+        if outcome.broken:
+            return outcome
+    watched.settle(outcome)
+    return outcome
+
+
+@fault()
 def redis_cut(rig: Rig, pace: Pace) -> Outcome:
     """Replies of Redis are held back for 5 s."""
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import psutil
 
 from loadtest.fault_proxy import FaultProxy
-from loadtest.fleet import Client, Fleet, FleetError, Process, wait_until
+from loadtest.fleet import Client, Fleet, FleetError, Process, Resources, wait_until
 from loadtest.fleet_client import write_model
 from loadtest.history import History, Verdict
 
@@ -210,6 +210,8 @@ class Watched:
     """What processes used before a fault and what they use once it is over and they are quiet."""
 
     def __init__(self, processes: Sequence[Process]) -> None:
+        for process in processes:
+            process.resources()  # the first scrape opens what the next ones use
         self._before = {process: (process.pid, process.resources()) for process in processes}
 
     def settle(self, outcome: Outcome) -> None:
@@ -218,25 +220,31 @@ class Watched:
             wait_until(lambda: not self._grown(), "as before", _QUIET)
         grown = self._grown()
         outcome.broken += grown if outcome.pace.timed else []
+        outcome.figures["tasks"] = {
+            process.log.stem: f"{before.tasks} -> {process.resources().tasks}" for process, before in self._alive()
+        }
         outcome.figures["growth_mb"] = {
-            process.log.stem: round((process.resources()[0] - before[0]) / 2**20, 1)
+            process.log.stem: round((process.resources().memory - before.memory) / 2**20, 1)
             for process, before in self._alive()
         }
 
     def _grown(self) -> list[str]:
         found = []
-        for process, (memory, descriptors, threads) in self._alive():
+        for process, before in self._alive():
             now = process.resources()
             name = process.log.stem
-            if now[0] > memory * (1 + _GROWTH) + _SLACK:
-                found.append(f"{name} has {(now[0] - memory) / 2**20:.1f} MiB more than before")
-            if now[1] > descriptors:
-                found.append(f"{name} has {now[1]} descriptors and had {descriptors}: {process.descriptors()}")
-            if now[2] > threads:
-                found.append(f"{name} has {now[2]} threads and had {threads}")
+            if now.memory > before.memory * (1 + _GROWTH) + _SLACK:
+                found.append(f"{name} has {(now.memory - before.memory) / 2**20:.1f} MiB more than before")
+            if now.descriptors > before.descriptors:
+                kinds = process.descriptors()
+                found.append(f"{name} has {now.descriptors} descriptors and had {before.descriptors}: {kinds}")
+            if now.threads > before.threads:
+                found.append(f"{name} has {now.threads} threads and had {before.threads}")
+            if now.tasks > before.tasks:
+                found.append(f"{name} has {now.tasks} tasks and had {before.tasks}")
         return found
 
-    def _alive(self) -> list[tuple[Process, tuple[int, int, int]]]:
+    def _alive(self) -> list[tuple[Process, Resources]]:
         return [
             (process, before)
             for process, (pid, before) in self._before.items()

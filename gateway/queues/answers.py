@@ -84,6 +84,9 @@ class Answers:
         """Nobody waits any more."""
         self.done = True
         self._answers = None
+        # An error that was raised holds the frames it passed, they hold this, and this must not hold the error: such
+        # rings are collected so rarely that a thousand late requests left 10 MB of them.
+        self._waiter = None
         self._close()
 
     def _close(self) -> None:

@@ -234,7 +234,12 @@ class MetricsApp:
             protocol.response_str(405, headers, '{"error":"Method Not Allowed"}')
         else:
             statistics = await self._fleet()
-            families = model_metrics(statistics) + await self._queue.collect(statistics)
+            tasks = "Tasks on the event loop of this process, the one that answers this included"
+            families = [
+                *model_metrics(statistics),
+                *await self._queue.collect(statistics),
+                Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
+            ]
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
 

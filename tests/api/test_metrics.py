@@ -1,5 +1,6 @@
 """`/metrics` as a scraper sees it: Triton's names, types and labels, and our histograms."""
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -280,3 +281,16 @@ async def test_probes_learn_of_health_without_a_token() -> None:
         assert (response.status, response.body) == (status, word.encode())
     assert (await get(app, "/v2/health/other")).status == 401
     assert (await get(app, "/v2/health/live", "POST")).status == 401
+
+
+async def test_tasks_of_the_event_loop_are_counted(statistics: Statistics) -> None:
+    async def told() -> int:
+        text = await scrape(statistics)
+        return int(next(line for line in text.splitlines() if line.startswith("gateway_tasks ")).split()[1])
+
+    before, forever = await told(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(forever.wait())
+        assert await told() == before + 3
+        forever.set()
