@@ -88,6 +88,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     repository = Repository(
         settings.model_repository,
         engines.describe,
+        ask_remote=engines.remote_configuration,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may

@@ -217,6 +217,7 @@ def _models(settings: Settings) -> int:
     repository = Repository(
         settings.model_repository,
         engines.describe,
+        ask_remote=engines.remote_configuration,
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,

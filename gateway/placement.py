@@ -37,6 +37,10 @@ class Placement:
     cores: int
 
 
+REMOTE = Device("remote", "remote", 1 << 16)
+"""Where models run whose engine is another server: nothing here competes for it, so it has slots for all."""
+
+
 def devices(cores: int = 0) -> list[Device]:
     """The devices of this process: `cores` cores, or 0 for all that it may use. GPUs are not looked for yet."""
     return [Device("cpu", "cpu", cores or cpu_cores())]
@@ -46,8 +50,10 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     """Where the instances of a model live, one entry a device, in the order of its instance groups.
 
     On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
-    cores. On a GPU it is one instance and one core. Raises `Unavailable` for a GPU that is not there.
+    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core. Raises `Unavailable` for a GPU that is not there.
     """
+    if config.backend == "remote":
+        return [Placement(REMOTE, 1, 1, 1)]
     counts: dict[Device, int] = {}
     for group in config.instance_groups or (InstanceGroup(),):
         for device in _devices_of(group, config.name, available):

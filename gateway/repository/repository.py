@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from gateway.config.build import build
-from gateway.config.complete import complete, fill_backend
+from gateway.config.complete import adopt, complete, fill_backend
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, ModelConfigProto
 from gateway.config.parse import Source, empty, parse_json, parse_text
@@ -22,6 +23,10 @@ from gateway.repository import layout
 from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest, fingerprint
 from gateway.repository.layout import Found
 from gateway.types import ModelIO
+
+
+AskRemote: TypeAlias = Callable[[str, Mapping[str, str]], ModelConfigProto]
+"""A model's name and parameters to its configuration on the server that they name. Blocking. Raises `GatewayError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +54,20 @@ class Repository:
         paths: Sequence[Path],
         describe: Callable[[Path], ModelIO],
         *,
-        backends: Collection[str] = ("onnxruntime", "fake"),
+        backends: Collection[str] = ("onnxruntime", "fake", "remote"),
+        ask_remote: AskRemote | None = None,
         gpus: Sequence[int] = (),
         default_max_batch_size: int = 4,
         config_name: str = "",
         caches: bool = False,
     ) -> None:
-        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
-        the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
+        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `ask_remote` asks
+        the server that a model's parameters name for its configuration; `gpus` the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
         `caches` nobody keeps responses, and models that ask for it are warned of.
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
+        self._ask_remote = ask_remote
         self._backends = frozenset(backends)
         self._gpus = tuple(gpus)
         self._default_max_batch_size = default_max_batch_size
@@ -100,9 +107,8 @@ class Repository:
         chosen, absent = _choose(proto, name, numbered, source)
         newest = chosen[max(chosen)]
         proto = fill_backend(proto, name, layout.names(newest))
-        if override and proto.backend == "fake":
-            # Anyone who may load models could otherwise have one that crashes on request.
-            raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
+        if override:
+            _check_override(proto, source)
         require_supported(proto, self._backends, source)
         config = self._config(proto, folder, chosen, source)
         texts = [*ignored, *absent, *warnings(proto, source)]
@@ -133,6 +139,9 @@ class Repository:
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
         io = None
+        if proto.backend == "remote" and self._ask_remote is not None and not (proto.input and proto.output):
+            parameters = {key: value.string_value for key, value in proto.parameters.items()}
+            proto = adopt(proto, self._ask_remote(folder.name, parameters))
         if model is not None and not (proto.input and proto.output):
             io = self._describe_file(model, folder)
             proto = complete(proto, io, self._default_max_batch_size, source)
@@ -167,6 +176,15 @@ def _override(parameters: Mapping[str, str]) -> str:
         if key != "config":
             raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config'")
     return parameters.get("config", "")
+
+
+def _check_override(proto: ModelConfigProto, source: Source) -> None:
+    if proto.backend == "fake":
+        # Anyone who may load models could otherwise have one that crashes on request.
+        raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
+    if proto.backend == "remote" or any("remote" in key for key in proto.parameters):
+        # They could have this server call any other, and send it the files that the parameters name.
+        raise source.error("a remote server is named in a repository's config.pbtxt and not by an override")
 
 
 def _choose(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gateway import errors
-from gateway.placement import Device, plan
+from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
 from gateway.scheduling.scheduler import DeadlineScheduler
@@ -61,7 +61,7 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
+        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62))
         self._measures = measures
         self._persists = persists
         self._statistics = statistics

@@ -37,7 +37,7 @@ class Failure(Exception):
 
 def unreachable(model: str, reason: str) -> Failure:
     """There is no connection, or not any more."""
-    text = f"model '{model}' runs on a remote server, which cannot be reached; try again later"
+    text = f"the remote server of model '{model}' cannot be reached; try again later"
     return Failure("gone", errors.Unavailable(text, 1.0), reason)
 
 

@@ -61,7 +61,7 @@ class GrpcClient:
         except grpc.aio.AioRpcError as problem:
             if problem.details() == _OWN_TIMER:
                 raise TimeoutError from problem
-            raise _failure(self._options.model, problem, problem.trailing_metadata()) from problem
+            raise _failure(self._options.name, problem, problem.trailing_metadata()) from problem
 
     def size(self, raw: bytes) -> int:
         """See `Client`."""
@@ -86,7 +86,7 @@ class GrpcClient:
                 await line.live(b"", timeout=self._options.connect_timeout, metadata=self._metadata)
         except grpc.aio.AioRpcError as problem:
             if problem.code() in _ABSENT:
-                raise unreachable(self._options.model, problem.details()) from problem
+                raise unreachable(self._options.name, problem.details()) from problem
 
     async def renew(self) -> None:
         """See `Client`. Calls on the old connection may still be answered; the last of them closes it."""
@@ -150,7 +150,7 @@ def fetch(address: Address, options: Options) -> ModelConfigProto:
         try:
             return call(request, timeout=options.connect_timeout, metadata=_metadata(options)).config
         except grpc.RpcError as problem:
-            raise _failure(options.model, problem, problem.trailing_metadata()) from problem
+            raise _failure(options.name, problem, problem.trailing_metadata()) from problem
 
 
 def _credentials(options: Options) -> Any:

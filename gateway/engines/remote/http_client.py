@@ -32,7 +32,7 @@ class HttpClient:
     """See `Client`."""
 
     def __init__(self, address: Address, options: Options) -> None:
-        self._model = options.model
+        self._model = options.name
         self._patience = options.connect_timeout
         self._path = _model_path(options) + "/infer"
         self._client = httpx.AsyncClient(
@@ -129,9 +129,9 @@ def fetch(address: Address, options: Options) -> ModelConfigProto:
         with httpx.Client(**settings, timeout=options.connect_timeout) as client:
             response = client.get(_model_path(options) + "/config")
     except httpx.TransportError as problem:
-        raise unreachable(options.model, f"{type(problem).__name__} {problem}".strip()) from problem
+        raise unreachable(options.name, f"{type(problem).__name__} {problem}".strip()) from problem
     if response.status_code != 200:
-        raise _failure(options.model, response)
+        raise _failure(options.name, response)
     try:
         return parse_json(response.text)
     except errors.GatewayError as problem:

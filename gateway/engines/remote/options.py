@@ -67,8 +67,9 @@ class Certificates:
 class Options:
     """All that is known of a model's remote. Times are seconds."""
 
+    name: str  # of the model here
     addresses: tuple[Address, ...]  # equals, all of one scheme
-    model: str
+    model: str  # its name there
     version: str  # empty: the newest there
     token: str
     certificates: Certificates
@@ -99,6 +100,7 @@ def read(model: str, parameters: Mapping[str, str]) -> Options:
     if bool(said["cert_file"]) != bool(said["key_file"]):
         raise _wrong(model, "cert_file", "and remote.key_file belong together; give both or none")
     return Options(
+        name=model,
         addresses=addresses,
         model=said["model"] or model,
         version=said["version"],
