@@ -24,7 +24,6 @@ from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest, f
 from gateway.repository.layout import Found
 from gateway.types import ModelIO
 
-
 AskRemote: TypeAlias = Callable[[str, Mapping[str, str]], ModelConfigProto]
 """A model's name and parameters to its configuration on the server that they name. Blocking. Raises `GatewayError`."""
 

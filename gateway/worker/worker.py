@@ -61,7 +61,9 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62))
+        self._slots = Slots(
+            DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
+        )
         self._measures = measures
         self._persists = persists
         self._statistics = statistics

@@ -53,7 +53,7 @@ def of_http(model: str, status: int, text: str, retry_after: float | None = None
         return Failure("busy", errors.Overloaded(text, retry_after), reason)
     if status == 504:
         return Failure("declined", errors.DeadlineExceeded(text), reason)
-    if status in _OURS or status == 503 or 300 <= status < 400:
+    if status in _OURS or status in (502, 503) or 300 <= status < 400:
         why = _OURS.get(status, text)
         told = errors.Unavailable(f"the remote server of model '{model}' cannot serve it now", retry_after or 1.0)
         kind: Kind = "busy" if status == 503 and retry_after is not None else "gone"

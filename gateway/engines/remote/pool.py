@@ -159,6 +159,8 @@ class Pool:
             raise Failure("gone" if spare else "declined", late, reason) from None
         except Failure as failure:
             reason = failure.reason
+            if isinstance(failure.error, errors.Internal):
+                log_event("remote_failed", logging.ERROR, model=self._model, server=target.name, reason=reason)
             raise
         finally:
             self._tell(target, lost, reason)
@@ -182,10 +184,6 @@ class Pool:
                 return target, attempt
         if failure is not None:
             raise failure.error from failure
-        if any(not target.health.lost for target in self._targets):
-            raise errors.DeadlineExceeded(
-                f"the remote server of model '{self._model}' is too slow, or busy, for this request"
-            )
         again = min(target.health.again_in(now) for target in self._targets)
         raise errors.Unavailable(
             f"the remote server of model '{self._model}' cannot be reached; try again later", again
