@@ -48,6 +48,7 @@ class Engine(Protocol):
     warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
     widest: int  # the most cores a run can use
     concurrency: int  # how many runs may be open at once
+    contained: bool  # whether this process outlives whatever a run does
 
     def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """Run a batch; a model of one answer yields once. Raises `GatewayError`, or anything on a crash."""

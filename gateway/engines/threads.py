@@ -135,6 +135,7 @@ class ThreadEngine:
     """The `Engine` of one loaded model on one thread. `loaded` is None once closed."""
 
     concurrency = 1
+    contained = False
 
     def __init__(self, loaded: Loaded, thread: EngineThread) -> None:
         self.provider = loaded.provider

@@ -185,10 +185,11 @@ class Queue(Protocol):
         Close it, whatever happens: until then the request counts as unanswered. Raises `GatewayError`.
         """
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 1 << 30) -> Consumer:
+    def consumer(self, lanes: Sequence[Lane], limit: int = 1 << 30, *, contained: bool = False) -> Consumer:
         """Open a worker's end of these lanes.
 
-        Where others may take what this one leaves, no more than `limit` jobs of a lane are in its hands.
+        Where others may take what this one leaves, no more than `limit` jobs of a lane are in its hands. With
+        `contained` jobs are run outside this process: one that kills what runs it does not kill the consumer.
         """
 
     async def drained(self, lane: Lane) -> None:

@@ -38,7 +38,7 @@ class MemoryQueue:
         state.add(job)
         return job
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 0) -> MemoryConsumer:  # noqa: ARG002 - nobody else would take them
+    def consumer(self, lanes: Sequence[Lane], limit: int = 0, *, contained: bool = False) -> MemoryConsumer:  # noqa: ARG002 - there is no other
         """See `Queue.consumer`."""
         return MemoryConsumer([self._lane(lane) for lane in lanes])
 

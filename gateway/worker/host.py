@@ -101,7 +101,8 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        self._consumer = self._queue.consumer([self.lane], self._credits())
+        contained = all(engine.contained for engine, _ in self._engines)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""

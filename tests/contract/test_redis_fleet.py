@@ -112,6 +112,37 @@ async def test_a_request_that_kills_two_workers_is_buried_and_answered(fleet):
                 assert b"poison" in letters[0][1]
 
 
+async def test_where_requests_are_contained_what_a_dead_worker_held_is_run_together(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as heir:
+        mortal = Mortal(fleet, "worker")
+        async with mortal as doomed:
+            async with background(*(ask(gateway, request(id=str(n))) for n in range(3))) as callers:
+                assert len(await take(doomed, 3)) == 3
+                await mortal.die()
+                jobs = await take(
+                    heir, 3, heir.consumer([LANE], 8, contained=True)
+                )  # none is answered before the third
+                assert {job.request.signature for job in jobs} == {None}
+                for job in jobs:
+                    job.reply(answer(job.request))
+                assert [(await caller).id for caller in callers] == ["0", "1", "2"]
+        await emptied(gateway)
+
+
+async def test_a_request_that_kills_workers_though_it_is_contained_is_buried_too(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway:
+        async with background(refusal(ask(gateway, request(id="poison")))) as (caller,):
+            for _ in range(3):
+                mortal = Mortal(fleet, "worker")
+                async with mortal as doomed:
+                    await take(doomed, 1, doomed.consumer([LANE], 8, contained=True))
+            async with fleet_queue(fleet, "worker") as heir:
+                heir.consumer([LANE], 8, contained=True)
+                error = await caller
+                assert type(error) is errors.Internal
+                assert "lost 3 workers" in error.message
+
+
 async def test_a_dead_letter_that_cannot_be_kept_is_answered_and_logged(fleet, caplog):
     async with fleet_queue(fleet, "gateway") as gateway:
         await gateway.client.call("SET", gateway.client.keys.dead("m", "1"), "no stream")
@@ -330,6 +361,17 @@ async def test_messages_of_another_deployment_are_not_believed(fleet):
         async with background(refusal(ask(forger, request(deadline=time.monotonic() + 0.5)))) as (caller,):
             await known(lambda: held.counts.damaged > 0)
             assert isinstance(await caller, errors.DeadlineExceeded)
+
+
+async def test_what_no_worker_believes_is_not_sent_for_ever(fleet, monkeypatch):
+    monkeypatch.setattr("gateway.queues.redis.calls._YOUNG", 0.0)
+    ours, theirs = b"0123456789abcdef", b"fedcba9876543210"
+    async with fleet_queue(fleet, "gateway", key=theirs) as forger, fleet_queue(fleet, "worker", key=ours) as held:
+        held.consumer([LANE], 8)
+        error = await refusal(ask(forger, request()))
+        assert isinstance(error, errors.Unavailable)
+        assert "the same queue key" in error.message
+        assert held.counts.damaged == 6
 
 
 # --- admission

@@ -31,13 +31,26 @@ _PATIENCE = 30.0  # seconds that a request without a deadline waits for a Redis 
 _YOUNG = 1.0  # seconds in which nothing is looked for: the usual wait is shorter, and looking costs a round trip
 _FOREVER = 3600.0  # seconds that the tensors of a request without a deadline are kept
 _MOST = 10_000  # pending entries asked for at once
+_LOSSES = 5  # times that a request is lost though Redis was there all the time; a worker that cannot read it drops it
 _SOME = 64  # entries read at once, which may have 256 KB each
 
 
 class RedisCall(Answers):
     """One request: the `Responses` of `RedisQueue.submit`."""
 
-    __slots__ = ("answered", "calls", "entries", "id", "lane", "missing", "reference", "sending", "sent", "stream")
+    __slots__ = (
+        "answered",
+        "calls",
+        "entries",
+        "id",
+        "lane",
+        "losses",
+        "missing",
+        "reference",
+        "sending",
+        "sent",
+        "stream",
+    )
 
     def __init__(self, request: InferRequest, lane: Lane, stream: str, identity: bytes, calls: Calls) -> None:
         super().__init__(request)
@@ -49,6 +62,7 @@ class RedisCall(Answers):
         self.entries: list[bytes] = []  # where it is in the stream; more than once after it was sent again
         self.sending = False
         self.missing = False  # it was not found the last time
+        self.losses = 0
         self.answered = False
         self.reference = ""  # of tensors that lie beside the stream
 
@@ -246,7 +260,16 @@ class Calls:
             return
         if any(entry in there for entry in call.entries):
             call.missing = False
+        elif call.losses >= _LOSSES:
+            self._link.report("request_lost", model=call.lane.model, times=call.losses)
+            call.fail(
+                errors.Unavailable(
+                    f"the request was sent {call.losses + 1} times and no worker kept it; whoever runs this server should "
+                    "see whether its gateways and workers have the same queue key and release"
+                )
+            )
         elif call.missing or suspicious:
+            call.losses += not suspicious
             self._link.counts.resubmitted += 1
             call.missing = False
             call.entries.clear()

@@ -313,7 +313,7 @@ class Directory:
         self.dead[process] = time.monotonic()
         if len(self.dead) > _DEAD_KNOWN:
             self.dead.pop(next(iter(self.dead)))
-        log_event("process_gone", logging.WARNING, process=process)
+        log_event("process_gone", logging.INFO if member.announcement.leaving else logging.WARNING, process=process)
         for model in member.pools:
             self._merge(model)
         self._died(process)

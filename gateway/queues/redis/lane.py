@@ -33,8 +33,10 @@ from gateway.types import Buffer, InferRequest
 
 CLASSES = (1, 2, 3)
 _BLOCK = 1.0  # seconds; also how long a stop may have to wait for the reader
-_TRIES = 2  # what was begun so often, and lost with each of its workers, is not run again
-_DEAD_KEPT = 1000  # dead letters of a lane
+_TRIES = (
+    2  # what was begun so often, and lost with each of its workers, is not run again; once more where it is contained
+)
+_DEAD_KEPT, _DEAD_BYTES = 1000, 64 << 20  # dead letters of a lane, and how large all of them may be if they are alike
 
 
 class LaneReader:
@@ -76,6 +78,11 @@ class LaneReader:
         self._room.set()
         while self._waiters:
             self._wake()
+
+    @property
+    def contained(self) -> bool:
+        """Whether a request that kills what runs it leaves this process alive: that a worker died is not its doing."""
+        return bool(self._consumers) and all(consumer.contained for consumer in self._consumers)
 
     @property
     def served(self) -> bool:
@@ -287,12 +294,12 @@ class LaneReader:
         return True
 
     def _admit(self, job: RedisJob, deliveries: int, *, orphan: bool) -> None:
-        if orphan and deliveries >= _TRIES:
+        if orphan and deliveries >= _TRIES + self.contained:
             self._bury(job, deliveries)
-        elif orphan:
+        elif orphan and (deliveries > 1 or not self.contained):
             self.suspects.add(job, deliveries)
         else:
-            if deliveries > 1:
+            if deliveries > 1 and not orphan:
                 job.request.signature = object()  # it was being tried
             self._add(job)
 
@@ -308,10 +315,11 @@ class LaneReader:
         log_event("dead_letter", logging.ERROR, model=lane.model, id=job.request.id, reason=reason)
         key = client.keys.dead(lane.model, lane.version)
         header, parts = pack_request(job.request)
+        payload = b"".join(parts)
+        kept = max(min(_DEAD_KEPT, _DEAD_BYTES // (len(payload) + 1)), 1)
         buried = client.call(
-            "XADD", key, "MAXLEN", "~", _DEAD_KEPT, "*", "id", job.request.id, "reason", reason, "h", header,
-            "p", b"".join(parts),
-        )  # fmt: skip
+            "XADD", key, "MAXLEN", "~", kept, "*", "id", job.request.id, "reason", reason, "h", header, "p", payload
+        )
         buried.add_done_callback(self._buried)
         job.fail(
             errors.Internal(
@@ -345,9 +353,10 @@ class Stub:
 class RedisConsumer:
     """The `Consumer` protocol over lanes of a Redis queue."""
 
-    def __init__(self, lanes: Sequence[LaneReader], limit: int) -> None:
+    def __init__(self, lanes: Sequence[LaneReader], limit: int, *, contained: bool = False) -> None:
         """Together with what it was given and has not answered, `limit` requests of a lane are read."""
         self.credits = limit
+        self.contained = contained
         self._lanes = lanes
         self._closed = asyncio.Event()
         for lane in lanes:

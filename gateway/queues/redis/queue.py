@@ -121,9 +121,9 @@ class RedisQueue:
             raise errors.stopping()
         return self._calls.submit(lane, request, _class_of(request))
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 1024) -> RedisConsumer:
+    def consumer(self, lanes: Sequence[Lane], limit: int = 1024, *, contained: bool = False) -> RedisConsumer:
         """See `Queue.consumer`."""
-        return RedisConsumer([self._lane(lane) for lane in lanes], limit)
+        return RedisConsumer([self._lane(lane) for lane in lanes], limit, contained=contained)
 
     async def drained(self, lane: Lane) -> None:
         """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""

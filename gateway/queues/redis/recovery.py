@@ -142,9 +142,10 @@ class Recovery:
     async def _claim(
         self, lane: LaneReader, stream: str, what: _Pending, *, idle: int = 0, orphan: bool = False
     ) -> int:
-        # RETRYCOUNT: that it changes hands is no delivery.
+        # That it changes hands is no delivery, unless it is run at once beside others.
+        begun = what.deliveries + (orphan and lane.contained and what.deliveries == 1)
         claimed = await self._link.client.call(
-            "XCLAIM", stream, GROUP, self._link.process, idle, what.entry, "RETRYCOUNT", what.deliveries
+            "XCLAIM", stream, GROUP, self._link.process, idle, what.entry, "RETRYCOUNT", begun
         )
         for found in claimed:
             if found:

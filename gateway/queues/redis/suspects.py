@@ -1,7 +1,8 @@
 """Requests that were lost with their worker: one of them may have killed it.
 
-Each is run alone, and the next when it is acknowledged, so that a death has one suspect more at most. Redis' count of
-deliveries says how often a request was begun: it grows just before a suspect runs, and not with each change of hands.
+Where requests are run outside the worker none of them did, and only what was lost twice is suspect. Each is run alone,
+and the next when it is acknowledged, so that a death has one suspect more at most. Redis' count of deliveries says how
+often a request was begun: it grows just before a suspect runs, and not with each change of hands.
 """
 
 from __future__ import annotations
