@@ -33,6 +33,7 @@ class RemoteEngine:
 
     warnings: tuple[str, ...]
     artefact: Artefact | None = None
+    contained = True
     widest = 1
 
     def __init__(self, config: ModelConfig, options: Options, pool: Pool, client: Client, thread: EngineThread) -> None:
@@ -42,6 +43,7 @@ class RemoteEngine:
         self.concurrency = options.concurrency * len(options.addresses)
         self._config = config
         self._timeout = options.timeout
+        self._followed = len(config.parameters.get("fallback", "").split(",")) > 1
         self._pool = pool
         self._client = client
         self._thread = thread
@@ -50,7 +52,7 @@ class RemoteEngine:
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """Send a batch on and yield its answer. Raises `GatewayError`."""
         started = time.monotonic_ns()
-        asked = _Asked(batch, started / 1e9 + self._timeout)
+        asked = _Asked(batch, started / 1e9 + self._timeout, followed=self._followed)
         parts = _parts(batch)
         if len(parts) == 1:
             server, outputs = await self._ask(asked, parts[0])
@@ -82,7 +84,7 @@ class RemoteEngine:
                 ready = await self._thread.call(partial(self._encode, asked, part), hurry=asked.batch.hurry)
             return ready
 
-        target, raw = await self._pool.ask(payload, asked.end)
+        target, raw = await self._pool.ask(payload, asked.end, asked.urgent)
         decode = partial(self._decode, raw)
         return target, await self._thread.call(decode) if self._client.size(raw) > LARGE else decode()
 
@@ -124,14 +126,15 @@ class _Part(NamedTuple):
 class _Asked:
     """A batch, and the time it has."""
 
-    def __init__(self, batch: Batch, patience: float) -> None:
-        """Without a deadline it waits until `patience`."""
+    def __init__(self, batch: Batch, patience: float, *, followed: bool) -> None:
+        """Without a deadline it waits until `patience`; when it is `followed`, another engine stands by."""
         self.batch = batch
         deadlines = [request.deadline for request in batch.requests]
         known = [deadline for deadline in deadlines if deadline is not None]
         # The last of them counts: the others' own waits end by themselves, and must not end this one's.
         self.deadline = max(known) - _BACK if known and len(known) == len(deadlines) else None
         self.end = patience if self.deadline is None else min(self.deadline, patience)
+        self.urgent = min(known) if known and followed else None  # another engine can answer by then
         self.stacked = 0  # ns
         self._inputs: dict[str, Array] | None = None
 

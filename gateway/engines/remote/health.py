@@ -14,6 +14,7 @@ _SAMPLES = 32
 _QUANTILE = 0.95
 _PATIENCE = (0.25, 1.0)  # seconds, at least and at most; the most while nothing is known
 _PATIENT = 4.0  # times the usual
+_LEAST_OF_DEADLINE, _MOST_OF_DEADLINE = 0.25, 0.5  # that it may use up where another engine can do the rest
 _SILENT = 3  # requests in a row that nothing came of
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.125, 1.0  # seconds between trials; doubled each time
 _LONGEST_HOLD = 5.0  # seconds for which a server may ask to be left alone
@@ -34,6 +35,7 @@ class Health:
         self.lost = False
         self.heard = 0.0  # when the last answer came, whatever it said
         self._latencies: deque[float] = deque(maxlen=_SAMPLES)
+        self._doubted = False  # whether they were found too long for somebody, since the last of them
         self._failures = 0  # in a row
         self._silent = 0  # in a row
         self._changed = 0.0  # when it was last found lost or there
@@ -42,12 +44,27 @@ class Health:
         self._trying = False
 
     @property
-    def patience(self) -> float:
-        """Seconds without any answer after which to ask whether it is there: some times what 95 % of answers took."""
+    def usual(self) -> float:
+        """Seconds in which 95 % of the last answers came; 0 while nothing is known."""
         if not self._latencies:
-            return _PATIENCE[1]
-        usual = sorted(self._latencies)[int(_QUANTILE * (len(self._latencies) - 1) + 0.5)]
-        return min(max(_PATIENT * usual, _PATIENCE[0]), _PATIENCE[1])
+            return 0.0
+        return sorted(self._latencies)[int(_QUANTILE * (len(self._latencies) - 1) + 0.5)]
+
+    @property
+    def patience(self) -> float:
+        """Seconds without any answer after which to ask whether it is there."""
+        return min(max(_PATIENT * self.usual, _PATIENCE[0]), _PATIENCE[1]) if self._latencies else _PATIENCE[1]
+
+    def spare(self, remaining: float) -> float:
+        """Seconds to give it of those that remain when another engine stands by, 0 when it is too slow for that.
+
+        Some times what is usual, so that those who wait behind are not kept by a server that does not answer.
+        """
+        most = _MOST_OF_DEADLINE * remaining
+        if self.usual > most:
+            self._doubted = True
+            return 0.0
+        return min(most, max(_PATIENT * self.usual, _LEAST_OF_DEADLINE * remaining))
 
     def admit(self, now: float) -> Attempt | None:
         """Let a request through, or None."""
@@ -62,6 +79,9 @@ class Health:
 
     def answered(self, attempt: Attempt, now: float) -> None:
         """It answered with a result."""
+        if self._doubted:  # since nobody has asked it for a while, what was usual may have changed
+            self._latencies.clear()
+            self._doubted = False
         self._latencies.append(now - attempt.started)
         self.hear(now)
         self._end(attempt)
@@ -77,6 +97,7 @@ class Health:
         if self.heard < attempt.started:
             self._silent += 1
             if attempt.trial or self._silent >= _SILENT:
+                self._failures = max(self._failures, 1)
                 self._lose(attempt, now)
         self._end(attempt)
 

@@ -115,8 +115,13 @@ class Pool:
         self._budget = RetryBudget()
         self._users: set[object] = set()
 
-    async def ask(self, payload: Callable[[], Awaitable[Payload]], end: float) -> tuple[Target, Raw]:
-        """Ask one until `end`, and another if that fails, and return who answered, and what. Raises `GatewayError`."""
+    async def ask(
+        self, payload: Callable[[], Awaitable[Payload]], end: float, urgent: float | None = None
+    ) -> tuple[Target, Raw]:
+        """Ask one until `end`, and another if that fails, and return who answered, and what. Raises `GatewayError`.
+
+        `urgent` is a deadline that another engine stands by to keep, and is to have the time for.
+        """
         self._budget.sent(time.monotonic())
         failure: Failure | None = None
         for _ in range(len(self._targets) + 1):
@@ -124,7 +129,7 @@ class Pool:
                 break
             target, attempt = self._pick(failure)
             try:
-                return target, await self._try(target, attempt, payload, end)
+                return target, await self._try(target, attempt, payload, self._until(target, attempt, end, urgent))
             except Failure as problem:
                 failure = problem
                 if failure.kind == "declined":
@@ -147,16 +152,14 @@ class Pool:
         self, target: Target, attempt: Attempt, payload: Callable[[], Awaitable[Payload]], end: float
     ) -> Raw:
         lost = target.health.lost
-        spare = attempt.trial and any(not other.health.lost for other in self._targets if other is not target)
-        now = time.monotonic()
         reason = ""
         try:
-            # With others to turn to, a trial may cost its caller half of its time and no more.
-            return await target.ask(attempt, payload, now + (end - now) / 2 if spare else end)
+            return await target.ask(attempt, payload, end)
         except TimeoutError:
             reason = "it is silent"
-            late = errors.DeadlineExceeded(f"the remote server of model '{self._model}' did not answer in time")
-            raise Failure("gone" if spare else "declined", late, reason) from None
+            if target.health.lost:
+                raise unreachable(self._model, reason) from None
+            raise self._late(reason) from None
         except Failure as failure:
             reason = failure.reason
             if isinstance(failure.error, errors.Internal):
@@ -164,6 +167,23 @@ class Pool:
             raise
         finally:
             self._tell(target, lost, reason)
+
+    def _until(self, target: Target, attempt: Attempt, end: float, urgent: float | None) -> float:
+        """How long a server may be waited for. Raises `Failure` where that is no use."""
+        now = time.monotonic()
+        if urgent is not None:
+            seconds = target.health.spare(urgent - now)
+            if not seconds:
+                target.health.abandoned(attempt)
+                raise self._late("it is too slow")
+            return now + seconds
+        # With other servers to turn to, a trial may cost its caller half of its time and no more.
+        turn = attempt.trial and any(not other.health.lost for other in self._targets if other is not target)
+        return now + (end - now) / 2 if turn else end
+
+    def _late(self, reason: str) -> Failure:
+        late = errors.DeadlineExceeded(f"the remote server of model '{self._model}' does not answer in time")
+        return Failure("declined", late, reason)
 
     def _tell(self, target: Target, before: bool, reason: str) -> None:
         if target.health.lost and not before:
