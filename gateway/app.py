@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
+from gateway.devices.cpu import CpuMeter
+from gateway.devices.monitor import Monitor
+from gateway.devices.nvml import open_nvml
+from gateway.engines.isolated.children import Children
 from gateway.fleet import Fleet, joined
 from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
@@ -32,11 +34,13 @@ from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
-from gateway.transport.auth import Callers, Tokens
-from gateway.transport.grpc import GrpcOptions, GrpcServer, Keepalive, Tls
-from gateway.transport.http import Counted, HttpApp, HttpLimits, HttpServer, TlsFiles
+from gateway.transport import configured
+from gateway.transport.auth import Callers
+from gateway.transport.device_metrics import DeviceMetrics
+from gateway.transport.grpc import GrpcServer
+from gateway.transport.http import Counted, HttpApp, HttpServer
 from gateway.transport.http.control import health
-from gateway.transport.metrics import MetricsApp
+from gateway.transport.metrics import MetricsApp, Own
 from gateway.types import Infer
 from gateway.worker import Worker
 
@@ -52,10 +56,12 @@ class Gateway:
 
     service: Service
     queue: Queue
+    monitor: Monitor  # of the GPUs
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
+    children: Children | None = None
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -85,19 +91,30 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     Raises `OSError` when a port is taken and `GatewayError` when a repository cannot be read.
     """
     statistics = Statistics()
+    gpus = [] if settings.role == "gateway" else await asyncio.to_thread(engines.gpus)
     repository = Repository(
         settings.model_repository,
         engines.describe,
-        ask_remote=engines.remote_configuration,
+        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
+    repository.allow_remote(engines.remote_configuration)
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     names = list(await asyncio.to_thread(repository.scan))
-    async with joined(settings, statistics) as fleet, asyncio.TaskGroup() as tasks:
+    monitor = await _monitor(settings)
+    async with (
+        joined(settings, statistics) as fleet,
+        monitor.running(),
+        Children.of(settings, statistics) as children,
+        asyncio.TaskGroup() as tasks,
+    ):
         queue = fleet.queue
         queue.repository_names(names)
-        worker = _worker(settings, queue, repository, statistics)
+        worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
+        worker.children = children
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -107,7 +124,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             fleet=fleet.statistics,
             reports=fleet.reports(worker.explain if works else None),
         )
-        gateway = Gateway(service, queue)
+        children.infer = service.infer
+        gateway = Gateway(service, queue, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -127,11 +145,26 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             working.cancel()
 
 
-def _worker(settings: Settings, queue: Queue, repository: Repository, statistics: Statistics) -> Worker:
+async def _monitor(settings: Settings) -> Monitor:
+    nvml = await asyncio.to_thread(open_nvml) if settings.allow_gpu_metrics else None
+    return Monitor(nvml, settings.metrics_interval_ms / 1000)
+
+
+def _device_metrics(settings: Settings, monitor: Monitor) -> DeviceMetrics:
+    return DeviceMetrics(monitor, CpuMeter() if settings.allow_cpu_metrics else None)
+
+
+def _worker(
+    settings: Settings,
+    queue: Queue,
+    repository: Repository,
+    statistics: Statistics,
+    devices: Sequence[placement.Device],
+) -> Worker:
     return Worker(
         queue,
         repository.read,
-        placement.devices(settings.cpu_cores),
+        devices,
         statistics,
         settings.model_load_thread_count,
         measures=True,
@@ -207,7 +240,7 @@ async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> 
 
 async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, fleet: Fleet) -> None:
     """Open the ports, metrics first and so closed last."""
-    tokens = _tokens(settings.token_file) if settings.token_file else None
+    tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
     infer = await _endpoint(stack, settings, service, fleet)
@@ -226,30 +259,35 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                     process=fleet.process,
                     figures=fleet.figures,
                     health=partial(health, gateway.service),
+                    own=Own(
+                        _device_metrics(settings, gateway.monitor),
+                        gateway.queue.pools,
+                        gateway.children.metrics if gateway.children is not None else list,
+                    ),
                 ).__rsgi__
             ),
             settings.metrics_address,
             settings.metrics_port,
             share=settings.share_ports,
-            listener=_inherited(settings.metrics_fd),
+            listener=configured.inherited(settings.metrics_fd),
         )
         await _open(stack, gateway, "metrics", metrics)
     if settings.allow_grpc:
         authenticate = None if callers.anonymous else callers.tenant
-        grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, _grpc_options(settings))
+        grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings))
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
-        app = await stack.enter_async_context(HttpApp(service, infer, _http_limits(settings), callers, gateway.jobs))
+        app = await stack.enter_async_context(
+            HttpApp(service, infer, configured.http_limits(settings), callers, gateway.jobs)
+        )
         http = HttpServer(
             app,
             settings.http_address,
             settings.http_port,
-            tls=TlsFiles(settings.http_tls_cert, settings.http_tls_key)
-            if settings.http_tls_cert and settings.http_tls_key
-            else None,
+            tls=configured.http_tls(settings),
             max_connections=settings.max_connections,
             share=settings.share_ports,
-            listener=_inherited(settings.http_fd),
+            listener=configured.inherited(settings.http_fd),
         )
         await _open(stack, gateway, "http", http)
     if gateway.ports:
@@ -260,59 +298,6 @@ async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: Ht
     await stack.enter_async_context(listener)
     gateway.ports[name] = listener.port
     gateway.listeners.append(listener)
-
-
-def _inherited(descriptor: int | None) -> socket.socket | None:
-    """A listening socket that whoever started this process made."""
-    try:
-        return None if descriptor is None else socket.socket(fileno=descriptor)
-    except OSError as problem:
-        raise errors.InvalidArgument(f"descriptor {descriptor} is no open socket: {problem.strerror}") from None
-
-
-def _tokens(file: Path) -> Tokens:
-    try:
-        return Tokens.load(file)
-    except ValueError as problem:
-        raise errors.InvalidArgument(f"--token-file: {problem}") from None
-
-
-def _http_limits(settings: Settings) -> HttpLimits:
-    return HttpLimits(
-        max_request_bytes=settings.max_request_bytes,
-        max_inflight_bytes=settings.max_inflight_bytes,
-        max_input_size=settings.http_max_input_size,
-        max_request_tensors=settings.max_request_tensors,
-        max_tensor_elements=settings.max_tensor_elements,
-        max_json_depth=settings.max_json_depth,
-    )
-
-
-def _grpc_options(settings: Settings) -> GrpcOptions:
-    tls = None
-    if settings.grpc_use_ssl and settings.grpc_server_cert and settings.grpc_server_key:
-        root = settings.grpc_root_cert if settings.grpc_use_ssl_mutual else None
-        tls = Tls(settings.grpc_server_cert, settings.grpc_server_key, root)
-    return GrpcOptions(
-        host=settings.grpc_address,
-        port=settings.grpc_port,
-        keepalive=Keepalive(
-            time_ms=settings.grpc_keepalive_time,
-            timeout_ms=settings.grpc_keepalive_timeout,
-            permit_without_calls=settings.grpc_keepalive_permit_without_calls,
-            max_pings_without_data=settings.grpc_http2_max_pings_without_data,
-            min_recv_ping_interval_without_data_ms=settings.grpc_http2_min_recv_ping_interval_without_data,
-            max_ping_strikes=settings.grpc_http2_max_ping_strikes,
-            max_connection_age_ms=settings.grpc_max_connection_age,
-            max_connection_age_grace_ms=settings.grpc_max_connection_age_grace,
-        ),
-        tls=tls,
-        max_request_bytes=settings.max_request_bytes,
-        max_request_tensors=settings.max_request_tensors,
-        max_connections=settings.max_connections,
-        grace=float(settings.exit_timeout_secs),
-        share=settings.share_ports,
-    )
 
 
 # --- models

@@ -24,7 +24,7 @@ from gateway.telemetry import configure_logging, log_event
 # What only some commands need is imported by them: a supervisor is half as large for it, and starts its processes sooner.
 if TYPE_CHECKING:
     from gateway.app import Gateway
-    from gateway.queues.base import PoolState
+    from gateway.queues.base import InstanceState, PoolState
     from gateway.repository import ModelSource
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -35,6 +35,8 @@ commands:
   serve     serve a folder of models over HTTP and gRPC
   worker    run models for gateways that share a queue in Redis; `serve --role worker`
   models    show what a folder of models would serve, and what is wrong with the rest
+  promote   serve a build of a model, its newest unless told
+  rollback  serve what was served before that
   explain   show why a running server batched, refused or was late
   jobs      list, show, cancel and run again async jobs
   simulate  simulate the scheduling under load, and that of other servers beside it
@@ -45,10 +47,12 @@ options:
 """
 
 
-# Each is a module with `run(arguments)`, imported for its command only.
+# Each is a module with `run(arguments)`, or the function that is named, imported for its command only.
 _ELSEWHERE = {
     "explain": "gateway.transport.explain",
     "jobs": "gateway.jobs.cli",
+    "promote": "gateway.repository.promotion:promote",
+    "rollback": "gateway.repository.promotion:rollback",
     "simulate": "gateway.scheduling.simulator.cli",
 }
 
@@ -63,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse_args(arguments, prog=f"gateway {command}")
         return _models(settings) if command == "models" else _serve(settings, arguments)
     if command in _ELSEWHERE:
-        return int(importlib.import_module(_ELSEWHERE[command]).run(arguments))
+        module, _, function = _ELSEWHERE[command].partition(":")
+        return int(getattr(importlib.import_module(module), function or "run")(arguments))
     if command in ("--version", "-V", "version"):
         print(f"gateway {__version__}")
         return 0
@@ -199,7 +204,7 @@ def table(pools: Sequence[PoolState]) -> str:
         if not pool.versions:
             rows.append((pool.model, "-", "UNAVAILABLE", "-", pool.reason))
         for state in pool.versions:
-            places = Counter(f"{instance.device} {instance.provider}" for instance in state.instances)
+            places = Counter(map(_place, state.instances))
             where = ", ".join(f"{count} x {place}" for place, count in places.items()) or "-"
             rows.append((pool.model, state.version, state.state, where, state.reason))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -209,19 +214,29 @@ def table(pools: Sequence[PoolState]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _place(instance: InstanceState) -> str:
+    """The device, what it runs on and, unless it is the model's own file, from what."""
+    own = instance.artefact in ("", "fp32")
+    return f"{instance.device} {instance.provider}" + ("" if own else f" {instance.artefact}")
+
+
 def _models(settings: Settings) -> int:
     """Read every model without loading it; status 1 when any has a problem."""
     from gateway import engines, placement
     from gateway.repository import Repository
 
+    gpus = engines.gpus()
     repository = Repository(
         settings.model_repository,
         engines.describe,
-        ask_remote=engines.remote_configuration,
+        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    repository.allow_remote(engines.remote_configuration)
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     try:
         names = list(repository.scan())
     except errors.GatewayError as problem:
@@ -232,23 +247,33 @@ def _models(settings: Settings) -> int:
         try:
             source = repository.read(name)
             _open_files(source)
-            instances = sum(place.count for place in placement.plan(source.config, placement.devices()))
+            instances = sum(place.count for place in placement.plan(source.config, placement.devices(0, gpus)))
         except errors.GatewayError as problem:
             status = 1
             print(f"{name}: UNAVAILABLE: {problem.message}")
             continue
-        config = source.config
-        versions = ", ".join(str(number) for number in source.versions)
-        print(
-            f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
-            f"{instances} instance(s)"
-        )
-        for tensor in (*config.inputs, *config.outputs):
-            kind = "input " if tensor in config.inputs else "output"
-            print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
-        for warning in source.warnings:
-            print(f"    warning: {warning}")
+        _print_model(name, source, instances)
     return status
+
+
+def _print_model(name: str, source: ModelSource, instances: int) -> None:
+    from gateway import artefacts
+    from gateway.repository.promotion import listing
+
+    config = source.config
+    versions = ", ".join(str(number) for number in source.versions)
+    print(
+        f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
+        f"{instances} instance(s)"
+    )
+    for tensor in (*config.inputs, *config.outputs):
+        kind = "input " if tensor in config.inputs else "output"
+        print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
+    for path in source.versions.values():
+        for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
+            print(f"    version {path.name}: {line}")
+    for warning in source.warnings:
+        print(f"    warning: {warning}")
 
 
 def _open_files(source: ModelSource) -> None:

@@ -18,6 +18,8 @@ A request that is well formed and still not served gets one of these, and `reaso
 | `queue_timeout` | it waited longer than the model's own queue policy allows          | 503  | UNAVAILABLE        | yes   |
 | `unavailable`   | the model is not ready, or the server stops                        | 503  | UNAVAILABLE        | yes   |
 | `conflict`      | on arrival: its `Idempotency-Key` came before with another body    | 409  | ALREADY_EXISTS     | no    |
+| `crashed`       | run alone, it crashed the process that runs the model              | 500  | INTERNAL           | no    |
+| `quarantined`   | the same inputs `crashed` it within the last ten minutes           | 500  | INTERNAL           | no    |
 
 `retry_after`, where it is known, is when to try again: `Retry-After` and `retry-after-ms` on HTTP,
 `google.rpc.RetryInfo`, `retry-after-ms` and, with grpcio, `grpc-retry-pushback-ms` on gRPC.
@@ -137,6 +139,18 @@ class Internal(GatewayError):
     """The model or the gateway failed; also, as Triton has it, a body that is not JSON."""
 
     grpc, http = 13, 500
+
+
+class Crashed(Internal):
+    """Run alone, the request crashed the process that runs the model."""
+
+    reason = "crashed"
+
+
+class Quarantined(Internal):
+    """Not run: the same inputs crashed the process that runs the model a short while ago."""
+
+    reason = "quarantined"
 
 
 class Unauthenticated(GatewayError):
@@ -312,6 +326,22 @@ def queue_full(request_id: str, retry_after: float | None) -> QueueFull:
 def queue_timeout(retry_after: float | None) -> QueueTimeout:
     """The request waited as long as the model's queue policy allows. Triton's text, which is the deadline's too."""
     return QueueTimeout("Request timeout expired", retry_after)
+
+
+def crashed(model: str, seconds: float) -> Crashed:
+    """The request is to blame for the end of its engine's process; equal ones are not run for so long."""
+    return Crashed(
+        f"this request crashed model '{model}', which was started again; requests with the same inputs are not run for "
+        f"{seconds / 60:.0f} minutes. Check the inputs, or mend the model and load it again"
+    )
+
+
+def quarantined(model: str, seconds: float) -> Quarantined:
+    """A request like one that crashed the model; so long it still is not run."""
+    return Quarantined(
+        f"not run: a request with the same inputs crashed model '{model}'; it is not tried again for {seconds:.0f} s. "
+        "Check the inputs, or mend the model and load it again"
+    )
 
 
 def too_many_bytes(why: str) -> ResourceExhausted:

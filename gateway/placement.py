@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gateway import errors
 from gateway.config.model import InstanceGroup, ModelConfig
+from gateway.devices.cgroup import cpu_quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +42,16 @@ REMOTE = Device("remote", "remote", 1 << 16)
 """Where models run whose engine is another server: nothing here competes for it, so it has slots for all."""
 
 
-def devices(cores: int = 0) -> list[Device]:
-    """The devices of this process: `cores` cores, or 0 for all that it may use. GPUs are not looked for yet."""
-    return [Device("cpu", "cpu", cores or cpu_cores())]
+def devices(cores: int = 0, gpus: Sequence[str] = ()) -> list[Device]:
+    """The devices of this process: `cores` cores, or 0 for all that it may use, and these GPUs, each for one run at a time."""
+    return [Device("cpu", "cpu", cores or cpu_cores()), *(Device(name, "gpu", 1) for name in gpus)]
 
 
 def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     """Where the instances of a model live, one entry a device, in the order of its instance groups.
 
     On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
-    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core. Raises `Unavailable` for a GPU that is not there.
+    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core, and a run of a Python model has one core. Raises `Unavailable` for a GPU that is not there.
     """
     if config.backend == "remote":
         return [Placement(REMOTE, 1, 1, 1)]
@@ -59,7 +60,10 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
         for device in _devices_of(group, config.name, available):
             count = group.count or (device.cores if device.kind == "cpu" else 1)
             counts[device] = counts.get(device, 0) + count
-    return [Placement(device, count, max(1, device.cores // count), device.cores) for device, count in counts.items()]
+    return [
+        Placement(device, count, 1 if config.is_code else max(1, device.cores // count), device.cores)
+        for device, count in counts.items()
+    ]
 
 
 def _devices_of(group: InstanceGroup, model: str, available: Sequence[Device]) -> list[Device]:
@@ -85,37 +89,4 @@ def cpu_cores(root: Path = Path("/")) -> int:
     /proc and /sys are.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([usable, *(int(quota) for quota in _quotas(root))]))
-
-
-def _quotas(root: Path) -> list[float]:
-    """The CPU quotas, in cores, of this process's control groups and all above them, version 1 and 2."""
-    quotas: list[float] = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / controllers
-        # In a container the path may be the host's, so what is not there counts as the root.
-        folder = mount / group.lstrip("/")
-        while True:
-            quotas += _quota(folder)
-            if folder == mount:
-                break
-            folder = folder.parent
-    return quotas
-
-
-def _quota(folder: Path) -> list[float]:
-    limit, _, period = _read(folder / "cpu.max").partition(" ")
-    if not limit:
-        limit, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
-    unlimited = not limit or not period or limit in ("max", "-1")
-    return [] if unlimited else [int(limit) / int(period)]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
+    return max(1, min([usable, *(int(quota) for quota in cpu_quotas(root))]))

@@ -201,6 +201,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
+    `callers` are the models that wait for the answer, where it is no client that does.
     """
 
     model_name: str
@@ -218,6 +219,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     signature: Hashable = None
     admitted: bool = False
     idempotency_key: str = ""
+    callers: tuple[str, ...] = ()
 
 
 class Timings(msgspec.Struct, gc=False):
@@ -290,7 +292,9 @@ class Batch:
     engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
     `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
     before it does that. `requests` are what the batch is made of, in row order, for an engine that must tell them
-    apart; a batch that no client sent has none.
+    apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
+    need its cores: from then on it has none. It may be told again. `predicted` is how many seconds the run is expected
+    to take, None when nothing is known: from it follows when it has hung.
     """
 
     rows: int
@@ -299,6 +303,8 @@ class Batch:
     cores: int = 1
     hurry: bool = False
     requests: Sequence[InferRequest] = ()
+    waits: Callable[[], None] = lambda: None
+    predicted: float | None = None
 
 
 @dataclass(slots=True)
@@ -312,6 +318,7 @@ class Answer:
     outputs: dict[str, Array] | None = None
     error: GatewayError | None = None
     final: bool = True
+    parameters: Mapping[str, Parameter] | None = None  # told to the client of this request
 
 
 @dataclass(slots=True)

@@ -16,10 +16,10 @@ from itertools import count
 from typing import Any
 
 from gateway.cli import main as gateway_main
+from gateway.message import VERSION, pack_request, unpack_request
 from gateway.queues.redis import calls, lane, queue
 from gateway.queues.redis.lane import LaneReader
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import VERSION, pack_request, unpack_request
 from gateway.queues.redis.outbox import Outbox
 
 DEAD = 9  # exit status of who dies by a hook

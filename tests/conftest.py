@@ -1,5 +1,6 @@
 """What all tests may ask for."""
 
+import os
 import shutil
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ from tests.redis_support import redis_server
 # How long an example takes says something of the machine only.
 settings.register_profile("lockgate", deadline=None)
 settings.load_profile("lockgate")
+
+# The gateways that tests start have their models on threads, which is quicker; what is of child processes asks for them.
+os.environ.setdefault("GATEWAY_ISOLATION", "thread")
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +32,12 @@ def debian_redis_url() -> Iterator[str]:
         pytest.skip("needs Debian's redis-server: apt-get install redis-server")
     with redis_server(server=server) as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def ort_gpu_python() -> str:
+    """A Python that has onnxruntime-gpu in place of onnxruntime, and this project's dependencies; see README.md."""
+    python = os.environ.get("LOCKGATE_ORT_GPU_PYTHON", "")
+    if not python:
+        pytest.skip("needs LOCKGATE_ORT_GPU_PYTHON, a Python that has onnxruntime-gpu")
+    return python

@@ -13,7 +13,7 @@ from gateway.jobs.record import Job
 from gateway.jobs.runner import JobRunner, RunnerOptions
 from gateway.jobs.store import JobStore, StoreOptions
 from gateway.jobs.webhook import WebhookPolicy
-from gateway.queues.redis.message import Seal
+from gateway.queues.redis.seal import Seal
 from gateway.redis_client import RedisClient, RedisOptions
 from gateway.types import InferRequest, InferResponse
 from tests.support import answer, model_config, request, tensor

@@ -32,6 +32,7 @@ def model_config(
     warmup: tuple[Warmup, ...] = (),
     instances: int = 1,
     parameters: dict[str, str] | None = None,
+    decoupled: bool = False,
 ) -> ModelConfig:
     """A model of the fake backend with one FP32 input IN and output OUT of two elements, unless said otherwise."""
     return ModelConfig(
@@ -47,7 +48,7 @@ def model_config(
         default_model_filename="",
         parameters=parameters or {},
         execution_providers=(),
-        decoupled=False,
+        decoupled=decoupled,
         proto=None,
     )
 

@@ -54,6 +54,7 @@ def build(
         proto=full,
         default_deadline_ms=default_deadline_ms(full, source),
         response_cache=ResponseCache(public) if _caches(full) else None,
+        accelerators=_accelerators(full),
     )
 
 
@@ -82,8 +83,9 @@ def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
 def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]) -> tuple[InstanceGroup, ...]:
     # The count as the author gave it: the full message holds Triton's default, which says nothing of this machine.
     counts = [group.count for group in given.instance_group] or [0]
+    one = int(given.backend == "python")  # its code may rely on being there once
     return tuple(
-        InstanceGroup(kind=_kind(group, gpus), count=count, gpus=tuple(group.gpus))
+        InstanceGroup(kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus))
         for group, count in zip(full.instance_group, counts, strict=True)
     )
 
@@ -147,3 +149,11 @@ def _providers(full: ModelConfigProto, gpus: Sequence[int]) -> tuple[str, ...]:
     names = [ACCELERATORS[accelerator.name] for accelerator in asked]
     defaults = ["CUDAExecutionProvider", "CPUExecutionProvider"] if on_gpu else ["CPUExecutionProvider"]
     return tuple(dict.fromkeys(names + defaults))
+
+
+def _accelerators(full: ModelConfigProto) -> dict[str, Mapping[str, str]]:
+    accelerators = full.optimization.execution_accelerators
+    return {
+        ACCELERATORS[accelerator.name]: dict(accelerator.parameters)
+        for accelerator in (*accelerators.cpu_execution_accelerator, *accelerators.gpu_execution_accelerator)
+    }

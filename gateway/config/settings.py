@@ -64,6 +64,15 @@ class Settings(BaseSettings):
     idempotency_bytes: NonNegativeInt = _setting(
         64 * MIB, "models", "bytes of answers kept for requests that come again under their Idempotency-Key"
     )
+    isolation: Literal["auto", "thread", "process"] = _setting(
+        "auto",
+        "models",
+        "process: each instance in a child process; thread: in this one; auto: as each backend is used to; a model's "
+        "parameter isolation goes first",
+    )
+    max_children: NonNegativeInt = _setting(
+        0, "models", "child processes from which on small CPU models share one; 0: four for each core"
+    )
     persist_latency: bool = _setting(
         True, "models", "keep what was learned of batch times in each version's folder, for the next start"
     )
@@ -172,6 +181,9 @@ class Settings(BaseSettings):
     allow_metrics: bool = _setting(True, "metrics", "serve Prometheus metrics at /metrics")
     metrics_address: str = _setting("", "metrics", "address to listen on; the default is --http-address")
     metrics_port: Port = _setting(8002, "metrics", "port to listen on; 0 for any free one")
+    allow_gpu_metrics: bool = _setting(True, "metrics", "read the GPUs, for metrics and for their health")
+    allow_cpu_metrics: bool = _setting(True, "metrics", "report the CPU, its limits and its energy")
+    metrics_interval_ms: PositiveInt = _setting(2000, "metrics", "ms between two looks at the GPUs")
 
     token_file: FilePath | None = _setting(
         None, "safety", "file with a line 'tenant:token' for each caller; requests must carry a token"
@@ -181,6 +193,9 @@ class Settings(BaseSettings):
         "safety",
         "header or metadata in which a trusted proxy names the tenant; a token's name goes first",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    )
+    allow_python_models: bool = _setting(
+        False, "safety", "load models of backend python, which run whatever code is in their model.py"
     )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")

@@ -29,6 +29,12 @@ def require_supported(proto: ModelConfigProto, backends: Collection[str], source
     for gap in _REFUSED:
         if gap.asked(proto):
             raise source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
+    if proto.backend == "python" and "python" not in backends:
+        raise source.error(
+            f"backend 'python' runs the code in '{proto.default_model_filename or 'model.py'}', which is not allowed. If "
+            "you trust every model.py of this repository, start the gateway with --allow-python-models",
+            "backend",
+        )
     known = ", ".join(sorted(backends))
     if proto.backend and proto.backend not in backends:
         raise source.error(
@@ -78,9 +84,9 @@ _REFUSED = (
     ),
     Gap(_has("sequence_batching"), ("sequence_batching",), "Keep the state in the client, as inputs and outputs"),
     Gap(
-        lambda proto: bool(proto.model_transaction_policy.decoupled),
+        lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",
         ("model_transaction_policy", "decoupled"),
-        "Set it to false if the model gives exactly one response per request",
+        "Only models of backend 'python' can be. Set it to false if the model gives exactly one response per request",
     ),
     Gap(_any("batch_input"), ("batch_input",), "Add the tensor to input and let clients send it"),
     Gap(_any("batch_output"), ("batch_output",), "Remove it and let the model give one row per request row"),
@@ -115,20 +121,25 @@ _WITHOUT_EFFECT = (
         "The instances are placed as with KIND_AUTO",
     ),
     Gap(
-        lambda proto: _set_in(
-            proto.optimization, ("graph", "priority", "cuda", "gather_kernel_buffer_threshold", "eager_batching")
+        lambda proto: (
+            _set_in(proto.optimization, ("graph", "priority", "gather_kernel_buffer_threshold", "eager_batching"))
+            or (proto.backend != "tensorrt" and proto.optimization.HasField("cuda"))
         ),
         ("optimization",),
-        "Of optimization only execution_accelerators counts",
+        "Of optimization only execution_accelerators counts and, for TensorRT, cuda { graphs }",
+    ),
+    Gap(
+        lambda proto: (
+            proto.backend == "tensorrt"
+            and _set_in(proto.optimization.cuda, ("graph_spec", "busy_wait_events", "output_copy_stream"))
+        ),
+        ("optimization", "cuda"),
+        "Of cuda only graphs counts: a graph is captured for each of the first shapes that come",
     ),
     Gap(
         lambda proto: any(
             accelerator.parameters
-            for accelerators in (
-                proto.optimization.execution_accelerators.gpu_execution_accelerator,
-                proto.optimization.execution_accelerators.cpu_execution_accelerator,
-            )
-            for accelerator in accelerators
+            for accelerator in proto.optimization.execution_accelerators.cpu_execution_accelerator
         ),
         ("optimization", "execution_accelerators", "parameters"),
         "The execution provider runs with its defaults",

@@ -6,7 +6,8 @@ what is heavy; one whose engines need no thread has `create(spec, count) -> list
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any, NamedTuple
 
 from gateway import errors
 from gateway.config.model import ModelConfigProto
+from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.choice import options
+from gateway.engines.isolated.children import SUPPORTED
+from gateway.engines.isolated.limits import isolation
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
 from gateway.types import ModelIO
 
@@ -22,27 +27,54 @@ from gateway.types import ModelIO
 class _Backend(NamedTuple):
     module: str
     install: str  # what to do when a package the module imports is missing
+    isolated: bool = True  # where nobody says otherwise
+    shares: bool = False  # small models of it may share a process
+    creates: bool = (
+        False  # its module has `create(spec, count) -> list[Engine]`, which needs neither process nor thread
+    )
+    calls: bool = False  # its models may call others; such code never runs in the gateway's own process
 
 
 _BACKENDS = {
     "onnxruntime": _Backend(
         "gateway.engines.onnxruntime",
         "install it with `pip install 'lockgate[cpu]'`, or 'lockgate[gpu]' for NVIDIA GPUs",
+        shares=True,
     ),
-    "fake": _Backend("gateway.engines.fake", "reinstall lockgate"),
-    "remote": _Backend("gateway.engines.remote", "reinstall lockgate"),
+    "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
+    "remote": _Backend("gateway.engines.remote", "reinstall lockgate", creates=True),
+    "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
+    "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
 
 
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
-    """Load a version once, off the event loop, and return `count` engines that share it.
+    """Load a version, off the event loop, and return `count` engines of it.
 
-    Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
+    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
     message names the file relative to the repository, and a remedy.
     """
-    module = _module(spec.config.backend)
-    if hasattr(module, "create"):
-        return await module.create(spec, count)  # type: ignore[no-any-return]
+    reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
+    try:
+        best = (await reader.call(partial(options, spec)))[0]
+    finally:
+        await reader.close()
+    return await _start(best, count)
+
+
+async def _start(spec: EngineSpec, count: int) -> list[Engine]:
+    """In child processes, where there are any and the model or its backend wants them; else on threads of this one."""
+    backend = _BACKENDS.get(_name(spec))
+    if backend is not None and backend.creates:
+        return await _module(_name(spec)).create(spec, count)  # type: ignore[no-any-return]
+    if _isolates(spec):
+        from gateway.engines.isolated.engine import start
+        from gateway.engines.isolated.life import Backend
+
+        assert spec.children is not None
+        assert backend is not None
+        child = Backend(backend.module, backend.install, shares=backend.shares, calls=backend.calls)
+        return [*await start(spec, count, spec.children, child)]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
     try:
         loaded = await threads[0].call(partial(_load, spec, count))
@@ -50,7 +82,19 @@ async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
         for thread in threads:
             thread.stop()
         raise
-    return [ThreadEngine(model, thread) for model, thread in zip(loaded, threads, strict=True)]
+    return [ThreadEngine(model, thread, spec.artefact) for model, thread in zip(loaded, threads, strict=True)]
+
+
+def _isolates(spec: EngineSpec) -> bool:
+    backend = _BACKENDS.get(_name(spec))
+    wanted = isolation(spec.config)
+    if backend is None or spec.children is None:
+        return False
+    if backend.calls or wanted == "auto":
+        wanted = "process" if backend.calls else spec.children.wanted
+    if not SUPPORTED:
+        return False
+    return backend.isolated if wanted == "auto" else wanted == "process"
 
 
 def describe(path: Path) -> ModelIO:
@@ -70,13 +114,40 @@ def remote_configuration(model: str, parameters: Mapping[str, str]) -> ModelConf
     return _module("remote").configuration(model, parameters)
 
 
+def auto_complete(path: Path, config: str) -> str:
+    """What the code of a Python model makes of its configuration, both as JSON; in a process of its own. Blocking.
+
+    Raises `InvalidArgument` for code that fails.
+    """
+    return importlib.import_module("gateway.engines.python.complete").complete(path, config)  # type: ignore[no-any-return]
+
+
 def runtime(backend: str) -> str:
     """What a backend runs on and its version, e.g. `onnxruntime 1.23.2`; empty for one that needs no package."""
     return getattr(_module(backend), "RUNTIME", "")
 
 
+def gpus() -> list[str]:
+    """The GPUs of this process, by name, where a backend is installed that can use them. Blocking: asks the driver."""
+    if not _has("onnxruntime-gpu") and importlib.util.find_spec("tensorrt") is None:
+        return []
+    return [gpu.name for gpu in nvml.gpus()]
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _load(spec: EngineSpec, count: int) -> list[Loaded]:
-    return _module(spec.config.backend).load(spec, count)  # type: ignore[no-any-return]
+    return _module(_name(spec)).load(spec, count)  # type: ignore[no-any-return]
+
+
+def _name(spec: EngineSpec) -> str:
+    return spec.config.backend if spec.artefact is None else spec.artefact.backend
 
 
 def _module(name: str) -> Any:

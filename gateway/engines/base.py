@@ -14,7 +14,9 @@ from typing import Protocol
 
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
-from gateway.types import Batch, BatchResult
+from gateway.engines.channel import Channel
+from gateway.engines.isolated.children import Children
+from gateway.types import Batch, BatchResult, Infer, Parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +34,33 @@ class EngineSpec:
     threads: int = 1
     cores: int = 1
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
+    provider: str = ""  # the execution provider that must run it, or the load is refused; empty: what there is
+    infer: Infer | None = None  # how its code calls other models; in the process of the worker only
+    channel: Channel | None = None  # the same in a child process, which the child itself fills in
+    children: Children | None = None  # where there are child processes to live in
 
 
 class EngineCrashed(Exception):
     """The process that ran the batch died or was killed: the batch, or the machine, is to blame; no answer was given.
 
-    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot.
+    The engine starts itself again: the next `run` waits for that, or raises `Unavailable` when it cannot. `sure` is False
+    where something else than the batch may have ended the process: a signal from outside, or another batch in it.
     """
+
+    def __init__(self, message: str, *, sure: bool = True) -> None:
+        super().__init__(message)
+        self.sure = sure
+
+
+class DeviceOutOfMemory(MemoryError):
+    """The device has not the memory for this batch, or for this model; the engine stays usable, a smaller batch may fit."""
 
 
 class Engine(Protocol):
     """One instance's way to run batches."""
 
     provider: str
+    artefact: Artefact | None  # the file it runs; None where there is none to choose from
     warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
     widest: int  # the most cores a run can use
     concurrency: int  # how many runs may be open at once
@@ -55,3 +71,10 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Release the model and its threads. Idempotent."""
+
+
+def identity(engine: Engine) -> dict[str, Parameter]:
+    """What a client that asks is told of the engine that answered it, as response parameters."""
+    if engine.artefact is None:
+        return {"engine": engine.provider}
+    return {"engine": engine.provider, "precision": engine.artefact.precision, "artefact": engine.artefact.name}

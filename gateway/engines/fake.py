@@ -8,8 +8,8 @@ Parameters in `config.pbtxt`, all optional:
 - `a_us`, `b_us`: a run takes a + b * rows microseconds, asleep, without the GIL.
 - `slow_file`: the path of a file with a number, read as each run begins, that the run's time is multiplied by: a
   device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
-- `poison`, `hang`, `crash`: a value; a run with it anywhere in the first input raises `Internal`, waits until
-  its engine closes, or raises SystemError. With `allow_crash` "true" a crash kills the process instead.
+- `poison`, `hang`, `crash` and the other faults of `faults.py`: a value; what a run does that has it in its first input.
+- `drift_file`: the path of a file; a model loaded while there is one answers numbers that are 1 too large.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
 - `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
 """
@@ -17,8 +17,6 @@ Parameters in `config.pbtxt`, all optional:
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import socket
 import threading
 import time
@@ -32,6 +30,7 @@ import numpy as np
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
 from gateway.engines.base import EngineSpec
+from gateway.engines.faults import Faults
 from gateway.types import Array, Batch, DataType
 
 
@@ -56,6 +55,9 @@ class FakeModel:
         self._slow_file = config.parameters.get("slow_file", "")
         self._gate = config.parameters.get("gate", "")
         self._closing = threading.Event()
+        self._faults = Faults(config, self._closing)
+        drift_file = config.parameters.get("drift_file", "")
+        self._drift = int(bool(drift_file) and Path(drift_file).exists())
 
     def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """See `Loaded.compute`."""
@@ -63,42 +65,28 @@ class FakeModel:
         if self._gate:
             _wait_at(self._gate, batch.rows)
         arrays = [inputs[tensor.name] for tensor in self._config.inputs if tensor.name in inputs]
-        self._misbehave(arrays[0])
+        if self._faults.any:
+            self._faults.before(arrays[0])
         slowness = _slowness(self._slow_file) if self._slow_file else 1.0
         time.sleep((self._base + self._per_row * batch.rows) * slowness)
-        return {
+        outputs = {
             tensor.name: self._output(tensor, arrays[min(index, len(arrays) - 1)])
             for index, tensor in enumerate(self._config.outputs)
             if not batch.outputs or tensor.name in batch.outputs
         }
+        return self._faults.after(arrays[0], outputs) if self._faults.any else outputs
 
     def interrupt(self) -> None:
         """Let a hung run end."""
         self._closing.set()
-
-    def _misbehave(self, first: Array) -> None:
-        if self._triggers("hang", first):
-            self._closing.wait()
-            raise errors.Unavailable("the fake model hung until its engine was closed")
-        if self._triggers("crash", first):
-            if self._config.parameters.get("allow_crash") == "true":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise SystemError("the fake model crashed, as its input asked")
-        if self._triggers("poison", first):
-            raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
-
-    def _triggers(self, parameter: str, first: Array) -> bool:
-        if parameter not in self._config.parameters:
-            return False
-        text = self._config.parameters[parameter]
-        value = text.encode() if first.dtype == object else float(text)
-        return bool(np.any(first == value))
 
     def _output(self, tensor: TensorConfig, source: Array) -> Array:
         batched = self._config.max_batch_size > 0
         rows = source if batched else source[np.newaxis]
         dims = tensor.dims if tensor.reshape is None else tensor.reshape
         result = _rows_of(tensor.datatype, dims, rows)
+        if self._drift and tensor.datatype is not DataType.BYTES:
+            result = result + self._drift
         if not batched:
             return cast("Array", result[0])
         return np.resize(result, (len(rows) + self._rows_delta, *result.shape[1:])) if self._rows_delta else result

@@ -3,7 +3,9 @@
 One version on one device has one narrow session (`spec.threads`) and, when a lone run may use more cores, a
 wide one; all engines of the version share both, since a session may be run from many threads. A run with
 `batch.cores` of the whole device takes the wide one. Options a Triton `config.pbtxt` gives its onnxruntime
-backend are honoured. It promises errors without paths; it does not batch, check shapes or choose devices.
+backend are honoured. It promises errors without paths, and that no session changes its execution provider in silence:
+what runs elsewhere than it was asked to is refused (`spec.provider`) or warned of. It does not batch, check shapes or
+choose devices.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtIn
 from gateway import errors
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.engines import tensors
+from gateway.engines import cuda_faults, driver, providers, tensors
 from gateway.engines.base import EngineSpec
 from gateway.types import Array, Batch, DataType, ModelIO, TensorSpec
 
@@ -29,7 +31,6 @@ Session: TypeAlias = Any  # onnxruntime.InferenceSession, which has no stubs
 RUNTIME = f"onnxruntime {ort.__version__}"
 
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
-_CPU = "CPUExecutionProvider"
 _LEVELS = {  # Triton's optimization.graph.level
     "-1": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "1": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -43,22 +44,24 @@ _PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
 def load(spec: EngineSpec, count: int) -> list[OnnxModel]:
     """Load a version and return one model for each of `count` engines, sharing sessions. Blocking.
 
-    Raises `Unavailable` for a file that is missing or does not load, `InvalidArgument` for a configuration
-    that does not fit it.
+    Raises `Unavailable` for a file that is missing or does not load and for a `spec.provider` that does not start
+    here, `InvalidArgument` for a configuration that does not fit the file.
     """
     _prepare()
-    name = spec.config.default_model_filename or "model.onnx"
+    name = (spec.artefact and spec.artefact.file) or spec.config.default_model_filename or "model.onnx"
     label = f"{spec.config.name}/{spec.version}/{name}"
+    asked = _startable(spec, label)
     fixed = _whole(spec.config, "intra_op_thread_count")
     threads = fixed or spec.threads
     elastic = not fixed and spec.cores > spec.threads
-    narrow = _session(spec.path / name, label, _options(spec.config, threads), _providers(spec))
+    narrow = _session(spec.path / name, label, _options(spec.config, threads), asked)
+    _require(spec, label, narrow)
     io = _describe(narrow, label)
     check_fit(spec.config, io)
     wide = None
     if elastic:
         options = _options(spec.config, spec.cores, alone=True)
-        wide = _session(spec.path / name, label, options, _providers(spec))
+        wide = _session(spec.path / name, label, options, asked)
     return [OnnxModel(spec, io, narrow, wide) for _ in range(count)]
 
 
@@ -73,7 +76,7 @@ def describe(path: Path) -> ModelIO:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.add_session_config_entry("session.disable_prepacking", "1")
-    return _describe(_session(path, path.name, options, [_CPU]), path.name)
+    return _describe(_session(path, path.name, options, [(providers.CPU, {})]), path.name)
 
 
 class OnnxModel:
@@ -81,7 +84,7 @@ class OnnxModel:
 
     def __init__(self, spec: EngineSpec, io: ModelIO, narrow: Session, wide: Session | None) -> None:
         self.provider: str = narrow.get_providers()[0]
-        self.warnings = _fallback(spec.config.execution_providers, self.provider)
+        self.warnings = _fallback(spec, self.provider)
         self.widest = spec.threads if wide is None else spec.cores
         self.wide_runs = 0  # runs that had every core
         self._cores = spec.cores
@@ -144,13 +147,15 @@ class OnnxModel:
         array = tensors.to_bytes(array)
         return array.reshape(1) if name in self._scalars and not array.shape else array
 
-    def _explain(self, problem: Exception) -> errors.GatewayError:
+    def _explain(self, problem: Exception) -> Exception:
         if self._options.terminate:
             return errors.Unavailable(
                 f"model '{self._config.name}' was unloaded during the run; send the request again"
             )
-        kind = errors.InvalidArgument if isinstance(problem, OrtInvalidArgument) else errors.Internal
-        return kind(f"model '{self._config.name}' failed: {_plain(str(problem))}")
+        text = f"model '{self._config.name}' failed: {_plain(str(problem))}"
+        if isinstance(problem, OrtInvalidArgument):
+            return errors.InvalidArgument(text)
+        return cuda_faults.from_text(text) or errors.Internal(text)
 
 
 def _named(tensor_configs: Sequence[TensorConfig], datatype: DataType) -> set[str]:
@@ -177,17 +182,54 @@ def _installed(distribution: str) -> bool:
     return True
 
 
-def _session(path: Path, label: str, options: Any, providers: Sequence[Any]) -> Session:
+def _startable(spec: EngineSpec, label: str) -> list[providers.Asked]:
+    """The wanted providers that this build has. Raises `Unavailable` where one that must be is known not to start."""
+    available = ort.get_available_providers()
+    if spec.provider not in ("", *available):
+        raise _refusal(spec, label, providers.CPU)
+    asked = [each for each in providers.wanted(spec) if each[0] in available]
+    if not any(name in providers.NVIDIA for name, _ in asked):
+        return asked
+    try:
+        driver.probe()
+    except errors.Unavailable as problem:
+        if spec.provider in providers.NVIDIA:  # before a big model is loaded onto the CPU for nothing
+            raise _refusal(spec, label, providers.CPU) from problem
+        return [each for each in asked if each[0] not in providers.NVIDIA]
+    ort.preload_dlls()  # the CUDA libraries that pip installs are where no linker looks
+    return asked
+
+
+def _session(path: Path, label: str, options: Any, asked: Sequence[providers.Asked]) -> Session:
+    """A session with these providers, or with those that are left when the first does not start."""
     if not path.is_file():
         raise errors.Unavailable(f"{label} is missing; put the model there, or set default_model_filename")
     try:
-        return ort.InferenceSession(path, options, providers=providers)
+        # ONNX Runtime's own fallback would print, go on, and do so again in the middle of a run.
+        return ort.InferenceSession(path, options, providers=asked, enable_fallback=0)
     except Exception as problem:  # ONNX Runtime's exceptions have no other common base
+        if len(asked) > 1:
+            return _session(path, label, options, asked[1:])
         reason = _plain(str(problem).replace(str(path), label))
         raise errors.Unavailable(
             f"{label} does not load in ONNX Runtime {ort.__version__}: {reason}. Check that the file is whole, "
             "or export it again for this version"
         ) from problem
+
+
+def _require(spec: EngineSpec, label: str, session: Session) -> None:
+    if spec.provider not in ("", session.get_providers()[0]):
+        raise _refusal(spec, label, session.get_providers()[0])
+
+
+def _refusal(spec: EngineSpec, label: str, got: str) -> errors.Unavailable:
+    return errors.Unavailable(
+        f"{label} must run on {spec.provider}, and ONNX Runtime would run it on {got}: {_why_not(spec.provider)}"
+    )
+
+
+def _why_not(provider: str) -> str:
+    return providers.why_not(provider, ort.get_available_providers(), Path(ort.__file__).parent / "capi")
 
 
 def _options(config: ModelConfig, threads: int, *, alone: bool = False) -> Any:
@@ -236,23 +278,9 @@ def _whole(config: ModelConfig, key: str) -> int:
     return int(text)
 
 
-def _providers(spec: EngineSpec) -> list[Any]:
-    """The wanted providers that this build has, on the engine's device, and the CPU to fall back to."""
-    wanted = [name for name in spec.config.execution_providers if name in ort.get_available_providers()]
-    on_gpu = spec.device.startswith("gpu:")
-    device = {"device_id": spec.device.removeprefix("gpu:")} if on_gpu else {}
-    return [(name, {} if name == _CPU else device) for name in dict.fromkeys((*wanted, _CPU))]
-
-
-def _fallback(wanted: Sequence[str], provider: str) -> tuple[str, ...]:
-    if not wanted or wanted[0] == provider:
-        return ()
-    reason = (
-        "it did not start here, the log above says why; check driver, CUDA and cuDNN versions"
-        if wanted[0] in ort.get_available_providers()
-        else "this build of onnxruntime does not have it; install 'lockgate[gpu]' for NVIDIA GPUs"
-    )
-    return (f"runs on {provider} and not on {wanted[0]}: {reason}",)
+def _fallback(spec: EngineSpec, provider: str) -> tuple[str, ...]:
+    best = providers.wanted(spec)[0][0]
+    return () if best == provider else (f"runs on {provider} and not on {best}: {_why_not(best)}",)
 
 
 def _describe(session: Session, label: str) -> ModelIO:

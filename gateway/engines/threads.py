@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from gateway import errors
+from gateway.artefacts import Artefact
 from gateway.types import Array, Batch, BatchResult
 
 T = TypeVar("T")
@@ -62,8 +63,15 @@ class EngineThread:
     def __init__(self, name: str) -> None:
         self._queue: SimpleQueue[_Work] = SimpleQueue()
         self._ended: asyncio.Future[tuple[Any, BaseException | None]] | None = None
-        self._thread = threading.Thread(target=_serve, args=(self._queue,), name=name, daemon=True)
+        self._given = 0
+        self._done = 0  # counted on the thread, and there alone
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that was ever given to it has been done, and what was not wanted any more passed over."""
+        return self._given == self._done
 
     async def call(self, function: Callable[[], T], *, hurry: bool = False) -> T:
         """Run `function` on the thread and return what it returns or raise what it raises.
@@ -95,19 +103,21 @@ class EngineThread:
     def _put(self, function: Callable[[], object], *, last: bool) -> asyncio.Future[tuple[Any, BaseException | None]]:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
+        self._given += 1
         self._queue.put(_Work(loop, future, function, last))
         return future
+
+    def _serve(self) -> None:
+        goes_on = True
+        while goes_on:
+            goes_on = _do(self._queue.get())  # no local keeps the last batch alive while the thread waits for the next
+            self._done += 1
 
 
 def _let_others_run() -> None:
     # The thread is awake and waits for the interpreter's lock, which a busy event loop keeps for 5 ms. With 64 answers
     # to write that was the gap between two runs; with this it was 1.5 ms (traced under loadtest.overload at 1.5x).
     time.sleep(_PAUSE)
-
-
-def _serve(queue: SimpleQueue[_Work]) -> None:
-    while _do(queue.get()):  # no local keeps the last batch alive while the thread waits for the next
-        pass
 
 
 def _do(work: _Work) -> bool:
@@ -137,8 +147,10 @@ class ThreadEngine:
     concurrency = 1
     contained = False
 
-    def __init__(self, loaded: Loaded, thread: EngineThread) -> None:
+    def __init__(self, loaded: Loaded, thread: EngineThread, artefact: Artefact | None = None) -> None:
+        """`artefact` is what was loaded, where there was a choice."""
         self.provider = loaded.provider
+        self.artefact = artefact
         self.warnings = loaded.warnings
         self.widest = loaded.widest
         self.loaded: Loaded | None = loaded

@@ -18,7 +18,8 @@ from gateway.jobs.feed import Feed, after
 from gateway.jobs.record import FINAL, Job, State, is_id, new_id, unknown
 from gateway.jobs.store import JobStore, Packed
 from gateway.jobs.webhook import WebhookPolicy
-from gateway.queues.redis.message import Seal, pack_request, unpack_response
+from gateway.message import pack_request, unpack_response
+from gateway.queues.redis.seal import Seal
 from gateway.types import InferRequest
 
 _EXPIRES, _LONGEST = 86_400.0, 7 * 86_400.0  # seconds that a job has, unless its request says how many; and at most

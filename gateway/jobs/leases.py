@@ -16,7 +16,7 @@ from gateway import errors
 from gateway.jobs.guarded import Command, typed
 from gateway.jobs.record import VERSION, Job, State, read
 from gateway.jobs.store import JobStore, Packed
-from gateway.queues.redis.message import pack_error
+from gateway.message import pack_error
 
 CRASHES = 3  # runs whose gateway died, after which a job is a dead letter
 _NOT_OURS = 5.0  # seconds until a job is looked at again that only a newer release can read

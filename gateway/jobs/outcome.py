@@ -14,7 +14,8 @@ from gateway.config.model import ModelConfig
 from gateway.jobs.leases import Claim
 from gateway.jobs.record import State
 from gateway.jobs.store import check_size
-from gateway.queues.redis.message import BadMessage, Seal, pack_error, pack_response, unpack_request
+from gateway.message import BadMessage, pack_error, pack_response, unpack_request
+from gateway.queues.redis.seal import Seal
 from gateway.telemetry import log_event
 from gateway.types import Infer, InferRequest, InferResponse
 

@@ -10,7 +10,7 @@ too often, or it cannot be read. A job whose model is unavailable, or whose gate
 | `state`                      | see above                                                                                   |
 | `model`, `version`           | as asked for; an empty version is the newest when it runs                                   |
 | `tenant`                     | whose it is, and who alone may see it                                                       |
-| `header`, `payload`, `seal`  | the packed request (`queues.redis.message`) and its signature; gone once done or cancelled  |
+| `header`, `payload`, `seal`  | the packed request (`gateway.message`) and its signature; gone once done or cancelled  |
 | `size`                       | bytes of the payload                                                                        |
 | `plan`                       | which outputs its client wants as binary; msgpack                                           |
 | `digest`                     | of the idempotency key's body, when it came with one                                        |
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
 from gateway import errors
-from gateway.queues.redis.message import BadMessage, unpack_error
+from gateway.message import BadMessage, unpack_error
 from gateway.telemetry import log_event
 
 State: TypeAlias = Literal["queued", "running", "done", "failed", "cancelled", "dead"]

@@ -21,7 +21,7 @@ from gateway.jobs.feed import Feed
 from gateway.jobs.leases import Claim, Leases
 from gateway.jobs.outcome import Retry, run
 from gateway.jobs.store import JobStore
-from gateway.queues.redis.message import Seal
+from gateway.queues.redis.seal import Seal
 from gateway.telemetry import Refusals, log_event
 from gateway.types import Infer
 

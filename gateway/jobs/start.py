@@ -17,7 +17,7 @@ from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore, StoreOptions
 from gateway.jobs.view import view
 from gateway.jobs.webhook import Caller, WebhookKey, WebhookPolicy
-from gateway.queues.redis.message import Seal
+from gateway.queues.redis.seal import Seal
 from gateway.redis_client import RedisClient
 from gateway.types import Infer, InferRequest
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self, TypeAlias, TypeVar
 
 from gateway import errors
 from gateway.config.model import ModelConfig
@@ -20,32 +20,53 @@ from gateway.queues.base import Lane
 from gateway.statistics import VersionStatistics
 from gateway.types import Infer, InferRequest, InferResponse
 
+T = TypeVar("T")
+
 
 class Flight:
     """A run that equal requests may wait for."""
 
-    __slots__ = ("_over", "body", "certain", "failed", "request")
+    __slots__ = ("_certain", "_over", "body", "failed", "request")
 
     def __init__(self, request: InferRequest, body: bytes) -> None:
         self.request = request
         self.body = body
-        self.certain = False  # the key is known to belong to this body
         self.failed = False  # it ended with an error that was not for the lack of time
-        self._over: asyncio.Future[Kept | None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._certain: asyncio.Future[bool] = loop.create_future()
+        self._over: asyncio.Future[Kept | None] = loop.create_future()
+
+    def confirm(self) -> None:
+        """The key is known to belong to this body."""
+        if not self._certain.done():
+            self._certain.set_result(True)
+
+    async def confirmed(self, deadline: float | None) -> bool:
+        """Whether the key belongs to this body, once that is known; false when the run ended before it was.
+
+        Raises `DeadlineExceeded` when the deadline comes first.
+        """
+        return await _outcome(self._certain, deadline)
 
     def land(self, kept: Kept | None) -> None:
         """The run is over or, with None, given up. Only the first call counts."""
         if not self._over.done():
             self._over.set_result(kept)
+        if not self._certain.done():
+            self._certain.set_result(False)
 
     async def outcome(self, deadline: float | None) -> Kept | None:
         """What it landed with. Raises `DeadlineExceeded` when the deadline comes first."""
-        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-        # wait() leaves the future alone when the waiting task is cancelled; it is others' too.
-        over, _ = await asyncio.wait([self._over], timeout=left)
-        if not over:
-            raise errors.deadline_passed()
-        return self._over.result()
+        return await _outcome(self._over, deadline)
+
+
+async def _outcome(future: asyncio.Future[T], deadline: float | None) -> T:
+    left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+    # wait() leaves the future alone when the waiting task is cancelled; it is others' too.
+    done, _ = await asyncio.wait([future], timeout=left)
+    if not done:
+        raise errors.deadline_passed()
+    return future.result()
 
 
 class Flights:

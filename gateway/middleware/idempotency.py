@@ -65,7 +65,7 @@ class _Repeats:
     async def _joined(self, key: bytes, body: bytes, request: InferRequest) -> InferResponse | None:
         """The answer of a run under way in this process; None when there is none any more."""
         while (flight := self._flights.of(key)) is not None:
-            if flight.certain and flight.body != body:
+            if flight.body != body and await flight.confirmed(request.deadline):
                 raise errors.key_reused()
             kept = await flight.outcome(request.deadline)
             if kept is not None:
@@ -85,11 +85,11 @@ class _Repeats:
     async def _claimed(self, key: bytes, flight: Flight) -> InferResponse | None:
         while (kept := await self._store.claim(key, flight.body)) is not None:
             _same(kept, flight.body)
-            flight.certain = True
+            flight.confirm()
             if not kept.pending:
                 return kept.response  # None if it was too large to be kept: it is computed again
             await self._store.settled(key)
-        flight.certain = True
+        flight.confirm()
         return None
 
     async def _run(self, key: bytes, flight: Flight) -> InferResponse:

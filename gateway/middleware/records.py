@@ -1,7 +1,7 @@
 """What is kept of a request as bytes, for Redis.
 
 A record is a signature, a head, the digest of the request and, where it holds a response, its message (see
-`queues.redis.message`). The signature, there with a deployment key only, is over the key's name too, so that who can
+`gateway.message`). The signature, there with a deployment key only, is over the key's name too, so that who can
 write to Redis can neither make an answer nor move one.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 import secrets
 import struct
 
+from gateway.message import BadMessage, pack_response, unpack_response
 from gateway.middleware.store import Kept
-from gateway.queues.redis.message import BadMessage, Seal, pack_response, unpack_response
+from gateway.queues.redis.seal import Seal
 from gateway.types import Buffer
 
 _PENDING, _ANSWERED, _LARGE = b"1p", b"1r", b"1l"  # the format's version, and the kind

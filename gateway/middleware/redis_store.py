@@ -19,9 +19,10 @@ from typing import Any, Self
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.message import BadMessage
 from gateway.middleware.records import Records
 from gateway.middleware.store import Kept, MemoryStore, size_of
-from gateway.queues.redis.message import BadMessage, Seal
+from gateway.queues.redis.seal import Seal
 from gateway.redis_client import RedisClient, unheeded
 from gateway.telemetry import log_event
 

@@ -63,10 +63,12 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """One loaded copy of a model: its device and what it really runs on."""
+    """One loaded copy of a model: its device, what it really runs on, and the file, where there was a choice."""
 
     device: str
     provider: str
+    precision: str = ""
+    artefact: str = ""
 
 
 NO_WORKER = "no live worker holds it"

@@ -1,6 +1,7 @@
 """Notices changed files by name, size and modification time, per version and for what versions share; and says what a
 version computes, by the content of its files.
 
+Of a version's artefacts those count that are promoted, so that a build under way changes nothing.
 Only a `digest` reads content. A file that is still being copied changes its fingerprint again and is simply seen
 as changed twice.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gateway.artefacts import FOLDER, served_files
 from gateway.repository.layout import names
 
 
@@ -50,18 +52,21 @@ def fingerprint(model: Path, versions: Mapping[int, Path], override: str = "") -
     shared = [line for entry in entries if entry not in own for line in _entries(entry)]
     return Fingerprint(
         _digest([override, *shared]),
-        {number: _digest(list(_entries(folder))) for number, folder in versions.items()},
+        {
+            number: _digest([*map(_entry, [*_files(folder, skip=FOLDER), *served_files(folder)])])
+            for number, folder in versions.items()
+        },
     )
 
 
 def digest(folder: Path, config: Any) -> str:
     """What a version computes: equal for equal files and configuration (a protobuf message), wherever they lie.
 
-    Empty when a file cannot be read.
+    Its artefacts are left out: which of them is run is known once it is loaded, where. Empty when a file cannot be read.
     """
     state = hashlib.sha256(config.SerializeToString(deterministic=True))
     try:
-        for path in sorted(_files(folder)):
+        for path in sorted(_files(folder, skip=FOLDER)):
             state.update(f"\0{path.relative_to(folder)}\0".encode(errors="surrogateescape"))
             if not path.is_file():
                 return ""  # a pipe would be read for ever
@@ -86,12 +91,14 @@ def _entries(path: Path) -> Iterator[str]:
     return (_entry(file) for file in _files(path))
 
 
-def _files(path: Path) -> Iterator[Path]:
+def _files(path: Path, skip: str = "") -> Iterator[Path]:
+    """The visible files of a folder, but for those in the folder `skip` of it."""
     if not path.is_dir():
         yield path
     for folder, folders, files in os.walk(path):
+        skipped = skip if folder == str(path) else ""
         # Python writes __pycache__ beside a model while serving it. Linked folders are not followed: no loops.
-        folders[:] = sorted(name for name in folders if name[0] not in "._")
+        folders[:] = sorted(name for name in folders if name[0] not in "._" and name != skipped)
         yield from (Path(folder, name) for name in sorted(files) if name[0] not in "._")
 
 

@@ -7,6 +7,7 @@ it learns the inputs and outputs that a configuration leaves out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from gateway.config.build import build
 from gateway.config.complete import adopt, complete, fill_backend
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, ModelConfigProto
-from gateway.config.parse import Source, empty, parse_json, parse_text
+from gateway.config.parse import Source, config_json, empty, parse_json, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import GatewayError, InvalidArgument, NotFound, Unsupported
 from gateway.repository import layout
@@ -45,6 +46,12 @@ class ModelSource:
     digests: Mapping[int, str] = field(default_factory=dict)
 
 
+AutoComplete: TypeAlias = Callable[[Path, str], str]
+"""What a Python model's own `auto_complete_config` makes of its configuration, both as JSON. Raises `GatewayError`."""
+
+_COMPLETED = ("max_batch_size", "dynamic_batching", "input", "output", "model_transaction_policy")
+
+
 class Repository:
     """One or more folders of models. Holds no state: every call reads the files as they are."""
 
@@ -53,25 +60,35 @@ class Repository:
         paths: Sequence[Path],
         describe: Callable[[Path], ModelIO],
         *,
-        backends: Collection[str] = ("onnxruntime", "fake", "remote"),
-        ask_remote: AskRemote | None = None,
+        backends: Collection[str] = ("onnxruntime", "tensorrt", "fake"),
         gpus: Sequence[int] = (),
         default_max_batch_size: int = 4,
         config_name: str = "",
         caches: bool = False,
     ) -> None:
-        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `ask_remote` asks
-        the server that a model's parameters name for its configuration; `gpus` the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
+        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
+        the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
         `caches` nobody keeps responses, and models that ask for it are warned of.
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
-        self._ask_remote = ask_remote
+        self._ask_remote: AskRemote | None = None
         self._backends = frozenset(backends)
+        self._auto_complete: AutoComplete | None = None
         self._gpus = tuple(gpus)
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
+
+    def allow_remote(self, ask: AskRemote) -> None:
+        """Read models of backend `remote`, and ask their servers what their configurations leave out."""
+        self._backends |= {"remote"}
+        self._ask_remote = ask
+
+    def allow_python(self, auto_complete: AutoComplete) -> None:
+        """Have models of backend python too, which are code."""
+        self._backends |= {"python"}
+        self._auto_complete = auto_complete
 
     def scan(self) -> dict[str, Found]:
         """Every model folder in name order. Raises `GatewayError` when a repository cannot be read."""
@@ -137,6 +154,8 @@ class Repository:
 
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
+        if model is not None and proto.backend == "python":
+            proto = self._complete_code(proto, model, source)
         io = None
         if proto.backend == "remote" and self._ask_remote is not None and not (proto.input and proto.output):
             parameters = {key: value.string_value for key, value in proto.parameters.items()}
@@ -152,6 +171,16 @@ class Repository:
                 if data.source not in ("zero", "random"):
                     _existing(folder / "warmup", data.source, folder.parent, source, "input_data_file")
         return config
+
+    def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
+        """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
+        assert self._auto_complete is not None
+        try:
+            completed = json.loads(self._auto_complete(model, json.dumps(config_json(proto))))
+        except GatewayError as problem:
+            raise source.error(problem.message) from None
+        whole = config_json(proto) | {key: completed[key] for key in _COMPLETED if key in completed}
+        return parse_json(json.dumps(whole))
 
     def _describe_file(self, model: Path, folder: Path) -> ModelIO:
         where = f"{folder.name}/{model.relative_to(folder)}"
@@ -181,6 +210,9 @@ def _check_override(proto: ModelConfigProto, source: Source) -> None:
     if proto.backend == "fake":
         # Anyone who may load models could otherwise have one that crashes on request.
         raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
+    if proto.backend == "python":
+        # Its author says what of the repository is code; whoever may load models does not.
+        raise source.error("a model of backend 'python' is loaded as its config.pbtxt says and not by an override")
     if proto.backend == "remote" or any("remote" in key for key in proto.parameters):
         # They could have this server call any other, and send it the files that the parameters name.
         raise source.error("a remote server is named in a repository's config.pbtxt and not by an override")

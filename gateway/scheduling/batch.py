@@ -66,6 +66,21 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
     return results
 
 
+def pick(outputs: dict[str, Array], request: InferRequest, config: ModelConfig) -> dict[str, Tensor]:
+    """The outputs that an engine gave to this request alone, as `split` gives them.
+
+    A decoupled model may leave outputs out of an answer, and its rows are its own. Raises `Internal` as `split` does.
+    """
+    if not config.decoupled:
+        return split(outputs, [request], config)[0]
+    wanted = [output.name for output in request.outputs]
+    return {
+        tensor.name: Tensor.from_array(tensor.datatype, _checked(outputs[tensor.name], tensor, None, config))
+        for tensor in config.outputs
+        if tensor.name in outputs and (not wanted or tensor.name in wanted)
+    }
+
+
 def _join(parts: list[Tensor]) -> Array:
     first = parts[0]
     shape = (sum([part.shape[0] for part in parts]), *first.shape[1:])
@@ -81,8 +96,8 @@ def _translate(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[in
     return (*batch, *(next(sizes) if dim == -1 else dim for dim in target))
 
 
-def _checked(array: Array | None, tensor: TensorConfig, rows: int, config: ModelConfig) -> Array:
-    """The output in the shape clients see, or `Internal` saying what is wrong with it."""
+def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config: ModelConfig) -> Array:
+    """The output in the shape clients see, or `Internal` saying what is wrong with it; `rows` may be any if None."""
     if array is None:
         raise errors.Internal(f"model '{config.name}' gave no output '{tensor.name}', which its configuration lists")
     if array.dtype != tensor.datatype.dtype:
@@ -90,7 +105,7 @@ def _checked(array: Array | None, tensor: TensorConfig, rows: int, config: Model
             f"model '{config.name}' gave output '{tensor.name}' as {array.dtype}, "
             f"its configuration says {tensor.datatype.name}"
         )
-    if config.max_batch_size and (not array.shape or array.shape[0] != rows):
+    if rows is not None and config.max_batch_size and (not array.shape or array.shape[0] != rows):
         got = array.shape[0] if array.shape else "no"
         raise errors.Internal(
             f"model '{config.name}' gave {got} rows in output '{tensor.name}' for a batch of {rows}; "

@@ -232,6 +232,13 @@ class DeadlineScheduler(Registry[W]):
         if len(lane.seats) > 1:
             lane.rank_places()
 
+    def lend(self, run: Run[W]) -> None:
+        """A run waits for other runs, which may have its cores until it is over."""
+        device = self._devices[run.device]
+        if any(each.run is run for each in device.active):
+            device.free += run.cores
+            run.cores = 0
+
     # --- within
 
     def _note_overhead(self, seconds: float) -> None:

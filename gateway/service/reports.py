@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
 
 from gateway.errors import GatewayError
+from gateway.queues.base import InstanceState
 from gateway.statistics import VersionStatistics
 
 QUESTION = "explain"
@@ -47,6 +49,20 @@ class WorkerReports:
             with suppress(msgspec.DecodeError):
                 reports.append(msgspec.json.decode(answer, type=dict[str, Any]))
         return reports
+
+
+def running(instances: Iterable[InstanceState]) -> list[dict[str, Any]]:
+    """What instances run on and from what, each different answer once with how many there are of it."""
+    return [
+        {
+            "device": each.device,
+            "provider": each.provider,
+            "precision": each.precision,
+            "artefact": each.artefact,
+            "count": number,
+        }
+        for each, number in Counter(instances).items()
+    ]
 
 
 def count(of: VersionStatistics) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.config.model import ModelConfig
-from gateway.queues.base import Admission, Lane, PoolState
+from gateway.queues.base import Admission, InstanceState, Lane, PoolState
 from gateway.service.check import Checker
 from gateway.statistics import VersionStatistics
 
@@ -22,3 +22,4 @@ class Route:
     admission: Admission | None
     default_deadline: float  # seconds; 0 for none
     digest: str  # see `VersionState`
+    instances: tuple[InstanceState, ...]

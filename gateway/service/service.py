@@ -16,8 +16,8 @@ from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.service.inference import Inference
-from gateway.service.reports import Reports, count
+from gateway.service.inference import EMPTY_FINAL, Inference
+from gateway.service.reports import Reports, count, running
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Parameter, Responses
@@ -159,7 +159,7 @@ class Service:
 
     def prepare(self, request: InferRequest) -> Route:
         """Resolve and check a request, and fix its deadline. Middleware may do so before the request is submitted."""
-        if self._draining:
+        if self._draining and not request.callers:  # what an accepted request needs is accepted too
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
@@ -237,6 +237,7 @@ class Service:
             state.admission,
             (self._options.default_deadline_ms if own is None else own) / 1000,
             state.digest,
+            state.instances,
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
         self._routes[name, version] = route
@@ -269,6 +270,10 @@ class Service:
         """The complete configuration of a ready version."""
         return self._resolve(name, version).config
 
+    def instances(self, name: str, version: str = "") -> Sequence[Mapping[str, Any]]:
+        """What a ready version runs on, and from what; see `running`."""
+        return running(self._resolve(name, version).instances)
+
     async def explain(self, name: str, version: str = "") -> Mapping[str, Any]:
         """What was decided about the requests of a ready version and why; see `Admission.explain`.
 
@@ -279,7 +284,7 @@ class Service:
         if self._reports is not None:
             told["workers"] = await self._reports(*route.lane)
         counted = count((await self._fleet()).of(*route.lane))
-        return {"model": name, "version": route.lane.version, **counted, **told}
+        return {"model": name, "version": route.lane.version, "instances": running(route.instances), **counted, **told}
 
     def ready_versions(self, name: str) -> list[str]:
         """The versions of a model that are ready, oldest first."""
@@ -373,13 +378,10 @@ def _index_entries(name: str, pool: PoolState | None) -> list[IndexEntry]:
     return [IndexEntry(name, state.version, state.state, state.reason) for state in pool.versions]
 
 
-_ALLOWED_RESERVED = "triton_enable_empty_final_response"
-
-
 def _apply_parameters(request: InferRequest) -> None:
     """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
     for key in request.parameters:
-        if key.startswith("triton_") and key != _ALLOWED_RESERVED:
+        if key.startswith("triton_") and key != EMPTY_FINAL:
             raise errors.reserved_parameter()
     if timeout := _natural(request.parameters.get("timeout")):
         deadline = time.monotonic() + timeout / 1e6

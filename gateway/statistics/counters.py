@@ -154,13 +154,13 @@ class VersionStatistics:
     fields are the response cache's. Of the requests that were `admitted` on condition and have ended, `late` were not
     answered by their deadline. `predictions` is how far predicted times of batches are off lately, as a part of them,
     and whether they are relied on; None where nothing runs. `epoch` is when the version was last unloaded, in
-    milliseconds since 1970; 0 for never.
+    milliseconds since 1970; 0 for never. `crashes` are its engines' by cause, `restarts` how often they came back.
     """
 
     __slots__ = (
         "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
-        "cache_miss_ns", "closed", "epoch", "executing", "execution_count", "failure_ns", "failures",
-        "last_inference_ms", "late", "model", "pending", "predictions", "refused", "row_sizes", "version",
+        "cache_miss_ns", "closed", "crashes", "epoch", "executing", "execution_count", "failure_ns", "failures",
+        "last_inference_ms", "late", "model", "pending", "predictions", "refused", "restarts", "row_sizes", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -193,6 +193,8 @@ class VersionStatistics:
         self.batches: dict[int, BatchStatistics] = {}
         self.closed: dict[str, int] = {}
         self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
+        self.crashes: dict[str, int] = {}
+        self.restarts = 0
         self.row_sizes = Histogram(ROW_BOUNDS)
 
     def record_success(self, total_ns: int, timings: Timings | None, rows: int) -> None:

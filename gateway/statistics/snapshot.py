@@ -24,10 +24,10 @@ _ANSWERED = (
 )  # fmt: skip
 _OWN = (
     "execution_count", "failure_ns", "cache_hit_count", "cache_hit_ns", "cache_miss_count", "cache_miss_ns",
-    "admitted", "late",
+    "admitted", "late", "restarts",
 )  # fmt: skip
 _HISTOGRAMS = ("request_times", "queue_times", "compute_times", "row_sizes")
-_TABLES = ("failures", "closed", "refused")
+_TABLES = ("failures", "closed", "refused", "crashes")
 _BATCH = ("count", "compute_input_ns", "compute_infer_ns", "compute_output_ns")
 
 _Key = TypeVar("_Key")

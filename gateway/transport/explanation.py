@@ -15,6 +15,8 @@ REMEDIES = {
     "queue_timeout": "the model's default_timeout_microseconds; raise it or leave it out",
     "unavailable": "the model was not ready or the server stopped; its log says which",
     "conflict": "an Idempotency-Key was used for two different requests; give each request its own",
+    "crashed": "a request that crashes the model by itself, its digest is in the log; mend the model, or the request",
+    "quarantined": "a request that crashed the model, sent again; it is not run for ten minutes",
 }
 """What to do about refused requests, by the reasons of the table of refusals."""
 
@@ -27,7 +29,7 @@ CLOSED = {
     "share": "the rest was left to the other instances or the next run",
     "shape": "what else waited had another shape",
     "preferred": "a preferred_batch_size was reached",
-    "retry": "a batch had failed; its requests ran one by one",
+    "retry": "a batch had failed; its halves ran, and theirs, until what failed was alone",
     "delay": "max_queue_delay_microseconds or a deadline ran out",
 }
 """Why batches closed, in words."""
@@ -61,6 +63,7 @@ def merged(told: Mapping[str, Any]) -> Mapping[str, Any]:
 def explanation(told: Mapping[str, Any]) -> str:
     """The text for the answer of `/v2/models/MODEL/explain`. Raises KeyError, or others, for what is not one."""
     lines = [f"model {told['model']}, version {told['version']}"]
+    lines += [f"  {_instances(each)}" for each in told["instances"]]
     if "workers" in told:
         lines.append(f"workers that answered: {len(told['workers'])}")
     for block in (_next(told["next"]), _requests(told), _batches(told)):
@@ -68,6 +71,11 @@ def explanation(told: Mapping[str, Any]) -> str:
     for name, device in told["devices"].items():
         lines += ["", *_device(name, device)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _instances(entry: Mapping[str, Any]) -> str:
+    made = f", {entry['artefact']} ({entry['precision']})" if entry["artefact"] else ""
+    return f"{entry['count']} x {entry['device']} {entry['provider']}{made}"
 
 
 def duration(milliseconds: float) -> str:

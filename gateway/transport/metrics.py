@@ -2,29 +2,32 @@
 
 Maps counters to metric families and answers GET. What is of models and of the queue is the sum over the whole fleet,
 whichever process answers: in queries over several scraped gateways, take `max`, not `sum`. `process_*` are of the
-process that answers, which a fleet adds as the label `process`; `nv_cpu_*` are of its machine.
+process that answers, which a fleet adds as the label `process`; `nv_gpu_*` and `nv_cpu_*` are of its machine.
 
 The counters are read on the event loop, whose they are; reading /proc and writing the text happen on a thread, so a
-scrape of many models delays no inference. GPU metrics are not here.
+scrape of many models delays no inference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import platform
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from gateway import __version__
 from gateway.errors import Unauthenticated
+from gateway.queues.base import PoolState
 from gateway.statistics import Histogram, Statistics, VersionStatistics
 from gateway.telemetry import METRICS_CONTENT_TYPE, Buckets, Family, process_metrics, write_metrics
 from gateway.transport.auth import Tokens
+from gateway.transport.device_metrics import DeviceMetrics
 from gateway.transport.fleet import FleetMetrics, ReadFigures
 from gateway.transport.http.replies import Reply, error_reply
+from gateway.transport.instances import instance_metrics
 
 _PROBES = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
@@ -43,6 +46,7 @@ _COUNTS = (
     ("cache_hit_count", "nv_cache_num_hits_per_model", "Number of cache hits per model"),
     ("cache_miss_count", "nv_cache_num_misses_per_model", "Number of cache misses per model"),
     ("late", "gateway_requests_late_total", "Number of accepted requests that were not answered by their deadline"),
+    ("restarts", "gateway_engine_restarts_total", "Number of times that an engine's process was started again"),
 )
 
 _DURATIONS = (
@@ -105,11 +109,13 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     failed = "Number of failed inference requests, all batch sizes"
     closed = "Number of batches by why they were closed"
     refused = "Number of good requests that were not served, by why; see the table of refusals"
+    crashed = "Number of times that an engine's process ended or could not be started, by cause"
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
         Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
         Family("gateway_requests_refused_total", "counter", refused, _by_reason(versions, "refused")),
+        Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",
@@ -149,44 +155,15 @@ def _by_reason(versions: _Versions, attribute: str) -> list[tuple[Mapping[str, s
     ]
 
 
-class HostMetrics:
-    """Triton's CPU metrics of the whole machine, from /proc; none where /proc does not tell.
-
-    Utilization is the mean since the last call, since boot on the first.
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a process tells beside the sums over the fleet: its machine's devices, the models as its queue has them, and
+    its child processes, which takes a look at files.
     """
 
-    def __init__(self, proc: Path = Path("/proc")) -> None:
-        self._proc = proc
-        self._busy = 0
-        self._ticks = 0
-
-    def collect(self) -> list[Family]:
-        """Read the machine's CPU and memory. Blocks on files: call it off the event loop."""
-        try:
-            utilization = self._utilization()
-            total, available = self._memory()
-        except (OSError, LookupError, ValueError):
-            return []
-        used = total - available
-        return [
-            Family("nv_cpu_utilization", "gauge", "CPU utilization rate [0.0 - 1.0]", [({}, utilization)]),
-            Family("nv_cpu_memory_total_bytes", "gauge", "CPU total memory (RAM), in bytes", [({}, total)]),
-            Family("nv_cpu_memory_used_bytes", "gauge", "CPU used memory (RAM), in bytes", [({}, used)]),
-        ]
-
-    def _memory(self) -> tuple[int, int]:
-        lines = (line.split() for line in (self._proc / "meminfo").read_text().splitlines())
-        sizes = {key: int(kib) * 1024 for key, kib, *_ in lines}
-        return sizes["MemTotal:"], sizes["MemAvailable:"]
-
-    def _utilization(self) -> float:
-        # user nice system idle iowait irq softirq steal; the guest columns after them are part of user.
-        columns = [int(column) for column in (self._proc / "stat").read_text().splitlines()[0].split()[1:9]]
-        ticks = sum(columns)
-        busy = ticks - columns[3] - columns[4]
-        elapsed, worked = ticks - self._ticks, busy - self._busy
-        self._ticks, self._busy = ticks, busy
-        return worked / elapsed if elapsed else 0.0
+    devices: DeviceMetrics = field(default_factory=DeviceMetrics)
+    pools: Callable[[], Iterable[PoolState]] = tuple
+    children: Callable[[], list[Family]] = list
 
 
 class MetricsApp:
@@ -203,16 +180,17 @@ class MetricsApp:
         process: str = "",
         figures: ReadFigures | None = None,
         health: Callable[[str], Reply] | None = None,
+        own: Own | None = None,
     ) -> None:
         """`fleet` gives the sums over all processes. Where there are others, `process` is the name of this one and
         `figures` tells of the queue. `health` answers for "live" and "ready".
         """
         self._health = health
+        self._own = own or Own()
         self._fleet = fleet
         self._queue = FleetMetrics(figures)
         self._tokens = tokens
         self._labels = {"process": process} if process else {}
-        self._host = HostMetrics()
         # A thread of its own: scrapes queue up behind each other, and need none of the threads that serve requests.
         self._thread = ThreadPoolExecutor(1, "metrics")
 
@@ -237,8 +215,10 @@ class MetricsApp:
             tasks = "Tasks on the event loop of this process, the one that answers this included"
             families = [
                 *model_metrics(statistics),
+                instance_metrics(self._own.pools()),
                 *await self._queue.collect(statistics),
                 Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
+                *self._own.devices.gpus(),
             ]
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)
@@ -251,4 +231,11 @@ class MetricsApp:
             "Always 1; the labels say what is running",
             [({"version": __version__, "python": python, **self._labels}, 1)],
         )
-        return write_metrics([*families, *self._host.collect(), *process_metrics(self._labels), build])
+        children = [
+            Family(
+                each.name, each.kind, each.help, [({**labels, **self._labels}, value) for labels, value in each.samples]
+            )
+            for each in self._own.children()
+        ]
+        cpu = self._own.devices.cpu()
+        return write_metrics([*families, *cpu, *children, *process_metrics(self._labels), build])

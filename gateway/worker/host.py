@@ -8,9 +8,10 @@ taken). The `Worker` owns the order of these steps.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from msgspec.structs import replace
 from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
 from gateway.placement import Placement
 from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
 from gateway.scheduling.base import Place
@@ -32,6 +34,7 @@ from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
+from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import warm_up
 
@@ -50,23 +53,36 @@ class Source:
     version: str
     path: Path
     fingerprint: object
-    digest: str = ""  # see `VersionState`
+    digest: str = ""  # of what all its artefacts are made from, see `Repository`
 
 
 class Host:
     """A loaded version and the tasks that serve it."""
 
     def __init__(
-        self, source: Source, queue: Queue, statistics: Statistics, slots: Slots, *, measures: bool, persists: bool
+        self,
+        source: Source,
+        queue: Queue,
+        statistics: Statistics,
+        slots: Slots,
+        *,
+        measures: bool,
+        persists: bool,
+        children: Children | None = None,
     ) -> None:
-        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk."""
+        """With `measures` its batch sizes are timed once it is ready; with `persists` what was learned is kept on disk.
+
+        Its engines live in `children`, or all in this process.
+        """
         self.source = source
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
+        self.digest = ""  # see `VersionState`
         self.lane = Lane(source.config.name, source.version)
         self._queue = queue
         self._statistics = statistics.of(*self.lane)
         self._slots = slots
+        self._children = children
         self._measures = measures and measurable(source.config)
         self._persists = persists
         self._priors: Priors | None = None
@@ -97,12 +113,12 @@ class Host:
         except BaseException:
             await self._close_engines()
             raise
-        self.instances = tuple(InstanceState(placement.device.name, e.provider) for e, placement in self._engines)
+        self.instances = tuple(_state(engine, placement) for engine, placement in self._engines)
+        self.digest = _digest(self.source.digest, self._engines)
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        contained = all(engine.contained for engine, _ in self._engines)
-        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=contained)
+        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=self._contained())
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -160,9 +176,12 @@ class Host:
         try:
             async with asyncio.TaskGroup() as tasks:
                 serving = [tasks.create_task(self._read(self._consumer))]
+                siblings = Siblings(self._place)
                 for engine, placement in self._engines:
                     source = self.source
-                    instance = Instance(engine, source.config, source.version, self._statistics, source.digest)
+                    instance = Instance(
+                        engine, source.config, source.version, self._statistics, self.digest, siblings=siblings
+                    )
                     seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
                     serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
@@ -200,17 +219,29 @@ class Host:
 
     def _open_lane(self, priors: Mapping[str, Prior], rows: Mapping[str, float]) -> None:
         """A lane of this host's own: while a successor takes over, the two finish what each has taken."""
-        self._places = places(self._engines)
         bounds = limits(self.source.config)
         # An order must hear of every request that is given up.
         self.asks_all = self._order is not None or any(
             policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
         )
-        self._slots.open(self, bounds, self._places)
+        self._open_places(self._engines)
         for device, prior in priors.items():
             self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
+
+    def _contained(self) -> bool:
+        return all(engine.contained for engine, _ in self._engines)
+
+    def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
+        self._places = places(engines)
+        self._slots.open(self, limits(self.source.config), self._places)
+
+    def _place(self, working: Collection[Instance]) -> None:
+        """Have the scheduler count on these instances only."""
+        if not self._stopped.is_set():
+            there = {id(instance.engine) for instance in working}
+            self._open_places([(engine, placement) for engine, placement in self._engines if id(engine) in there])
 
     def _credits(self) -> int:
         """How many requests to have here: enough that no instance waits for the next, few enough for others to help."""
@@ -238,10 +269,10 @@ class Host:
     async def _read_priors(self) -> Mapping[str, Prior]:
         def opened() -> Priors:
             runtime, files = engines.runtime(self.source.config.backend), self.source.fingerprint
-            providers = {placement.device: engine.provider for engine, placement in self._engines}
+            on = {placement.device: engine for engine, placement in self._engines}
             return Priors(
                 self.source.path,
-                {device.name: key(device, provider, runtime, files) for device, provider in providers.items()},
+                {device.name: key(device, e.provider, runtime, files, e.artefact) for device, e in on.items()},
             )
 
         self._priors = await asyncio.to_thread(opened)
@@ -270,4 +301,24 @@ class Host:
             device=placement.device.name,
             threads=placement.threads,
             cores=placement.cores,
+            infer=None if self._children is None else self._children.infer,
+            children=self._children,
         )
+
+
+def _state(engine: Engine, placement: Placement) -> InstanceState:
+    artefact = engine.artefact
+    made = ("", "") if artefact is None else (artefact.precision, artefact.name)
+    return InstanceState(placement.device.name, engine.provider, *made)
+
+
+def _digest(source: str, running: Sequence[tuple[Engine, Placement]]) -> str:
+    """What these compute; empty when they differ, because nobody knows which one answers next.
+
+    The integer kernels of one kind of device round otherwise than those of another.
+    """
+    artefacts = [engine.artefact for engine, _ in running]
+    made = {f"{each.sha256} {each.device}" if each is not None and each.sha256 else "" for each in artefacts}
+    if not source or len(made) != 1:
+        return ""
+    return hashlib.sha256(f"{source} {made.pop()}".encode()).hexdigest()

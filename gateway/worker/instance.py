@@ -1,49 +1,65 @@
 """One instance's life while it serves: take a slot and a batch, run it, answer every job, again.
 
-A run that fails is retried job by job, so that a poison request fails alone. Nothing an engine does ends
-the loop; the batch-mates of a cancelled or expired request never notice it.
+A run that fails is run again in parts before the next batch is taken, so that a poison request fails alone, and one that
+crashes the engine is put into quarantine. Where the engine itself is not there, other instances of the version do its
+work until it is back. Nothing an engine does ends the loop; the batch-mates of a cancelled or expired request never
+notice it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable
-from contextlib import aclosing
 from functools import partial
 
 from gateway import errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine
 from gateway.queues.base import Job
-from gateway.scheduling import batch as batching
 from gateway.scheduling.base import Run
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.types import NO_PARAMETERS, Batch, InferResponse, Timings
+from gateway.worker.attempt import Part, Runner, Terms
 from gateway.worker.probe import Probe
+from gateway.worker.quarantine import SECONDS
+from gateway.worker.retry import is_machines, isolate
+from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat
 
 _WORTH_A_PAUSE = 0.002  # seconds; what a run may lose by waiting for the event loop is up to 5 ms
+_AWAY = 1.0  # seconds until an engine that is not there is asked again, if it does not say
 
 
 class Instance:
     """Runs the batches of one engine. One `serve` per run the engine may have open."""
 
     def __init__(
-        self, engine: Engine, config: ModelConfig, version: str, statistics: VersionStatistics, digest: str = ""
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        version: str,
+        statistics: VersionStatistics,
+        digest: str = "",
+        *,
+        siblings: Siblings[Instance] | None = None,
     ) -> None:
         """`digest` tells what the version computes; see `VersionState`."""
-        self._engine = engine
-        self._digest = digest
         self._config = config
         self._version = version
-        self._statistics = statistics
+        self._runner = Runner(engine, config, version, statistics, digest)
+        self.engine = engine
+        self._siblings = siblings or Siblings()
+        self._siblings.join(self)
+        self._quarantine = self._siblings.quarantine
+        self._away = 0.0  # seconds to stay away, leaving the work to others
 
     async def serve(self, seat: Seat) -> None:
         """Run batches until cancelled. A batch that has begun is finished first."""
         while True:
+            if self._away:
+                await asyncio.sleep(self._away)
+                self._away = 0.0
+                self._siblings.enter(self)
             run = await seat.next()
             failed = False
             try:
@@ -57,26 +73,40 @@ class Instance:
 
     async def _run(self, run: Run[Job], seat: Seat) -> bool:
         """Answer every job of a run, and release it as soon as it has been computed. False when the batch failed."""
-        jobs = [job for job in run.jobs if not job.done]
+        jobs = self._wanted(run.jobs)
         if not jobs:
             return True
-        whole = len(jobs) == len(run.jobs)
-        # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
-        hurry = not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE
+        part, cores = Part(jobs), run.cores
+        terms = Terms(
+            run.reason,
+            cores,
+            run.predicted,
+            # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
+            hurry=not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE,
+            waits=partial(seat.lend, run),
+            computed=partial(self._computed, run, seat, len(jobs) == len(run.jobs)),
+        )
         try:
-            await self._attempt(jobs, run.reason, run.cores, partial(self._computed, run, seat, whole), hurry=hurry)
+            await self._runner.run(part, terms)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
-            if len(jobs) == 1:
-                jobs[0].fail(self._explain(problem))
-                return False
-            log_event(
-                "batch_failed", logging.WARNING, model=self._config.name, version=self._version, requests=len(jobs),
-                reason=str(problem), action="running them one by one",
-            )  # fmt: skip
-            for job in jobs:
-                await self._retry(job, run.cores)
+            self._look(problem)
+            if len(jobs) > 1 and not is_machines(problem):
+                log_event(
+                    "batch_failed", logging.WARNING, model=self._config.name, version=self._version,
+                    requests=len(jobs), reason=str(problem), action="running its parts",
+                )  # fmt: skip
+            await isolate(part, problem, partial(self._again, Terms("retry", cores, run.predicted)), self._end)
             return False
         return True
+
+    def _wanted(self, jobs: list[Job]) -> list[Job]:
+        """The jobs to run. Who is in quarantine is told so."""
+        if self._quarantine:
+            for job in jobs:
+                left = None if job.done else self._quarantine.left(job.request)
+                if left is not None:
+                    job.fail(errors.quarantined(self._config.name, left))
+        return [job for job in jobs if not job.done]
 
     def _computed(self, run: Run[Job], seat: Seat, whole: bool, seconds: float) -> None:
         probe = run.jobs[0]
@@ -85,73 +115,39 @@ class Instance:
             whole = False
         seat.release(run, learn=whole, seconds=seconds)
 
-    async def _retry(self, job: Job, cores: int) -> None:
-        if job.done:
-            return
+    async def _again(self, terms: Terms, part: Part) -> Exception | None:
+        part.jobs = self._wanted(part.jobs)  # of two that crash the engine alike, one is enough
+        if not part.jobs:
+            return None
         try:
-            await self._attempt([job], "retry", cores)
-        except Exception as problem:  # noqa: BLE001 - an engine may raise anything; this job alone fails
+            await self._runner.run(part, terms)
+        except Exception as problem:  # noqa: BLE001 - an engine may raise anything; some of these jobs are to blame
+            self._look(problem)
+            return problem
+        return None
+
+    def _look(self, problem: Exception) -> None:
+        """When the engine is not there, leave the work to those whose engines are, if there are any."""
+        if isinstance(problem, errors.Unavailable) and self._siblings.leave(self):
+            self._away = problem.retry_after or _AWAY
+            log_event(
+                "instance_away", logging.WARNING, model=self._config.name, version=self._version,
+                seconds=round(self._away, 3), reason=problem.message,
+            )  # fmt: skip
+
+    def _end(self, job: Job, problem: Exception, *, blamed: bool = False, begun: bool = False) -> None:
+        """Answer a job that is not run again here."""
+        if blamed:
+            digest = self._quarantine.add(job.request)
+            log_event(
+                "request_quarantined", logging.ERROR, model=self._config.name, version=self._version,
+                digest=digest, seconds=SECONDS, reason=str(problem),
+            )  # fmt: skip
+            job.fail(errors.crashed(self._config.name, SECONDS))
+        elif self._away and isinstance(problem, errors.Unavailable) and not begun and not isinstance(job, Probe):
+            job.release()  # to a sibling
+        elif not job.done:
             job.fail(self._explain(problem))
-
-    async def _attempt(
-        self,
-        jobs: list[Job],
-        reason: str,
-        cores: int,
-        computed: Callable[[float], None] | None = None,
-        *,
-        hurry: bool = False,
-    ) -> None:
-        """Run the jobs as one batch and answer them.
-
-        `computed` is told in between, when the engine is free again, how many seconds it was at work.
-        """
-        begun = time.monotonic_ns()
-        requests = [job.request for job in jobs]
-        rows = sum([request.rows for request in requests])
-        batch = Batch(
-            rows=rows,
-            stack=lambda: batching.stack(requests, self._config),
-            outputs=batching.wanted_outputs(requests),
-            cores=cores,
-            hurry=hurry,
-        )
-        self._statistics.executing += len(jobs)
-        try:
-            async with aclosing(self._engine.run(batch)) as results:
-                async for result in results:
-                    answers = batching.split(result.outputs, requests, self._config)
-                    spent = (
-                        result.stacked_ns - result.started_ns,
-                        result.finished_ns - result.stacked_ns,
-                        time.monotonic_ns() - result.finished_ns,
-                    )
-                    if not isinstance(jobs[0], Probe):
-                        self._statistics.record_batch(rows, *spent, reason)
-                    log_event(
-                        "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
-                        rows=rows, cores=cores, reason=reason, compute_us=sum(spent) // 1000,
-                    )  # fmt: skip
-                    if computed is not None:
-                        computed((result.finished_ns - result.started_ns) / 1e9)
-                    stacked, ran, split = spent
-                    for job, request, outputs in zip(jobs, requests, answers, strict=True):
-                        timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
-                        job.reply(
-                            InferResponse(
-                                request.model_name,
-                                self._version,
-                                outputs,
-                                request.id,
-                                NO_PARAMETERS,
-                                timings,
-                                digest=self._digest,
-                            )
-                        )
-        finally:
-            self._statistics.executing -= len(jobs)
-        if not all(job.done for job in jobs):
-            raise errors.Internal(f"model '{self._config.name}' ran and gave no answer")
 
     def _explain(self, problem: Exception) -> errors.GatewayError:
         if isinstance(problem, errors.GatewayError):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gateway import __version__
+from gateway.artefacts import Artefact
 from gateway.placement import Device
 from gateway.scheduling.latency import LatencyModel
 from gateway.telemetry import log_event
@@ -31,10 +32,15 @@ _BYTES = 64 << 10  # a larger file is not ours
 _LONGEST = 1e6  # seconds
 
 
-def key(device: Device, provider: str, runtime: str, fingerprint: object) -> str:
-    """All that batch times depend on, as text. Reads /proc: call it off the event loop."""
+def key(device: Device, provider: str, runtime: str, fingerprint: object, artefact: Artefact | None = None) -> str:
+    """All that batch times depend on, as text; `artefact` is the file that is run, where there was a choice.
+
+    Reads /proc: call it off the event loop.
+    """
     files = hashlib.sha256(str(fingerprint).encode(errors="surrogateescape")).hexdigest()[:32]
-    parts = (device.name, _processor(), f"{device.cores} cores", provider, runtime, f"lockgate {__version__}", files)
+    made = f"{artefact.name} {artefact.sha256[:12]}" if artefact is not None and artefact.sha256 else ""
+    cores = f"{device.cores} cores"
+    parts = (device.name, _processor(), cores, provider, runtime, f"lockgate {__version__}", made, files)
     return ", ".join(part for part in parts if part)
 
 

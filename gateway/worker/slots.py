@@ -60,6 +60,10 @@ class Seat:
         """
         self._slots.finished(run, learn=learn, failed=failed, seconds=seconds)
 
+    def lend(self, run: Run[Job]) -> None:
+        """The run waits for other runs, which may have its slots. Saying it again changes nothing."""
+        self._slots.lend(run)
+
 
 class Slots:
     """All devices of a worker and the lanes on them."""
@@ -151,6 +155,11 @@ class Slots:
         self.scheduler.finished(run, taken, now, failed=failed, learn=learn)
         # At once: what is decided at the end of the turn begins behind the answers to this run's jobs.
         self._assign(run.device)
+
+    def lend(self, run: Run[Job]) -> None:
+        """See `Seat.lend`."""
+        self.scheduler.lend(run)
+        self._wake(run.device)
 
     # --- decisions
 

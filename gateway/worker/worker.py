@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from gateway import errors
+from gateway.engines.isolated.children import Children
 from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
@@ -64,6 +65,7 @@ class Worker:
         self._slots = Slots(
             DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
         )
+        self.children: Children | None = None  # where engines may live, set before anything is loaded
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
@@ -79,11 +81,13 @@ class Worker:
                 self._tasks.create_task(self._carry_out(order))
 
     async def drain(self) -> None:
-        """Answer everything accepted and stop every model."""
-        async with asyncio.TaskGroup() as tasks:
-            for model in self._models.values():
-                for host in model.hosts.values():
-                    tasks.create_task(host.drain())
+        """Answer everything accepted and stop every model, first those that may call others."""
+        for calls in (True, False):
+            async with asyncio.TaskGroup() as tasks:
+                for model in self._models.values():
+                    for host in model.hosts.values():
+                        if host.source.config.is_code is calls:
+                            tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
         """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.
@@ -159,7 +163,13 @@ class Worker:
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
         host = Host(
-            source, self._queue, self._statistics, self._slots, measures=self._measures, persists=self._persists
+            source,
+            self._queue,
+            self._statistics,
+            self._slots,
+            measures=self._measures,
+            persists=self._persists,
+            children=self.children,
         )
         predecessor = model.hosts.get(source.version)
         try:
@@ -184,7 +194,7 @@ class Worker:
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
-            version, "READY", "", host.source.config, host.instances, host, epoch, host.source.digest
+            version, "READY", "", host.source.config, host.instances, host, epoch, host.digest
         )
         self._publish(model)
         for warning in host.warnings:

@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,7 +13,7 @@ from gateway.queues.figures import FleetFigures, LaneFigures
 from gateway.statistics import Statistics
 from gateway.transport.auth import Tokens
 from gateway.transport.fleet import FleetMetrics
-from gateway.transport.metrics import HostMetrics, MetricsApp
+from gateway.transport.metrics import MetricsApp
 from gateway.types import Timings
 
 LABELS = {"model": "digits", "version": "3"}
@@ -245,30 +244,6 @@ async def test_where_callers_need_a_token_scrapers_need_one_too() -> None:
     assert (await get(app)).status == 401
     assert (await get(app, authorization="Bearer " + "x" * 16)).status == 401
     assert (await get(app, authorization="Bearer " + "t" * 16)).status == 200
-
-
-def write_proc(folder: Path, stat: str) -> None:
-    (folder / "stat").write_text(stat + "\ncpu0 1 1 1 1\n")
-    (folder / "meminfo").write_text("MemTotal:  1000 kB\nMemFree:  1 kB\nMemAvailable:  400 kB\nHugePages_Total:  0\n")
-
-
-def test_host_metrics_are_the_change_since_the_last_call(tmp_path: Path) -> None:
-    host = HostMetrics(tmp_path)
-    write_proc(tmp_path, "cpu  100 0 100 700 100 0 0 0 0 0")
-    first = {family.name: family.samples[0][1] for family in host.collect()}
-    assert first["nv_cpu_utilization"] == pytest.approx(0.2)
-    assert first["nv_cpu_memory_total_bytes"] == 1_024_000
-    assert first["nv_cpu_memory_used_bytes"] == 614_400
-    write_proc(tmp_path, "cpu  190 0 100 710 100 0 0 0 90 0")
-    second = {family.name: family.samples[0][1] for family in host.collect()}
-    assert second["nv_cpu_utilization"] == pytest.approx(0.9)
-
-
-@pytest.mark.parametrize("stat", [None, "", "cpu nonsense", "cpu 1 2"])
-def test_host_metrics_are_absent_where_proc_does_not_tell(tmp_path: Path, stat: str | None) -> None:
-    if stat is not None:
-        write_proc(tmp_path, stat)
-    assert HostMetrics(tmp_path).collect() == []
 
 
 async def test_probes_learn_of_health_without_a_token() -> None:

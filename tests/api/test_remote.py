@@ -295,7 +295,8 @@ async def test_a_server_that_is_away_does_not_keep_a_model_from_loading(scheme: 
 async def test_what_the_configuration_leaves_out_is_asked_for(scheme: str, tmp_path: Path) -> None:
     script = Script(scheme)
     (tmp_path / "m" / "1").mkdir(parents=True)
-    repository = Repository([tmp_path], engines.describe, ask_remote=engines.remote_configuration)
+    repository = Repository([tmp_path], engines.describe)
+    repository.allow_remote(engines.remote_configuration)
     async with script.serving():
         parameter = f'parameters {{ key: "remote.url" value {{ string_value: "{script.url}" }} }}'
         (tmp_path / "m" / "config.pbtxt").write_text(f'backend: "remote" {parameter}')
@@ -311,7 +312,8 @@ async def test_what_the_configuration_leaves_out_is_asked_for(scheme: str, tmp_p
 @pytest.mark.parametrize("given", ['"backend": "remote"', '"parameters": {"remote.url": {"string_value": "http://x"}}'])
 def test_no_server_is_named_by_a_load_request(tmp_path: Path, given: str) -> None:
     (tmp_path / "m" / "1").mkdir(parents=True)
-    repository = Repository([tmp_path], engines.describe, ask_remote=engines.remote_configuration)
+    repository = Repository([tmp_path], engines.describe)
+    repository.allow_remote(engines.remote_configuration)
     with pytest.raises(errors.InvalidArgument, match="not by an override"):
         repository.read("m", {"config": f"{{{given}}}"})
 

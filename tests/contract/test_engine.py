@@ -1,4 +1,5 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime and a gateway on real ports.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, TensorRT on a fake GPU,
+and another gateway on real ports.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ from onnx import TensorProto, helper
 from gateway import engines, errors
 from gateway.app import running
 from gateway.config.build import build
-from gateway.config.model import ModelConfig
 from gateway.config.parse import Source, parse_text
 from gateway.config.settings import Settings
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
+from gateway.engines.tensorrt.fakes.network import serialize
 from gateway.types import Array, Batch, BatchResult, DataType
 
 ONNX_TYPES = {
@@ -43,6 +44,9 @@ ONNX_TYPES = {
 }
 
 
+NOT_IN_TENSORRT = {"UINT16", "UINT32", "UINT64", "INT16", "FP64", "BYTES"}
+
+
 def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> None:
     """Write an ONNX model whose output OUT<i> is its input <name i>."""
     nodes, inputs, outputs = [], [], []
@@ -59,9 +63,12 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 class Zoo:
     """Opens engines of one backend in a temporary repository, and closes them."""
 
-    def __init__(self, backend: str, folder: Path) -> None:
+    def __init__(self, backend: str, folder: Path, children: Children | None = None) -> None:
         self.backend = backend
-        self.provider = {"fake": "Fake", "onnxruntime": "CPUExecutionProvider"}.get(backend, "")
+        self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+        self._children = children
+        self.provider = {"onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}.get(backend, "Fake")
+        self.parameters: dict[str, str] = {}
         self._folder = folder
 
     @asynccontextmanager
@@ -75,26 +82,34 @@ class Zoo:
     ):
         """Engines of a model with inputs IN0, IN1, ... of these types and dims, and outputs OUT0, OUT1, ..."""
         named = {f"IN{index}": (DataType[name], dims) for index, (name, dims) in enumerate(tensors)}
+        if self.backend == "tensorrt" and (lacking := {name for name, _ in tensors} & NOT_IN_TENSORRT):
+            pytest.skip(f"TensorRT has no {', '.join(lacking)}")
         version = self._folder / "identity" / "1"
         version.mkdir(parents=True)
         identity_model(version / "model.onnx", named, batched)
-        spec = EngineSpec(self._config(named, batched), "1", version, "cpu", threads, cores)
+        source = Source("identity/config.pbtxt", config_text(self.backend, named, batched))
+        proto = parse_text(source)
+        proto.name = "identity"
+        proto.default_model_filename = "model.onnx"
+        if self.backend == "onnxruntime":
+            proto.platform = "onnxruntime_onnx"
+        if self.backend == "tensorrt":
+            proto.platform = "tensorrt_plan"
+            proto.default_model_filename = "model.plan"
+            proto.parameters["tensorrt_package"].string_value = "fake"
+            batch = (-1,) if batched else ()
+            shapes = {name: (*batch, *dims) for name, (_, dims) in named.items()}
+            profile = {name: [_sized(shape, 0), _sized(shape, 1), _sized(shape, 8)] for name, shape in shapes.items()}
+            (version / "model.plan").write_bytes(serialize((version / "model.onnx").read_bytes(), [profile]))
+        for key, value in self.parameters.items():
+            proto.parameters[key].string_value = value
+        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores, children=self._children)
         created = await engines.create(spec, count)
         try:
             yield created
         finally:
             for engine in created:
                 await engine.close()
-
-    def _config(self, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> ModelConfig:
-        text = config_text(self.backend, named, batched)
-        source = Source("identity/config.pbtxt", text)
-        proto = parse_text(source)
-        proto.name = "identity"
-        proto.default_model_filename = "model.onnx"
-        if self.backend == "onnxruntime":
-            proto.platform = "onnxruntime_onnx"
-        return build(proto, source)
 
 
 class RemoteZoo(Zoo):
@@ -115,14 +130,11 @@ class RemoteZoo(Zoo):
         )
         async with running(settings) as gateway:
             await gateway.loaded.wait()
-            self.provider = f"remote:127.0.0.1:{gateway.ports[self.scheme]}"
+            address = f"127.0.0.1:{gateway.ports[self.scheme]}"
+            self.provider = f"remote:{address}"
+            self.parameters = {"remote.url": f"{self.scheme}://{address}", "remote.model": "served"}
             async with super().identity(*tensors, batched=batched, **more) as created:
                 yield created
-
-    def _config(self, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> ModelConfig:
-        config = super()._config(named, batched)
-        url = f"{self.scheme}://{self.provider.removeprefix('remote:')}"
-        return replace(config, parameters={"remote.url": url, "remote.model": "served"})
 
 
 def config_text(backend: str, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> str:
@@ -135,7 +147,11 @@ def config_text(backend: str, named: dict[str, tuple[DataType, tuple[int, ...]]]
     return "\n".join(lines)
 
 
-@pytest.fixture(params=["fake", "onnxruntime", "remote-grpc", "remote-http"])
+def _sized(shape: tuple[int, ...], size: int) -> list[int]:
+    return [size if dim == -1 else dim for dim in shape]
+
+
+@pytest.fixture(params=["fake", "onnxruntime", "tensorrt", "remote-grpc", "remote-http"])
 def zoo(request, tmp_path: Path) -> Zoo:
     kind, _, scheme = request.param.partition("-")
     return RemoteZoo(scheme, tmp_path) if scheme else Zoo(kind, tmp_path)
@@ -207,8 +223,8 @@ async def test_arrays_in_any_memory_layout(zoo: Zoo) -> None:
 
 
 async def test_only_the_outputs_asked_for(zoo: Zoo) -> None:
-    inputs = {"IN0": sample("FP32", (1, 2)), "IN1": sample("BYTES", (1, 2)), "IN2": sample("INT8", (1, 2))}
-    async with zoo.identity(("FP32", (2,)), ("BYTES", (2,)), ("INT8", (2,))) as (engine,):
+    inputs = {"IN0": sample("FP32", (1, 2)), "IN1": sample(zoo.other, (1, 2)), "IN2": sample("INT8", (1, 2))}
+    async with zoo.identity(("FP32", (2,)), (zoo.other, (2,)), ("INT8", (2,))) as (engine,):
         assert list((await run(engine, **inputs)).outputs) == ["OUT0", "OUT1", "OUT2"]
         result = await run(engine, outputs=("OUT2", "OUT1"), **inputs)
     assert set(result.outputs) == {"OUT2", "OUT1"}

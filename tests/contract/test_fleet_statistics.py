@@ -8,6 +8,10 @@ from dataclasses import asdict
 import pytest
 
 from gateway import engines
+from gateway.devices.cpu import CpuMeter
+from gateway.devices.fake_nvml import FakeGpu, FakeNvml
+from gateway.devices.monitor import Monitor
+from gateway.devices.nvml import open_nvml
 from gateway.placement import Device
 from gateway.queues.base import Capacity, Lane, Load
 from gateway.queues.figures import LaneFigures
@@ -20,8 +24,9 @@ from gateway.service.reports import WorkerReports
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.statistics.fleet import QUESTION, FleetStatistics
+from gateway.transport.device_metrics import DeviceMetrics
 from gateway.transport.explanation import explanation, merged
-from gateway.transport.metrics import MetricsApp
+from gateway.transport.metrics import MetricsApp, Own
 from gateway.worker import Worker
 from tests.api.test_metrics import get as scrape
 from tests.redis_support import fleet_queue, options
@@ -146,7 +151,22 @@ async def test_metrics_and_explanations_are_of_the_whole_fleet(fleet):
         told = merged(await gateway.service.explain("m"))
         assert told["workers"] == sorted(worker.queue.process for worker in workers)
         assert (told["answered"], sum(told["closed"].values()), len(told["devices"])) == (2, told["batches"], 2)
-        assert explanation(told).startswith("model m, version 1\nworkers that answered: 2\n")
+        assert explanation(told).startswith("model m, version 1\n  2 x cpu Fake\nworkers that answered: 2\n")
+
+
+async def test_figures_of_devices_are_of_one_machine_and_in_no_sum(fleet):
+    _, _, gateways, _ = fleet
+    texts = []
+    for gateway in gateways:  # on one machine, each of which sees all of its GPUs
+        nvml = open_nvml(FakeNvml(FakeGpu("GPU-a", utilization=50), FakeGpu("GPU-b")))
+        async with Monitor(nvml).running() as monitor:
+            own = Own(DeviceMetrics(monitor, CpuMeter()))
+            texts.append((await scrape(MetricsApp(gateway.fleet, process="p", own=own))).body.decode())
+    total = CpuMeter().read().memory_total
+    for text in texts:
+        assert text.count('\nnv_gpu_utilization{gpu_uuid="GPU-a"} 0.5\n') == 1
+        assert text.count("\nnv_gpu_utilization{") == 2
+        assert text.count(f"\nnv_cpu_memory_total_bytes {total}\n") == 1
 
 
 async def test_the_figures_of_a_lane(redis_url):

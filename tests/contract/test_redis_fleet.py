@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from gateway import errors
+from gateway import errors, message
 from gateway.queues.base import Capacity, Load, PoolState, VersionState
-from gateway.queues.redis import message
 from gateway.queues.redis.queue import RedisQueue
 from gateway.redis_client import RedisOptions
 from tests.fleet_support import READY, Mortal, emptied, hurry, known, take

@@ -18,7 +18,7 @@ from gateway.middleware.cache import response_cache
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.redis_store import RedisStore, SharedStore
 from gateway.middleware.store import Kept, MemoryStore
-from gateway.queues.redis.message import Seal
+from gateway.queues.redis.seal import Seal
 from gateway.redis_client import RedisClient, RedisOptions
 from gateway.redis_server import EmbeddedServer
 from gateway.types import DataType, InferResponse, Tensor

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
-from gateway.engines.base import EngineSpec
+from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.fake import FakeModel, Gate
 from gateway.types import Batch
 
@@ -159,15 +162,77 @@ async def test_a_crash_in_a_thread_raises() -> None:
     await engine.close()
 
 
-def _crash() -> None:
-    compute(spec(crash="1", allow_crash="true"), 1, IN=row(1, 0))
+def _fail(parameters: dict[str, str]) -> None:
+    compute(spec(**parameters), 1, IN=row(1, 0))
 
 
-def test_a_crash_that_is_allowed_kills_the_process() -> None:
-    process = multiprocessing.get_context("spawn").Process(target=_crash)
+@pytest.mark.parametrize(
+    ("parameters", "number"),
+    [
+        ({"crash": "1", "allow_crash": "true"}, signal.SIGKILL),
+        ({"segfault": "1"}, signal.SIGSEGV),
+        ({"abort": "1"}, signal.SIGABRT),
+    ],
+)
+def test_a_fault_that_ends_the_process(parameters: dict[str, str], number: int) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_fail, args=(parameters,))
     process.start()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -number
+
+
+def _hang_beside(parameter: str, begun) -> None:
+    threading.Thread(target=_fail, args=({parameter: "1"},), daemon=True).start()
+    begun.send(None)
+    time.sleep(0.2)  # with the interpreter's lock kept, it is never to be had again
+    os._exit(0)
+
+
+@pytest.mark.parametrize("parameter", ["hang", "hang_gil"])
+def test_a_hang_keeps_the_interpreter_only_if_it_is_that_kind(parameter: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    begun, child = context.Pipe(duplex=False)
+    process = context.Process(target=_hang_beside, args=(parameter, child))
+    process.start()
+    if parameter == "hang":
+        process.join()
+        assert process.exitcode == 0
+    else:
+        assert begun.poll(10)
+        process.join(0.7)
+        assert process.exitcode is None
+        process.kill()
+        process.join()
+
+
+def test_memory_that_no_machine_has() -> None:
+    with pytest.raises(MemoryError):
+        compute(spec(oom="1"), 1, IN=row(1, 0))
+
+
+def test_a_broken_device_stays_broken() -> None:
+    model = FakeModel(spec(sticky="1", lost="2").config)
+    batch = Batch(1, dict)
+    with pytest.raises(EngineCrashed):
+        model.compute({"IN": row(2, 0)}, batch)
+    assert model.compute({"IN": row(0, 0)}, batch)["OUT"].tolist() == [[0, 0]]
+    for value in (1, 0):
+        with pytest.raises(EngineCrashed):
+            model.compute({"IN": row(value, 0)}, batch)
+
+
+def test_nan_is_in_its_own_row_only_and_the_inputs_stay_as_they_are() -> None:
+    given = np.array([[1, 2], [13, 3], [4, 5]], "<f4")
+    out = compute(spec(nan="13"), 3, IN=given)["OUT"]
+    assert np.isnan(out[1]).all()
+    assert out[[0, 2]].tolist() == [[1, 2], [4, 5]]
+    assert given.tolist() == [[1, 2], [13, 3], [4, 5]]
+    assert compute(spec(nan="13"), 1, IN=row(1, 2))["OUT"].tolist() == [[1, 2]]
+
+
+def test_one_row_too_few() -> None:
+    assert compute(spec(short="13"), 2, IN=np.full((2, 2), 13, "<f4"))["OUT"].shape == (1, 2)
+    assert compute(spec(short="13"), 2, IN=np.zeros((2, 2), "<f4"))["OUT"].shape == (2, 2)
 
 
 async def test_the_gate_holds_each_run_and_says_its_rows(tmp_path: Path) -> None:

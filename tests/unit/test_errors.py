@@ -24,17 +24,20 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "DeadlineTooShort": (4, 504, False, "deadline"),
     "Cancelled": (1, 400, False, ""),
     "Internal": (13, 500, False, ""),
+    "Crashed": (13, 500, False, "crashed"),
+    "Quarantined": (13, 500, False, "quarantined"),
     "Unauthenticated": (16, 401, False, ""),
     "PermissionDenied": (7, 403, False, ""),
     "MethodNotAllowed": (12, 405, False, ""),
 }
-STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS"}
+STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS", 13: "INTERNAL"}
 ARGUMENTS = {
     "str": "x",
     "int": 1,
     "bool": True,
     "Sequence[str]": ["x"],
     "Sequence[int]": [1],
+    "float": 1.5,
     "float | None": 1.5,
 }
 

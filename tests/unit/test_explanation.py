@@ -27,6 +27,10 @@ DEVICE = {
 TOLD = {
     "model": "digits",
     "version": "3",
+    "instances": [
+        {"device": "cpu", "provider": "CPU", "precision": "INT8", "artefact": "int8", "count": 2},
+        {"device": "gpu:0", "provider": "Fake", "precision": "", "artefact": "", "count": 1},
+    ],
     "answered": 900,
     "refused": {"shed": 2, "overload": 98},
     "admitted": 1000,
@@ -78,19 +82,21 @@ def test_what_workers_say_becomes_one():
     assert told["workers"] == [other["worker"], REPORT["worker"]]
     assert (told["answered"], told["next"]) == (TOLD["answered"], TOLD["next"])
     text = explanation(told).splitlines()
-    assert text[:2] == ["model digits, version 3", "workers that answered: 2"]
+    assert text[2:4] == ["  1 x gpu:0 Fake", "workers that answered: 2"]
     assert "DEVICE worker-01234567 cpu" in text
 
 
 def test_a_fleet_whose_workers_do_not_answer_is_explained():
     text = explanation(merged(of_fleet()))
-    assert text.startswith("model digits, version 3\nworkers that answered: 0\n")
+    assert "\nworkers that answered: 0\n" in text
     assert "DEVICE" not in text
 
 
 def test_the_whole_text():
     assert explanation(TOLD).splitlines() == [
         "model digits, version 3",
+        "  2 x cpu CPU, int8 (INT8)",
+        "  1 x gpu:0 Fake",
         "",
         "THE NEXT REQUEST, of one row, with a deadline in 50.0 ms",
         "  would be accepted, and answered in about 4.20 ms",
@@ -131,7 +137,7 @@ def test_a_refusal_comes_with_its_text_and_its_remedy():
         }
     }
     lines = explanation(told).splitlines()
-    assert lines[2:5] == [
+    assert lines[4:7] == [
         "THE NEXT REQUEST, of one row, with no deadline",
         "  would be refused: Exceeds maximum queue size (queue_full)",
         f"  {REMEDIES['queue_full']}",

@@ -110,6 +110,25 @@ async def test_the_same_key_with_another_body_is_a_conflict(rig: Rig, other):
     assert await rig.idle()
 
 
+async def test_a_conflict_is_told_as_soon_as_the_key_is_taken(rig: Rig):
+    """The store takes its time to say whose the key is, and the run takes longer."""
+    taken, claim = asyncio.Event(), rig.store.claim
+
+    async def slowly(*asked):
+        await taken.wait()
+        return await claim(*asked)
+
+    rig.store.claim = slowly
+    async with callers(rig) as asking:
+        first = await asking.ask(keyed())
+        other = await asking.ask(keyed(2.0))
+        taken.set()
+        assert type(await other) is errors.Conflict
+        assert not first.done()
+        await rig.reply(7)
+        assert value_of(await first) == 7
+
+
 async def test_a_classification_is_part_of_the_body(rig: Rig):
     rig.endpoint = idempotency(
         classification(rig.service.infer, rig.service.model_config), rig.service.prepare, rig.store

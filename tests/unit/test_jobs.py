@@ -12,7 +12,7 @@ from gateway.jobs.leases import Leases
 from gateway.jobs.record import STATES
 from gateway.jobs.runner import RunnerOptions
 from gateway.jobs.store import StoreOptions
-from gateway.queues.redis.message import BadMessage
+from gateway.message import BadMessage
 from tests.jobs_support import LEASE, Model, die, gateway
 from tests.redis_support import options
 from tests.support import answer, background, refusal, tensor

@@ -7,7 +7,9 @@ from dataclasses import replace
 from itertools import product
 
 import pytest
+from msgspec import structs
 
+from gateway.artefacts import Artefact
 from gateway.placement import Device
 from gateway.repository.fingerprint import fingerprint
 from gateway.worker.priors import NAME, Priors, key
@@ -129,6 +131,15 @@ def test_the_key_has_all_that_the_times_depend_on():
     assert len(set(keys)) == 24
     assert "cpu" in keys[0]
     assert "2 cores, CPUExecutionProvider, onnxruntime 1.20, lockgate " in keys[0]
+
+
+def test_the_key_has_the_artefact_that_is_run():
+    source = Artefact("fp32", "model.onnx", "onnxruntime", "FP32")
+    made = [structs.replace(source, name="int8", sha256=sha256) for sha256 in ("a" * 64, "b" * 64)]
+    keys = [key(CPU, "p", "", "f", artefact) for artefact in (None, *made)]
+    assert len(set(keys)) == 3
+    assert "int8 aaaaaaaaaaaa" in keys[1]
+    assert key(CPU, "p", "", "f", source) == keys[0]
 
 
 def test_the_key_of_names_that_are_no_text():

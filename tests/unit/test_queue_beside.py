@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.message import BadMessage
 from gateway.queues.redis import beside, shared_files
 from gateway.queues.redis.beside import Missing, Payloads
-from gateway.queues.redis.message import BadMessage
 from gateway.queues.redis.shared_files import SharedFiles
 from gateway.redis_client import RedisClient, RedisOptions
 from gateway.redis_server import EmbeddedServer

@@ -11,12 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from gateway import errors
-from gateway.queues.redis import message
-from gateway.queues.redis.message import (
+from gateway import errors, message
+from gateway.message import (
     VERSION,
     BadMessage,
-    Seal,
     pack_error,
     pack_request,
     pack_response,
@@ -25,6 +23,7 @@ from gateway.queues.redis.message import (
     unpack_response,
     version_of,
 )
+from gateway.queues.redis.seal import Seal
 from gateway.types import NO_PARAMETERS, DataType, InferRequest, InferResponse, RequestedOutput, Tensor, Timings
 
 SHAPES = st_numpy.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
@@ -69,6 +68,7 @@ REQUESTS = st.builds(
     SIGNATURES,
     st.just(True),
     TEXT,
+    st.lists(TEXT, max_size=2).map(tuple),
 )
 RESPONSES = st.builds(
     InferResponse,
@@ -138,7 +138,7 @@ def test_a_response_comes_back_as_it_was(sent):
 def test_every_field_of_a_request_is_sent_or_left_out_on_purpose():
     assert InferRequest.__struct_fields__ == (
         "model_name", "inputs", "model_version", "id", "outputs", "parameters", "deadline", "priority", "tenant", "form",
-        "rows", "size", "signature", "admitted", "idempotency_key",
+        "rows", "size", "signature", "admitted", "idempotency_key", "callers",
     )  # fmt: skip
     assert InferResponse.__struct_fields__ == (
         "model_name", "model_version", "outputs", "id", "parameters", "timings", "final", "digest",
@@ -262,7 +262,7 @@ def test_fields_that_are_not_known_are_passed_over():
     header, parts = pack_request(tiny())
     form, *rest = msgspec.msgpack.decode(header[2:])
     form = msgspec.msgpack.encode([*msgspec.msgpack.decode(form), {"new": 1}])
-    got = unpack_request(header[:2] + msgspec.msgpack.encode([form, *rest, "new", [1]]), b"".join(parts))
+    got = unpack_request(header[:2] + msgspec.msgpack.encode([form, *rest, [], "new", [1]]), b"".join(parts))
     assert fields(got, "inputs") == fields(sent_over(pack_request, unpack_request, tiny()), "inputs")
 
 

@@ -145,7 +145,10 @@ def test_a_backend_without_files_needs_its_tensors_in_the_configuration(reposito
     [
         ('\nname: "other"', "m/config.pbtxt line 2: unexpected directory name 'm' for model 'other'"),
         ("\n\nmax_batchsize: 1", "m/config.pbtxt line 3 column 1: "),
-        ('\nbackend: "python"', "m/config.pbtxt line 2: backend 'python' is not supported"),
+        (
+            '\nbackend: "python"',
+            "m/config.pbtxt line 2: backend 'python' runs the code in 'model.py', which is not allowed",
+        ),
         ("sequence_batching { }", "m/config.pbtxt line 1: sequence_batching is not supported"),
         (
             '\ndefault_model_filename: "a.onnx" backend: "onnxruntime"',
@@ -391,6 +394,28 @@ def test_files_that_do_not_count(repository: Repository, root: Path, name: str) 
     assert repository.changes(before).changed == ()
 
 
+def test_of_artefacts_only_what_is_promoted_counts(repository: Repository, root: Path) -> None:
+    put(root, {"m/1/model.onnx": "", "m/1/artefacts/1/int8.onnx": "a", "m/1/artefacts/1/report.json": "{}"})
+    now = repository.changes({}).now
+    put(root, {"m/1/artefacts/2/int8.onnx": "half a bu", "m/1/artefacts/2/_cache/x": "", "m/1/artefacts/.lock": ""})
+    assert repository.changes(now).changed == ()
+    for name, text, counts in (
+        ("promoted", "1 promote 1\n", True),
+        ("1/report.json", "{ }", True),
+        ("1/int8.onnx", "bc", True),
+        ("2/int8.onnx", "half a build", False),
+        ("promoted", "1 promote 1\n2 promote 2\n", True),
+        ("1/int8.onnx", "a", False),
+    ):
+        put(root, {f"m/1/artefacts/{name}": text})
+        changes = repository.changes(now)
+        assert changes.changed == (("m",) if counts else ()), name
+        now = changes.now
+    # A folder of that name elsewhere is like any other.
+    put(root, {"m/1/weights/artefacts/w": ""})
+    assert repository.changes(now).changed == ("m",)
+
+
 def test_a_digest_tells_what_a_version_computes_wherever_it_lies(tmp_path: Path, describe: Describe) -> None:
     def digest(folder: str, more: Mapping[str, str] | None = None) -> str:
         files = {"m/1/model.onnx": "", "m/1/data/w": "1", "m/config.pbtxt": "response_cache { enable: true }"}
@@ -402,6 +427,7 @@ def test_a_digest_tells_what_a_version_computes_wherever_it_lies(tmp_path: Path,
     assert digest("two") == one
     os.utime(tmp_path / "one" / "m" / "1" / "model.onnx", (1, 1))
     assert digest("one", {"m/1/.gateway-latency.json": "x", "m/labels.txt": "x"}) == one
+    assert digest("two", {"m/1/artefacts/1/int8.onnx": "x", "m/1/artefacts/promoted": "1 promote 1"}) == one
     assert digest("three", {"m/1/data/w": "2"}) != one
     assert digest("four", {"m/1/data/v": ""}) != one
     parameter = 'response_cache { enable: true } parameters { key: "a" value { string_value: "b" } }'

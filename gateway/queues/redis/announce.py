@@ -39,6 +39,7 @@ class _Version(msgspec.Struct, array_like=True, gc=False):
     instances: list[tuple[str, str]]
     epoch: int = 0
     digest: str = ""
+    artefacts: list[tuple[str, str]] = []  # precision and name, of each instance
 
 
 class _Pool(msgspec.Struct, array_like=True, gc=False):
@@ -94,7 +95,10 @@ def _version(state: VersionState) -> _Version:
         proto = config.proto.SerializeToString()
         config = replace(config, proto=None)
     instances = [(each.device, each.provider) for each in state.instances]
-    return _Version(state.version, state.state, state.reason, config, proto, instances, state.epoch, state.digest)
+    artefacts = [(each.precision, each.artefact) for each in state.instances]
+    return _Version(
+        state.version, state.state, state.reason, config, proto, instances, state.epoch, state.digest, artefacts
+    )
 
 
 def _read_pool(pool: _Pool) -> PoolState:
@@ -105,7 +109,11 @@ def _read_version(found: _Version) -> VersionState:
     config = None if found.config is None else msgspec.convert(found.config, ModelConfig)
     if config is not None and found.proto:
         config = replace(config, proto=_config_message(found.proto))
-    instances = tuple(InstanceState(device, provider) for device, provider in found.instances)
+    # A process of the release before says nothing of them.
+    artefacts = found.artefacts or [("", "")] * len(found.instances)
+    instances = tuple(
+        InstanceState(*instance, *artefact) for instance, artefact in zip(found.instances, artefacts, strict=True)
+    )
     return VersionState(
         found.version, found.state, found.reason, config, instances, epoch=found.epoch, digest=found.digest
     )

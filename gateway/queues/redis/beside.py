@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from gateway.queues.redis.message import BadMessage
+from gateway.message import BadMessage
 from gateway.queues.redis.shared_files import FOLDER, Missing, SharedFiles, fill
 from gateway.redis_client import RedisClient
 from gateway.telemetry import log_event

@@ -17,12 +17,12 @@ from typing import Any
 from redis.exceptions import RedisError, ResponseError
 
 from gateway import errors
+from gateway.message import BadMessage, pack_request, unpack_error, unpack_response
 from gateway.queues.answers import Answers
 from gateway.queues.base import Lane
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE, Missing
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import BadMessage, pack_request, unpack_error, unpack_response
 from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
 from gateway.types import Buffer, InferRequest, InferResponse

@@ -14,11 +14,11 @@ from contextlib import suppress
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.message import BadMessage, pack_error, unpack_error
 from gateway.queues.base import Command, Load, Order, Unload
 from gateway.queues.memory import MemoryOrder
 from gateway.queues.redis import wire
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import BadMessage, pack_error, unpack_error
 from gateway.queues.redis.outbox import Outbox
 from gateway.redis_client import Disconnected, unheeded
 from gateway.telemetry import log_event

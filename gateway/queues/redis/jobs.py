@@ -6,8 +6,8 @@ import time
 from typing import Protocol
 
 from gateway import errors
+from gateway.message import pack_error, pack_response
 from gateway.queues.redis import wire
-from gateway.queues.redis.message import pack_error, pack_response
 from gateway.queues.redis.outbox import Outbox
 from gateway.types import InferRequest, InferResponse
 

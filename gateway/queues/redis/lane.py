@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.message import BadMessage, pack_request, unpack_request, version_of
 from gateway.queues.base import Job, Lane
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Missing
 from gateway.queues.redis.cancelled import Cancelled
 from gateway.queues.redis.jobs import RedisJob
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import BadMessage, pack_request, unpack_request, version_of
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.suspects import Suspects
 from gateway.redis_client import Disconnected

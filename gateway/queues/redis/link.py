@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.message import VERSION
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
-from gateway.queues.redis.message import VERSION, Seal
+from gateway.queues.redis.seal import Seal
 from gateway.redis_client import RedisClient
 from gateway.telemetry import log_event
 

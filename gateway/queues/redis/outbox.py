@@ -17,10 +17,10 @@ from typing import Protocol
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.message import pack_error
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import pack_error
 from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
 from gateway.telemetry import log_event

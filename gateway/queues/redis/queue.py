@@ -20,6 +20,7 @@ from typing import Literal, Self, TypeAlias
 from redis.exceptions import RedisError
 
 from gateway import errors
+from gateway.message import BadMessage
 from gateway.queues.base import Command, Lane, Order, PoolState
 from gateway.queues.figures import FleetFigures
 from gateway.queues.redis import wire
@@ -31,9 +32,9 @@ from gateway.queues.redis.events import CANCEL, GIVEN, NEWS, Events
 from gateway.queues.redis.figures import look
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
 from gateway.queues.redis.link import Counts, Link
-from gateway.queues.redis.message import BadMessage, Seal
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.recovery import Recovery
+from gateway.queues.redis.seal import Seal
 from gateway.queues.redis.shared_files import FOLDER
 from gateway.queues.redis.wanted import Wanted
 from gateway.redis_client import Disconnected, RedisClient, unheeded

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gateway import errors
-from gateway.queues.redis.message import BadMessage
+from gateway.message import BadMessage
 from gateway.types import Buffer
 
 FOLDER = Path("/dev/shm")  # noqa: S108 - the host's shared memory, every file made with O_EXCL and mode 0600

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway.message import BadMessage
 from gateway.queues.base import Command, Load, Unload
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.message import BadMessage
 
 
 class _Wanted(msgspec.Struct, array_like=True, gc=False):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from gateway.queues.redis.message import BadMessage, Seal
+from gateway.message import BadMessage
+from gateway.queues.redis.seal import Seal
 from gateway.types import Buffer
 
 ENVELOPE, HEADER, PAYLOAD, REFERENCE, SIGNATURE = b"e", b"h", b"p", b"f", b"s"

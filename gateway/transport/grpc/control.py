@@ -17,6 +17,7 @@ from gateway import errors
 from gateway.config.model import TensorConfig
 from gateway.service import Service
 from gateway.transport.grpc.codec import check_version
+from gateway.transport.instances import configuration
 
 OPEN = frozenset({"ServerLive", "ServerReady"})
 """RPCs that need no token, so that probes work."""
@@ -79,8 +80,8 @@ class Control:
         )
 
     async def _model_config(self, request: Any) -> Any:
-        config = self._service.model_config(request.name, check_version(request.version))
-        return pb.ModelConfigResponse(config=config.proto)
+        config = configuration(self._service, request.name, check_version(request.version))
+        return pb.ModelConfigResponse(config=config)
 
     async def _model_statistics(self, request: Any) -> Any:
         entries = await self._service.statistics(request.name, check_version(request.version))

@@ -12,6 +12,7 @@ from gateway.service import Service
 from gateway.service.service import IndexEntry
 from gateway.transport.explanation import merged
 from gateway.transport.http.replies import JSON, Reply
+from gateway.transport.instances import configuration
 
 
 def health(service: Service, word: str) -> Reply:
@@ -34,12 +35,14 @@ async def model_metadata(service: Service, name: str, version: str) -> dict[str,
         batch = [-1] if config.max_batch_size else []
         return [{"name": t.name, "datatype": t.datatype.value, "shape": [*batch, *t.dims]} for t in configs]
 
+    instances = service.instances(name, version)
     return {
         "name": config.name,
         "versions": [version] if version else service.ready_versions(name),
         "platform": config.platform or config.backend,
         "inputs": tensors(config.inputs),
         "outputs": tensors(config.outputs),
+        **({"parameters": {"instances": instances}} if instances else {}),
     }
 
 
@@ -52,7 +55,7 @@ async def model_ready(service: Service, name: str, version: str) -> dict[str, An
 
 async def model_config(service: Service, name: str, version: str) -> Any:
     """The body of `GET /v2/models/{name}/config`."""
-    return config_json(service.model_config(name, version).proto)
+    return config_json(configuration(service, name, version))
 
 
 async def model_statistics(service: Service, name: str = "", version: str = "") -> dict[str, Any]:

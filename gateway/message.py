@@ -1,4 +1,4 @@
-"""What travels between a gateway and a worker: requests, responses and errors as bytes, and the seal on them.
+"""What travels between processes of ours: requests, responses and errors as bytes.
 
 A message is a header and a payload. The payload is the wire bytes of all tensors, one after another. The header is one
 byte with the version, one with the kind, and a msgpack array of everything else. Within a version fields are only
@@ -10,13 +10,10 @@ Whoever reads a message gets what was packed, or `BadMessage`. The tensors of a 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import math
-import struct
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Annotated, Any, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import astuple
@@ -72,6 +69,7 @@ class _Request(msgspec.Struct, array_like=True, gc=False):
     parameters: _Parameters
     priority: int
     tenant: str
+    callers: tuple[str, ...] = ()
 
 
 class _ResponseForm(msgspec.Struct, array_like=True, gc=False):
@@ -138,7 +136,8 @@ def pack_request(request: InferRequest) -> _Packed:
             )
         )
         parameters = dict(request.parameters) if request.parameters else _NONE
-        return _REQUEST + _encode((form, request.id, parameters, request.priority, request.tenant)), parts
+        body = (form, request.id, parameters, request.priority, request.tenant)
+        return _REQUEST + _encode((*body, request.callers) if request.callers else body), parts
     except (OverflowError, TypeError, ValueError) as problem:
         raise errors.InvalidArgument(
             f"{errors.request_prefix(request.id)}the request cannot be queued: {problem}"
@@ -169,6 +168,7 @@ def unpack_request(header: Buffer, payload: Buffer) -> InferRequest:
         form.rows,
         form.size,
         form.signature,
+        callers=read.callers,
     )
 
 
@@ -225,51 +225,6 @@ def unpack_error(header: Buffer) -> errors.GatewayError:
     # Nothing that comes over the network changes what a class answers with.
     vars(error).update({key: value for key, value in read.more.items() if not hasattr(kind, key)})
     return error
-
-
-class Seal:
-    """Tells messages of this deployment from others: HMAC-SHA256 under a key that all its processes have.
-
-    Without a key nothing is signed and everything passes. HMAC-SHA256 seals 600 KB in a third of keyed BLAKE2b's time
-    (0.61 ms against 1.77) where the processor has SHA instructions.
-    """
-
-    def __init__(self, key: bytes | None) -> None:
-        """Raises `ValueError` for a key of fewer than 16 bytes."""
-        self._states: tuple[Any, Any] | None = None
-        self.size = 0  # bytes of a signature
-        if key is None:
-            return
-        self.size = hashlib.sha256().digest_size
-        if len(key) < _LEAST_KEY:
-            raise ValueError(f"the key has {len(key)} bytes; it needs {_LEAST_KEY} or more, and best 32 random ones")
-        # The key's own two blocks are hashed once, as RFC 2104 section 4 suggests: 2 us of 6 for a small message.
-        block = (hashlib.sha256(key).digest() if len(key) > _BLOCK else key).ljust(_BLOCK, b"\0")
-        inner, outer = (bytes(byte ^ mask for byte in block) for mask in (0x36, 0x5C))
-        self._states = hashlib.sha256(inner), hashlib.sha256(outer)
-
-    def sign(self, *parts: Buffer) -> bytes:
-        """The signature of these parts, in this order and division; empty without a key."""
-        if self._states is None:
-            return b""
-        inner, outer = self._states[0].copy(), self._states[1].copy()
-        inner.update(struct.pack(f"<{len(parts) + 1}Q", len(parts), *map(len, parts)))
-        for part in parts:
-            inner.update(part)
-        outer.update(inner.digest())
-        return cast("bytes", outer.digest())
-
-    def verify(self, signature: Buffer, *parts: Buffer) -> None:
-        """Raises `BadMessage` unless `sign` gave this signature for these parts, under the same key."""
-        if self._states is not None and not hmac.compare_digest(signature, self.sign(*parts)):
-            raise BadMessage(
-                "a message is not signed with this deployment's key; give all processes the same --queue-key-file, and "
-                "let nobody else write to the queue's Redis"
-            )
-
-
-_BLOCK = 64  # bytes of SHA-256
-_LEAST_KEY = 16
 
 
 def _described(tensors: dict[str, Tensor]) -> tuple[list[tuple[str, str, tuple[int, ...], int]], list[Buffer]]:

@@ -1,15 +1,4 @@
-"""What a version can be run from: the files that `gateway build` made beside its model, and what the gate said of each.
-
-A version folder holds, beside `model.onnx` (the source of truth, which needs no gate):
-
-    artefacts/<build>/            one folder for each build: 1, 2, ...
-        report.json               a `Report`: what was built, from what, how it was measured, the verdicts
-        report.html               the same for people, with plots
-        int8.onnx, ...            the files, each named in the report with its hash
-    artefacts/promoted            the build that is served, and those before it: a line each, the newest last
-
-Everything is replaced by rename. Nothing here loads a model or measures one.
-"""
+"""What `gateway build` says of the files it made: `report.json` as values."""
 
 from __future__ import annotations
 
@@ -29,11 +18,11 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 class Artefact(msgspec.Struct, frozen=True):
-    """One file that a version can be run from.
+    """One file that a version can be run from, as it fared on one kind of device.
 
-    `file` is relative to the version's folder; `sha256` is of its bytes, `device` the kind of device it was gated on
-    (`device_kind`), `accuracy` what was compared, by name (e.g. `top1_agreement`), each with its threshold in
-    `thresholds`. `reasons` say in words why it did not pass.
+    `file` is relative to the version's folder; `sha256` is of its bytes (`sha256`), `device` the kind of device it was
+    gated on (`device_kind`), `accuracy` what was compared, by name (e.g. `top1_agreement`), each with its threshold in
+    `thresholds`. `reasons` say in words why it did not pass. A file proven on two kinds of device is listed twice.
     """
 
     name: str  # "int8", "fp16", "trt-int8", ...

@@ -1,0 +1,119 @@
+"""What the fake model does wrong when its input asks for it: each way in which an engine fails, by a value.
+
+Each parameter of this name is a value, and a run with it anywhere in the first input
+- `poison`: raises `Internal`; `oom`: asks for memory that no machine has;
+- `crash`: raises SystemError, or with `allow_crash` "true" is killed by SIGKILL, as by the machine when memory is short;
+- `segfault`, `abort`, `kill`: ends the process by that signal; `exit`: with a status;
+- `hang`: waits until its engine closes; `hang_gil`: the same for good, and keeps the interpreter to itself;
+- `lost`: raises `EngineCrashed`, as an engine in a process of its own does when that has died;
+- `sticky`: does so too, and so does every later run of this process, as with a GPU after an illegal access;
+- `nan`: gives NaN in its own row of every output of floats; `short`: gives one row too few.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from gateway import errors
+from gateway.config.model import ModelConfig
+from gateway.engines.base import EngineCrashed
+from gateway.types import Array
+
+_FOR_EVER = 1 << 30  # seconds
+_TOO_MUCH = 1 << 60  # bytes
+
+
+class Faults:
+    """The faults of one model. `closing` is set when its engine closes."""
+
+    def __init__(self, config: ModelConfig, closing: threading.Event) -> None:
+        self._config = config
+        self._closing = closing
+        self._broken = False  # for the rest of this process
+        known: dict[str, Callable[[], None]] = {
+            "hang": self._hang,
+            "hang_gil": _keep_the_interpreter,
+            "crash": self._crash,
+            "segfault": _read_nowhere,
+            "abort": os.abort,
+            "kill": _kill,
+            "exit": _exit,
+            "lost": _lose,
+            "sticky": self._break,
+            "oom": _allocate,
+            "poison": self._fail,
+        }
+        self._before = {name: strike for name, strike in known.items() if name in config.parameters}
+        self.any = bool(self._before or {"nan", "short"} & config.parameters.keys())
+
+    def before(self, first: Array) -> None:
+        """What goes wrong with these rows instead of a run. Raises that, if it comes back at all."""
+        if self._broken:
+            _lose()
+        for name, strike in self._before.items():
+            if self._rows(name, first).any():
+                strike()
+
+    def after(self, first: Array, outputs: dict[str, Array]) -> dict[str, Array]:
+        """The outputs as they come out of a run of these rows."""
+        if "nan" in self._config.parameters and (rows := self._rows("nan", first)).any():
+            for name, output in outputs.items():
+                if output.dtype.kind == "f":
+                    outputs[name] = output.copy()
+                    outputs[name][rows] = np.nan
+        if "short" in self._config.parameters and self._rows("short", first).any():
+            outputs = {name: output[:-1] for name, output in outputs.items()}
+        return outputs
+
+    def _rows(self, parameter: str, first: Array) -> Array:
+        """Which rows have the value of the parameter."""
+        text = self._config.parameters[parameter]
+        value = text.encode() if first.dtype == object else float(text)
+        found: Array = np.any((first == value).reshape(len(first), -1), axis=1)
+        return found
+
+    def _fail(self) -> None:
+        raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
+
+    def _hang(self) -> None:
+        self._closing.wait()
+        raise errors.Unavailable("the fake model hung until its engine was closed")
+
+    def _crash(self) -> None:
+        if self._config.parameters.get("allow_crash") == "true":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise SystemError("the fake model crashed, as its input asked")
+
+    def _break(self) -> None:
+        self._broken = True
+        _lose()
+
+
+def _lose() -> None:
+    raise EngineCrashed("the fake model's device was lost, as its input asked")
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit() -> None:
+    os._exit(3)
+
+
+def _read_nowhere() -> None:
+    ctypes.string_at(0)
+
+
+def _keep_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(_FOR_EVER)
+
+
+def _allocate() -> None:
+    np.empty(_TOO_MUCH, np.uint8)

@@ -1,0 +1,176 @@
+"""A model's calls of other models: its `Channel` in the child, and in the gateway what answers.
+
+They have a line of their own, so that the line of the batches stays what it is: one frame there and one back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from queue import SimpleQueue
+from typing import cast
+
+import msgspec
+
+from gateway import errors
+from gateway.engines.isolated.frames import CHUNK, Abandoned, Ask, Frame, Frames, GiveUp, Message, Reply, pack
+from gateway.message import BadMessage, pack_error, pack_request, pack_response, unpack_error, unpack_request
+from gateway.message import unpack_response as read_response
+from gateway.telemetry import log_event
+from gateway.types import Buffer, Infer, InferRequest, InferResponse
+
+_MOST_CALLS = 256  # open at once, of one instance
+_decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply | Abandoned).decode
+
+
+class ChildCalls:
+    """The `Channel` of an instance; a thread of its own hands the replies out."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._socket = line
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._open: dict[int, SimpleQueue[tuple[Reply, Buffer] | None]] = {}
+        self._abandoned = False
+        self._gone = False
+        threading.Thread(target=self._read, name="calls", daemon=True).start()
+
+    def begin(self) -> None:
+        """A batch begins, which nobody has given up."""
+        self._abandoned = False
+
+    def infer(self, request: InferRequest) -> Iterator[InferResponse]:
+        """See `Channel.infer`."""
+        header, parts = pack_request(request)
+        number = next(self._numbers)
+        replies: SimpleQueue[tuple[Reply, Buffer] | None] = SimpleQueue()
+        self._open[number] = replies
+        ended = False
+        try:
+            self._send(Ask(number, header, request.deadline), parts)
+            while not ended:
+                reply = None if self._gone else replies.get()
+                if reply is None:
+                    ended = True
+                    raise errors.stopping()
+                said, payload = reply
+                ended = said.last
+                if said.error:
+                    raise unpack_error(said.error)
+                yield read_response(said.response, payload)
+        finally:
+            del self._open[number]
+            if not ended:
+                self._send(GiveUp(number), [])
+
+    def cancelled(self, request: InferRequest) -> bool:
+        """See `Channel.cancelled`."""
+        late = request.deadline is not None and time.monotonic() > request.deadline
+        return self._abandoned or self._gone or late
+
+    def _send(self, message: Message, parts: list[Buffer]) -> None:
+        try:
+            with self._lock:
+                self._socket.sendall(pack(message, sum(map(len, parts))))
+                for part in parts:
+                    self._socket.sendall(part)
+        except OSError:
+            self._gone = True
+
+    def _read(self) -> None:
+        frames = Frames()
+        while data := self._receive():
+            frames.feed(data)
+            while (frame := frames.next()) is not None:
+                message = _decode_reply(frame.header)
+                if isinstance(message, Abandoned):
+                    self._abandoned = True
+                elif (replies := self._open.get(message.call)) is not None:
+                    replies.put((message, frame.payload))
+        self._gone = True
+        for replies in list(self._open.values()):
+            replies.put(None)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(CHUNK)
+        except OSError:
+            return b""
+
+
+class CallServer(asyncio.Protocol):
+    """Answers the calls of one instance with `infer`; a task of `tasks` for each."""
+
+    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup) -> None:
+        self._infer = infer
+        self._tasks = tasks
+        self._frames = Frames()
+        self._open: dict[int, asyncio.Task[None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Part of asyncio.Protocol."""
+        self._line = cast("asyncio.WriteTransport", transport)  # uvloop's is none by its class
+
+    def data_received(self, data: bytes) -> None:
+        """Part of asyncio.Protocol."""
+        self._frames.feed(data)
+        try:
+            while (frame := self._frames.next()) is not None:
+                self._take(frame)
+        except (BadMessage, msgspec.DecodeError) as problem:
+            log_event("calls_unreadable", logging.ERROR, reason=str(problem))
+            self._line.abort()
+
+    def connection_lost(self, problem: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        """Part of asyncio.Protocol. What runs for the instance is given up."""
+        for task in self._open.values():
+            task.cancel()
+
+    def abandon(self) -> None:
+        """Tell the model that the batch it runs has been given up."""
+        self._send(Abandoned(), [])
+
+    def close(self) -> None:
+        """Give up what runs for the instance, and its line."""
+        self._line.abort()
+
+    def _take(self, frame: Frame) -> None:
+        message = _decode_asked(frame.header)
+        if isinstance(message, GiveUp):
+            if (task := self._open.get(message.call)) is not None:
+                task.cancel()
+        elif message.call in self._open or len(self._open) >= _MOST_CALLS:
+            raise BadMessage(f"call {message.call} is one too many: {len(self._open)} are open")
+        else:
+            task = self._tasks.create_task(self._answer(message, frame.payload))
+            self._open[message.call] = task
+            task.add_done_callback(lambda _: self._open.pop(message.call, None))
+
+    async def _answer(self, asked: Ask, payload: Buffer) -> None:
+        try:
+            request = unpack_request(asked.header, payload)
+            request.deadline = asked.deadline
+            async with aclosing(self._infer(request)) as responses:
+                async for response in responses:
+                    header, parts = pack_response(response)
+                    self._send(Reply(asked.call, header, b"", response.final), parts)
+                    if response.final:
+                        return
+            error: errors.GatewayError = errors.Internal("the model gave no final response")
+        except errors.GatewayError as refused:
+            error = refused
+        except Exception as problem:  # noqa: BLE001 - it is the caller's to hear of, and must not end the gateway
+            log_event("call_failed", logging.ERROR, problem)
+            error = errors.Internal("the call failed; the server's log has the details")
+        self._send(Reply(asked.call, b"", pack_error(error), True), [])
+
+    def _send(self, message: Message, parts: list[Buffer]) -> None:
+        if not self._line.is_closing():
+            self._line.write(b"".join([pack(message, sum(map(len, parts))), *parts]))

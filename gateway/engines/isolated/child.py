@@ -1,0 +1,186 @@
+"""What a child process does: takes in instances, and for each one loads its model and runs its batches on a thread.
+
+The main thread waits on the child's own line: for instances to take in and for heartbeats, which go unanswered when a
+model keeps the interpreter to itself. When the line closes the child ends. An instance ends when its own line does.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import pickle
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from gateway import errors
+from gateway.engines.base import EngineSpec
+from gateway.engines.isolated import limits
+from gateway.engines.isolated.area import Area
+from gateway.engines.isolated.calls import ChildCalls
+from gateway.engines.isolated.frames import (
+    About,
+    Answered,
+    Beat,
+    Done,
+    Failed,
+    Finished,
+    Frame,
+    Host,
+    Load,
+    Message,
+    Ready,
+    Run,
+    ToChild,
+    encode,
+)
+from gateway.engines.isolated.layout import lay_out, read, read_form
+from gateway.engines.isolated.line import ChildLine
+from gateway.message import pack_error
+from gateway.types import Answer, Array, Batch, InferRequest, RequestedOutput
+
+_PACKET = 1 << 16
+_MOST_DESCRIPTORS = 4
+_decode_packet = msgspec.msgpack.Decoder(Host | Beat).decode
+_decode = msgspec.msgpack.Decoder(ToChild).decode
+
+
+def live(home: socket.socket) -> int:
+    """Serve until the line closes; returns the exit status."""
+    while True:
+        packet, descriptors, _, _ = socket.recv_fds(home, _PACKET, _MOST_DESCRIPTORS)
+        if not packet:
+            return 0
+        message = _decode_packet(packet)
+        if isinstance(message, Beat):
+            home.send(encode(message))
+            continue
+        instance = Instance(message, descriptors)
+        threading.Thread(target=instance.serve, name=message.name, daemon=True).start()
+
+
+class Instance:
+    """One instance in this process, on its thread from the load to the end."""
+
+    def __init__(self, host: Host, descriptors: Sequence[int]) -> None:
+        rest = list(descriptors)
+        self._line = ChildLine(socket.socket(fileno=rest.pop(0)))
+        self._inputs = Area(rest.pop(0)) if host.areas else None
+        self._outputs = Area(rest.pop(0)) if host.areas else None
+        self._calls = ChildCalls(socket.socket(fileno=rest.pop(0))) if host.calls else None
+        self._model: Any = None  # `Loaded` or `Answering`
+
+    def serve(self) -> None:
+        """Load, then run what comes until the line closes."""
+        while (frame := self._line.receive()) is not None:
+            message = _decode(frame.header)
+            if isinstance(message, Load):
+                self._attempt(partial(self._load, message, frame))
+            elif isinstance(message, Run):
+                self._attempt(partial(self._run, message, frame))
+        if (close := getattr(self._model, "close", None)) is not None:
+            self._attempt(close)
+        self._model = None
+        self._line.close()
+        for area in (self._inputs, self._outputs):
+            if area is not None:
+                area.close()
+
+    def _attempt(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except BrokenPipeError:
+            return  # the gateway is gone, and the line says so next
+        except errors.GatewayError as error:
+            self._line.send(Failed(pack_error(error)))
+        except BaseException as problem:  # noqa: BLE001 - a model may raise anything, and the gateway must hear of it
+            self._line.send(_told(problem))
+
+    def _load(self, message: Load, frame: Frame) -> None:
+        spec: EngineSpec = pickle.loads(frame.payload)  # noqa: S301 - from the gateway, which started us
+        config = replace(spec.config, proto=ModelConfig.FromString(message.proto))
+        limits.apply(config)
+        try:
+            backend = importlib.import_module(message.module)
+        except ImportError as missing:
+            raise errors.Unavailable(
+                f"backend '{spec.config.backend}' needs the package '{missing.name}', which is missing or broken; "
+                f"{message.install}"
+            ) from missing
+        (self._model,) = backend.load(replace(spec, config=config, channel=self._calls), 1)
+        model = self._model
+        self._line.send(Ready(model.provider, model.warnings, model.widest, hasattr(model, "answer")))
+
+    def _run(self, message: Run, frame: Frame) -> None:
+        answers = hasattr(self._model, "answer")
+        layout = read_form(message.form)
+        block = frame.payload if self._inputs is None or frame.payload else self._inputs.seen(layout.size)
+        inputs = read(block or bytearray(1), layout, copy=answers)
+        requests = [_request(about) for about in message.requests]
+        batch = Batch(message.rows, lambda: inputs, message.outputs, message.cores, requests=requests)
+        if not answers:
+            outputs = self._model.compute(inputs, batch)
+            finished = time.monotonic_ns()
+            self._give(outputs, lambda form: Done(finished, form))
+            return
+        if self._calls is not None:
+            self._calls.begin()
+        for given in self._model.answer(inputs, batch):
+            self._answer(given)
+            if self._line.receive() is None:
+                return
+        self._line.send(Finished(time.monotonic_ns()))
+
+    def _answer(self, given: Sequence[Answer]) -> None:
+        arrays = {
+            f"{place}/{name}": array
+            for place, answer in enumerate(given)
+            for name, array in (answer.outputs or {}).items()
+        }
+        answers = tuple(
+            (
+                answer.request,
+                None if answer.outputs is None else tuple(answer.outputs),
+                b"" if answer.error is None else pack_error(answer.error),
+                answer.final,
+                None if answer.parameters is None else dict(answer.parameters),
+            )
+            for answer in given
+        )
+        finished = time.monotonic_ns()
+        self._give(arrays, lambda form: Answered(finished, form, answers))
+
+    def _give(self, arrays: dict[str, Array], message: Callable[[bytes], Message]) -> None:
+        layout, values = lay_out(arrays)
+        self._line.give(message(layout.form), layout, values, self._outputs)
+
+
+def _request(about: About) -> InferRequest:
+    outputs = tuple(RequestedOutput(*output) for output in about.outputs)
+    return InferRequest(
+        about.model,
+        {},
+        about.version,
+        about.id,
+        outputs,
+        about.parameters,
+        about.deadline,
+        about.priority,
+        about.tenant,
+        rows=about.rows,
+    )
+
+
+def _told(problem: BaseException) -> Failed:
+    """What is no error of ours, by the nearest of its classes that every Python has."""
+    kind = next(each.__name__ for each in type(problem).__mro__ if getattr(builtins, each.__name__, None) is each)
+    text = str(problem) if type(problem).__name__ == kind else f"{type(problem).__name__}: {problem}"
+    return Failed(b"", kind, text, "".join(traceback.format_exception(problem)))

@@ -1,0 +1,231 @@
+"""What a gateway and its children say to each other, and how it is cut out of a stream of bytes.
+
+A frame is the sizes of its header and payload, a header of msgpack and a payload, which is empty where the arrays are
+in shared memory. The messages of the sockets that carry descriptors are packets of the same msgpack.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, NamedTuple, TypeAlias
+
+import msgspec
+
+from gateway.engines.isolated.layout import MOST
+from gateway.message import BadMessage
+from gateway.types import Buffer, Parameter
+
+CHUNK = 1 << 18
+"""Bytes read at once."""
+
+_SIZES = struct.Struct("<IQ")
+_MOST_HEADER = 64 << 20
+
+
+class Message(msgspec.Struct, array_like=True, gc=False):
+    """Anything said."""
+
+
+class About(Message):
+    """A request of a batch, for a model that tells them apart: everything but its tensors."""
+
+    model: str
+    version: str
+    id: str
+    outputs: tuple[tuple[str, int], ...]
+    parameters: dict[str, Parameter]
+    deadline: float | None
+    priority: int
+    tenant: str
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+
+
+# --- to a child, on an instance's own line
+
+
+class Load(Message, tag="load"):
+    """Load what the payload, a pickled `EngineSpec`, says with the backend in `module`."""
+
+    module: str
+    install: str  # what to do when a package the module imports is missing
+    proto: bytes  # of the configuration, which the payload goes without
+
+
+class Run(Message, tag="run"):
+    """Run a batch, its arrays in the payload if there is one and else in shared memory."""
+
+    rows: int
+    cores: int
+    outputs: tuple[str, ...]
+    form: bytes
+    requests: tuple[About, ...] = ()
+
+
+class Next(Message, tag="next"):
+    """The last answer has been taken in."""
+
+
+# --- from a child
+
+
+class Ready(Message, tag="ready"):
+    """The model is loaded. With `answers` it is told about each request and answers them one by one."""
+
+    provider: str
+    warnings: tuple[str, ...]
+    widest: Annotated[int, msgspec.Meta(ge=1)]
+    answers: bool
+
+
+class Done(Message, tag="done"):
+    """What the batch came to, and when that was, in nanoseconds of the monotonic clock."""
+
+    finished_ns: int
+    form: bytes
+
+
+class Answered(Message, tag="answered"):
+    """What some requests are answered: arrays are named by their place in `answers` and their own name."""
+
+    finished_ns: int
+    form: bytes
+    answers: tuple[tuple[int, tuple[str, ...] | None, bytes, bool, dict[str, Parameter] | None], ...]
+
+
+class Finished(Message, tag="finished"):
+    """There are no more answers to this run."""
+
+    finished_ns: int
+
+
+class Failed(Message, tag="failed"):
+    """The run, or the load, raised: `error` is packed if it is one of ours, else `kind` and `text` tell of it."""
+
+    error: bytes
+    kind: str = ""
+    text: str = ""
+    trace: str = ""
+
+
+ToChild: TypeAlias = Load | Run | Next
+FromChild: TypeAlias = Ready | Done | Answered | Finished | Failed
+
+
+# --- a model's calls of other models, on a line of their own
+
+
+class Ask(Message, tag="ask"):
+    """Run the request that `header` and the payload pack."""
+
+    call: int
+    header: bytes
+    deadline: float | None
+
+
+class GiveUp(Message, tag="give_up"):
+    """Nobody waits for a call's responses any more."""
+
+    call: int
+
+
+class Reply(Message, tag="reply"):
+    """A response to a call, packed, or an error; `last` when no more will come."""
+
+    call: int
+    response: bytes
+    error: bytes
+    last: bool
+
+
+class Abandoned(Message, tag="abandoned"):
+    """The caller of the batch that runs has given it up."""
+
+
+# --- packets, to and from the nursery, and on a child's own line
+
+
+class Spawn(Message, tag="spawn"):
+    """Fork a child called `name`; the socket that comes with it is the child's own line."""
+
+    child: int
+    name: str
+    preload: tuple[str, ...]
+
+
+class Kill(Message, tag="kill"):
+    """End a child now."""
+
+    child: int
+
+
+class Spawned(Message, tag="spawned"):
+    """A child runs."""
+
+    child: int
+    pid: int
+
+
+class Exited(Message, tag="exited"):
+    """A child is gone: its exit status, or minus a signal's number."""
+
+    child: int
+    status: int
+
+
+class Host(Message, tag="host"):
+    """Take in an instance: its line, its two areas where there are any and, with `calls`, a line for its calls."""
+
+    name: str
+    areas: bool
+    calls: bool
+
+
+class Beat(Message, tag="beat"):
+    """Are you there, and the answer to it."""
+
+    number: int
+
+
+encode = msgspec.msgpack.Encoder().encode
+
+
+class Frame(NamedTuple):
+    """A header and a payload."""
+
+    header: bytes
+    payload: bytearray
+
+
+def pack(message: Message, size: int = 0) -> bytes:
+    """The beginning of a frame whose payload has so many bytes."""
+    header = encode(message)
+    return _SIZES.pack(len(header), size) + header
+
+
+class Frames:
+    """Cuts what is received into frames. Raises `BadMessage` for sizes that cannot be."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._needed = _SIZES.size
+
+    def feed(self, data: Buffer) -> None:
+        """Take in what was received."""
+        self._buffer += data
+
+    def next(self) -> Frame | None:
+        """The next whole frame, if it is here."""
+        buffer = self._buffer
+        if len(buffer) < self._needed:
+            return None
+        header, payload = _SIZES.unpack_from(buffer)
+        if header > _MOST_HEADER or payload > MOST:
+            raise BadMessage(f"a frame claims {header} and {payload} bytes")
+        start = _SIZES.size + header
+        self._needed = start + payload
+        if len(buffer) < self._needed:
+            return None
+        frame = Frame(bytes(buffer[_SIZES.size : start]), buffer[start : self._needed])
+        del buffer[: self._needed]
+        self._needed = _SIZES.size
+        return frame

@@ -1,0 +1,166 @@
+"""`Life`: one instance in one child process, from its start to its end.
+
+A life begins with the load and a test: the answer to the golden input must be that of the first life. What an instance
+is started from, again and again, is its `Origin`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.isolated.calls import CallServer
+from gateway.engines.isolated.children import Children
+from gateway.engines.isolated.frames import Ready
+from gateway.engines.isolated.golden import Golden
+from gateway.engines.isolated.home import Home
+from gateway.engines.isolated.link import Link, Memory
+from gateway.engines.threads import EngineThread
+from gateway.telemetry import log_event
+from gateway.types import Batch, BatchResult, Infer
+
+_LOAD = 600.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a child runs: the module, what to do when a package it imports is missing, whether its models may share one."""
+
+    module: str
+    install: str
+    shares: bool = False
+    calls: bool = False  # its models call others
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What one instance is started from, each time."""
+
+    name: str
+    spec: EngineSpec
+    backend: Backend
+    children: Children
+    thread: EngineThread  # on which large batches are copied
+    golden: Golden  # of all instances of the version
+
+
+class WrongAnswer(EngineCrashed):
+    """The process answers the golden input otherwise than the first one did."""
+
+
+class Life:
+    """See the module. `lost` says why it ended, once it has; `on_lost` is called with it at that moment."""
+
+    ready: Ready
+    link: Link
+
+    def __init__(self, origin: Origin, home: Home, on_lost: Callable[[Life], None]) -> None:
+        self.home = home
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.calls: CallServer | None = None
+        self._origin = origin
+        self._on_lost = on_lost
+
+    async def begin(self, infer: Infer | None, patience: float) -> float | None:
+        """Load the model and test it, each run of that within `patience` seconds. Raises why that failed, ended.
+
+        Returns how many seconds the test ran, None without one. The model calls others by `infer`.
+        """
+        origin = self._origin
+        try:
+            await self._move_in(infer)
+            async with asyncio.timeout(_LOAD):
+                self.ready = await self.link.load(origin.spec, origin.backend.module, origin.backend.install)
+            if self.ready.answers:
+                return None
+            async with origin.golden.lock:
+                return await self._test(patience)
+        except BaseException:
+            if hasattr(self, "link") and self.link.running:
+                self.home.kill("start", origin.name)
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Have it end, if it has not, and give back all it had."""
+        if hasattr(self, "link"):
+            self.link.close()
+        if self.calls is not None:
+            self.calls.close()
+        self.home.leave(self._origin.name)
+
+    async def keep_golden(self, batch: Batch, result: BatchResult, patience: float) -> None:
+        """Test with this batch, which went well, from now on, if it is fit for that."""
+        golden = self._origin.golden
+        inputs = await self._origin.thread.call(batch.stack)
+        if golden.offer(inputs, result.outputs):
+            again = golden.batch()
+            assert again is not None
+            await self._test_golden(again, patience)
+
+    async def _move_in(self, infer: Infer | None) -> None:
+        """Have a line, memory and, if need be, a line for calls. Raises OSError when the process is gone."""
+        name, children = self._origin.name, self._origin.children
+        ours, theirs = socket.socketpair()
+        memory = Memory(children.short)
+        self.link = Link(ours, memory, self._origin.thread, self._end)
+        given = [theirs.fileno(), *(area.descriptor for area in memory.areas or ())]
+        called: socket.socket | None = None
+        try:
+            if infer is not None:
+                callers, called = socket.socketpair()
+                given.append(called.fileno())
+                loop = asyncio.get_running_loop()
+                _, self.calls = await loop.create_connection(lambda: CallServer(infer, children.tasks), sock=callers)
+            self.home.host(name, given, areas=memory.areas is not None, calls=called is not None)
+        finally:
+            theirs.close()
+            if called is not None:
+                called.close()
+
+    async def _test(self, patience: float) -> float | None:
+        golden, name = self._origin.golden, self._origin.name
+        batch = golden.batch()
+        if batch is None:
+            return None
+        known = golden.ready
+        try:
+            result = await self._run(batch, patience)
+        except Exception as problem:  # a model may raise anything; it need not bear zeros
+            crashed = isinstance(problem, EngineCrashed)
+            if not known:
+                golden.inputs = None
+                level = logging.WARNING if crashed else logging.DEBUG
+                log_event("not_tested", level, instance=name, reason=f"it does not run on zeros: {problem}")
+            elif not crashed:
+                raise WrongAnswer(f"it fails where the first process did not: {problem}") from problem
+            if crashed:
+                raise
+            return None
+        if not golden.judge(result.outputs):
+            raise WrongAnswer("it answers the golden input otherwise than the first process did")
+        if not known:
+            await self._test_golden(batch, patience)
+        return (result.finished_ns - result.stacked_ns) / 1e9
+
+    async def _test_golden(self, batch: Batch, patience: float) -> None:
+        """See whether the model answers the same input twice the same."""
+        again = await self._run(batch, patience)
+        if not self._origin.golden.judge(again.outputs):
+            self._origin.golden.varies = True
+            reason = "it answers the same input differently each time"
+            log_event("not_tested", instance=self._origin.name, reason=reason)
+
+    async def _run(self, batch: Batch, patience: float) -> BatchResult:
+        return await self.link.compute(batch, patience, lambda: self.home.kill("hang", self._origin.name))
+
+    def _end(self, why: str) -> None:
+        if why not in ("ended", "closed"):
+            self.home.kill("protocol", self._origin.name)
+        if not self.lost.done():
+            self.lost.set_result(why)
+        self._on_lost(self)

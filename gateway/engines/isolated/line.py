@@ -1,0 +1,58 @@
+"""The child's end of an instance's line: blocking, one frame after another."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from gateway.engines.isolated.area import Area
+from gateway.engines.isolated.frames import CHUNK, Frame, Frames, Message, pack
+from gateway.engines.isolated.layout import Layout, write
+from gateway.types import Array
+
+
+class ChildLine:
+    """Sends and receives frames on a socket, which it owns."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._socket = line
+        self._frames = Frames()
+
+    def receive(self) -> Frame | None:
+        """The next frame; None when the gateway has closed the line, or is gone."""
+        while (frame := self._frames.next()) is None:
+            try:
+                data = self._socket.recv(CHUNK)
+            except ConnectionError:
+                return None
+            if not data:
+                return None
+            self._frames.feed(data)
+        return frame
+
+    def send(self, message: Message) -> None:
+        """Send a message without arrays. Raises BrokenPipeError when nobody is there."""
+        self._socket.sendall(pack(message))
+
+    def give(self, message: Message, layout: Layout, values: Sequence[Array | bytes], area: Area | None) -> None:
+        """Send a message and its arrays, through shared memory if there is enough."""
+        if layout.size and not (area is not None and _fits(area, layout, values)):
+            payload = bytearray(layout.size)
+            write(payload, layout, values)
+            self._socket.sendall(pack(message, layout.size))
+            self._socket.sendall(payload)
+        else:
+            self._socket.sendall(pack(message))
+
+    def close(self) -> None:
+        """Tell the gateway that there is no more."""
+        self._socket.close()
+
+
+def _fits(area: Area, layout: Layout, values: Sequence[Array | bytes]) -> bool:
+    try:
+        block = area.room(layout.size)
+    except OSError:
+        return False  # the gateway sees it come by the line, counts it and tells
+    write(block, layout, values)
+    return True

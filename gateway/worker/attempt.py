@@ -1,0 +1,169 @@
+"""One run of an engine: jobs become a batch, and what is answered to each finds its way back to its job.
+
+An engine answers with rows for the whole batch, or request by request, several times where the model is decoupled; then
+an error may be one request's alone. Whatever happens, no job whose run has ended well is left without a last answer. Who is
+to be tried again when a run raises, and how, is not decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from gateway import errors
+from gateway.config.model import ModelConfig
+from gateway.engines.base import Engine, identity
+from gateway.queues.base import Job
+from gateway.scheduling import batch as batching
+from gateway.statistics import VersionStatistics
+from gateway.telemetry import log_event
+from gateway.types import NO_PARAMETERS, Answer, Batch, BatchResult, InferRequest, InferResponse, Parameter, Timings
+from gateway.worker.probe import Probe
+
+
+def _nothing(*_: object) -> None:
+    """What those are told who need not know."""
+
+
+_ASKED = "engine"  # the request parameter, a boolean; the response has what `identity` says
+
+
+class Part(msgspec.Struct, eq=False):
+    """Jobs that run together."""
+
+    jobs: list[Job]
+    crashes: int = 0  # of the engine, that all of them were in
+    begun: set[int] = set()  # places of those that were given an answer, and not their last
+
+
+class Terms(msgspec.Struct, eq=False):
+    """How a part is run; see `Batch` for what is not said here."""
+
+    reason: str
+    cores: int
+    predicted: float | None = None
+    hurry: bool = False
+    waits: Callable[[], None] = _nothing
+    computed: Callable[[float], None] = _nothing  # told how many seconds the engine was at work, when it is free again
+
+
+class Runner:
+    """Runs batches on one engine."""
+
+    def __init__(
+        self, engine: Engine, config: ModelConfig, version: str, statistics: VersionStatistics, digest: str
+    ) -> None:
+        self._engine = engine
+        self._config = config
+        self._version = version
+        self._statistics = statistics
+        self._digest = digest
+
+    async def run(self, part: Part, terms: Terms) -> None:
+        """Run the part's jobs as one batch and answer them. Raises whatever the engine does."""
+        begun = time.monotonic_ns()
+        jobs = part.jobs
+        requests = [job.request for job in jobs]
+        batch = Batch(
+            rows=sum([request.rows for request in requests]),
+            stack=lambda: batching.stack(requests, self._config),
+            outputs=batching.wanted_outputs(requests),
+            cores=terms.cores,
+            hurry=terms.hurry,
+            requests=() if isinstance(jobs[0], Probe) else requests,
+            waits=terms.waits,
+            predicted=terms.predicted,
+        )
+        first: BatchResult | None = None  # of those that came request by request, and the last
+        last: BatchResult | None = None
+        self._statistics.executing += len(jobs)
+        try:
+            async with aclosing(self._engine.run(batch)) as results:
+                async for result in results:
+                    if result.answers is None:
+                        self._answer_all(jobs, batch, begun, result, terms)
+                    else:
+                        first, last = first or result, result
+                        self._answer_each(part, batch, begun, result, result.answers)
+        finally:
+            self._statistics.executing -= len(jobs)
+        if first is not None and last is not None:
+            self._note(jobs, batch, first, last, terms)
+        if not all([job.done for job in jobs]):  # noqa: C419 - a list takes half of the time
+            self._end_silent(part)
+
+    def _answer_all(self, jobs: list[Job], batch: Batch, begun: int, result: BatchResult, terms: Terms) -> None:
+        requests = [job.request for job in jobs]
+        answers = batching.split(result.outputs, requests, self._config)
+        stacked, ran, split = self._note(jobs, batch, result, result, terms)
+        rows, version, digest = batch.rows, self._version, self._digest
+        said = result.parameters or NO_PARAMETERS
+        for job, request, outputs in zip(jobs, requests, answers, strict=True):
+            timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
+            parameters = self._told(request, said) if request.parameters else said
+            job.reply(
+                InferResponse(request.model_name, version, outputs, request.id, parameters, timings, digest=digest)
+            )
+
+    def _answer_each(
+        self, part: Part, batch: Batch, begun: int, result: BatchResult, answers: Sequence[Answer]
+    ) -> None:
+        spent = _spent(result, result)
+        for answer in answers:
+            job = part.jobs[answer.request]
+            request = job.request
+            if answer.error is not None:
+                job.fail(answer.error)
+                continue
+            try:
+                outputs = {} if answer.outputs is None else batching.pick(answer.outputs, request, self._config)
+            except errors.GatewayError as error:  # this answer is not as the model's configuration says
+                job.fail(error)
+                continue
+            if not answer.final:
+                part.begun.add(answer.request)
+            timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, batch.rows)
+            said = {**(result.parameters or {}), **(answer.parameters or {})} or NO_PARAMETERS
+            parameters = self._told(request, said)
+            job.reply(
+                InferResponse(
+                    request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
+                    self._digest,
+                )
+            )  # fmt: skip
+
+    def _told(self, request: InferRequest, said: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
+        """The response's parameters: what the engine said and, where the request asks for it, which engine that is."""
+        return {**identity(self._engine), **said} if request.parameters.get(_ASKED) is True else said
+
+    def _end_silent(self, part: Part) -> None:
+        for place, job in enumerate(part.jobs):
+            if not job.done:
+                what = "stopped in the middle of its answers" if place in part.begun else "ran and gave no answer"
+                job.fail(errors.Internal(f"model '{self._config.name}' {what}"))
+
+    def _note(
+        self, jobs: list[Job], batch: Batch, first: BatchResult, last: BatchResult, terms: Terms
+    ) -> tuple[int, int, int]:
+        """Count a run that gave these, first and last; returns its nanoseconds of stacking, running, and since."""
+        spent = _spent(first, last)
+        if not isinstance(jobs[0], Probe):
+            self._statistics.record_batch(batch.rows, *spent, terms.reason)
+        log_event(
+            "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
+            rows=batch.rows, cores=terms.cores, reason=terms.reason, compute_us=sum(spent) // 1000,
+        )  # fmt: skip
+        terms.computed((last.finished_ns - first.started_ns) / 1e9)
+        return spent
+
+
+def _spent(first: BatchResult, last: BatchResult) -> tuple[int, int, int]:
+    return (
+        first.stacked_ns - first.started_ns,
+        last.finished_ns - first.stacked_ns,
+        time.monotonic_ns() - last.finished_ns,
+    )

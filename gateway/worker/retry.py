@@ -1,0 +1,78 @@
+"""Runs a batch that failed again in halves, until each of its requests is answered or has failed alone.
+
+The largest parts go first, so that most neighbours of a poison request are answered after one more failure. A request is in
+one part of each size, and a part that crashes the engine surely has one to blame in it: `p` such requests in a batch of `B`
+crash it at most `p * (ceil(log2(B)) + 1)` times, the first included. Where a crash may have come from outside, a request
+that was alone runs again, until it was in `UNSURE` crashes. What the machine is to blame for ends all of it at once. This
+module knows neither engines nor clocks; jobs that nobody waits for any more are left out.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from gateway.engines.base import EngineCrashed
+from gateway.errors import GatewayError
+from gateway.queues.base import Job
+from gateway.worker.attempt import Part
+
+UNSURE = 3
+
+Again = Callable[[Part], Awaitable[Exception | None]]
+"""Runs a part, and returns why that failed."""
+
+
+class End(Protocol):
+    """Answers a job that is not run again."""
+
+    def __call__(self, job: Job, problem: Exception, *, blamed: bool = False, begun: bool = False) -> None:
+        """`problem` is why. With `blamed` it crashed the engine by itself; `begun`, it has been given an answer before."""
+
+
+async def isolate(part: Part, problem: Exception, again: Again, end: End) -> None:
+    """Run what failed with `problem` in parts, until every job of it has its answer."""
+    waiting: deque[Part] = deque()
+    failed: Exception | None = problem
+    while True:
+        if failed is not None and is_machines(failed):
+            for each in (part, *waiting):
+                _end_all(each, failed, end)
+            return
+        if failed is not None:
+            waiting.extend(_parts(part, failed, end))
+        if not waiting:
+            return
+        part = waiting.popleft()
+        part.jobs = [job for job in part.jobs if not job.done]
+        failed = await again(part) if part.jobs else None
+
+
+def is_machines(problem: Exception) -> bool:
+    """Whether no request is to blame: the engine is not there now, or has too much to do."""
+    return isinstance(problem, GatewayError) and problem.retryable
+
+
+def _parts(part: Part, problem: Exception, end: End) -> list[Part]:
+    """What to run again of a part that failed; who is not in it is ended."""
+    crashed = isinstance(problem, EngineCrashed)
+    crashes = part.crashes + crashed
+    if len(part.jobs) > 1:
+        for place in part.begun:
+            end(part.jobs[place], problem, begun=True)  # its answers would come twice
+        left = [job for job in part.jobs if not job.done]
+        middle = (len(left) + 1) // 2
+        return [Part(half, crashes) for half in (left[:middle], left[middle:]) if half]
+    (job,) = part.jobs
+    blamed = isinstance(problem, EngineCrashed) and (problem.sure or crashes >= UNSURE)
+    if crashed and not blamed and not part.begun:
+        return [Part([job], crashes)]
+    # Though nobody may wait for it any more: who asks again must not crash the engine again.
+    end(job, problem, blamed=blamed, begun=bool(part.begun))
+    return []
+
+
+def _end_all(part: Part, problem: Exception, end: End) -> None:
+    for place, job in enumerate(part.jobs):
+        end(job, problem, begun=place in part.begun)
