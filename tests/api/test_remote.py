@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -342,7 +343,7 @@ async def test_tls_and_tokens(scheme: str, tmp_path: Path) -> None:
     async with running(settings) as gateway:
         await gateway.loaded.wait()
         url = f"{scheme}s://localhost:{gateway.ports[scheme]}"
-        trusted = {"ca_file": str(tmp_path / "cert.pem")}
+        trusted = {"ca_file": str(tmp_path / "cert.pem"), "connect_timeout_ms": "10000"}
         async with asking(url, token_file=str(tmp_path / "token"), **trusted) as engine:
             assert engine.warnings == ()
             await ask(engine, request())
@@ -388,3 +389,25 @@ async def test_a_model_of_another_gateway_is_served_as_ones_own(scheme: str, tmp
 async def test_engines_that_never_ran_close(scheme: str) -> None:
     for engine in await engines.create(EngineSpec(config(f"{scheme}://127.0.0.1:1"), "1", Path(), "remote"), 3):
         await engine.close()
+
+
+# --- with another engine behind it
+
+
+@both
+async def test_it_leaves_the_next_engine_the_time_to_answer(scheme: str) -> None:
+    script = Script(scheme)
+    async with script.serving():
+        followed = replace(config(script.url), parameters={"remote.url": script.url, "fallback": "remote,cpu"})
+        (engine,) = await engines.create(EngineSpec(followed, "1", Path(), "remote"), 1)
+        try:
+            await ask(engine)
+            script.release.clear()
+            for _ in range(4):  # it is there, so it is only slow
+                begun = time.monotonic()
+                both_deadlines = request(deadline=begun + 2.0), request(deadline=begun + 60.0)
+                assert isinstance(await refused(ask(engine, *both_deadlines)), errors.DeadlineExceeded)
+                assert time.monotonic() - begun < 1.5
+        finally:
+            script.release.set()
+            await engine.close()

@@ -111,3 +111,51 @@ def test_patience_follows_what_answers_take() -> None:
     for _ in range(32):
         health.answered(Attempt(0.0), 3.0)
     assert health.patience == 1.0
+
+
+def answered(health: Health, seconds: float, times: int = 32) -> None:
+    for _ in range(times):
+        health.answered(Attempt(0.0), seconds)
+
+
+@pytest.mark.parametrize(
+    ("usual", "remaining", "given"),
+    [
+        (0.005, 0.150, 0.0375),  # a quarter of the time, where four times the usual is less
+        (0.012, 0.150, 0.048),
+        (0.060, 0.150, 0.075),  # half of it at most
+        (0.100, 0.150, 0.0),  # and none to one that usually takes longer
+        (0.100, 1.0, 0.4),
+    ],
+)
+def test_where_another_engine_stands_by_it_gets_a_part_of_the_time(
+    usual: float, remaining: float, given: float
+) -> None:
+    health = Health()
+    answered(health, usual)
+    assert health.spare(remaining) == pytest.approx(given)
+
+
+def test_after_it_was_too_slow_for_somebody_the_next_answer_says_how_slow_it_is() -> None:
+    health = Health()
+    answered(health, 0.2)
+    assert not health.spare(0.15)
+    answered(health, 0.005, 1)
+    assert health.spare(0.15)
+
+
+def test_one_slow_answer_among_many_does_not_make_it_slow() -> None:
+    health = Health()
+    answered(health, 0.005)
+    answered(health, 0.2, 1)
+    assert health.spare(0.15)
+    answered(health, 0.2, 2)
+    assert not health.spare(0.15)
+
+
+def test_a_silent_server_gets_no_second_trial_at_once() -> None:
+    health = Health()
+    for now in (1.0, 2.0, 3.0):
+        health.gave_up(admitted(health, now), now + 0.5)
+    assert health.admit(3.5) is None
+    assert admitted(health, 3.5 + 0.125).trial
