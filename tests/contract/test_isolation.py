@@ -302,7 +302,7 @@ async def test_small_models_share_beyond_the_limit_and_crash_apart(tmp_path):
             assert results[1].sure
             assert results[2].outputs["OUT"].tolist() == [[3, 3]]
         for each in list(home.homes):  # one may have been starting
-            assert await each.child.exited == 0
+            await each.child.exited
         assert home.homes == []
 
 
