@@ -387,7 +387,7 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
         yield InferResponse(asked.model_name, "1", {"OUT": asked.inputs["IN"]})
 
     monkeypatch.setattr(IsolatedEngine, "_hung", looked)
-    monkeypatch.setattr("gateway.engines.isolated.engine._FIRST_RUN", 0.0)
+    monkeypatch.setattr("gateway.engines.isolated.patience._FIRST", 0.0)
     text = CONFIG + 'parameters { key: "watchdog_ms" value { string_value: "20" } }'
     calls = "def execute(self, requests): return [pb_utils.InferenceRequest(model_name='b', inputs=each.inputs(), "
     calls += "requested_output_names=['OUT']).exec() for each in requests]"

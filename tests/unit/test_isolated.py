@@ -15,6 +15,7 @@ from gateway.engines.isolated.breaker import Breaker
 from gateway.engines.isolated.frames import Done, Frames, Run, encode, pack
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.layout import lay_out, read, read_form, write
+from gateway.engines.isolated.patience import Patience
 from gateway.message import BadMessage
 from gateway.types import DataType
 from tests.support import model_config, tensor_config
@@ -168,6 +169,18 @@ def test_starts_that_fail_trip_it_for_longer_each_time_until_a_batch_runs():
     for _ in range(3):
         breaker.not_started(0.0)
     assert breaker.not_started(0.0) == 1.0
+
+
+def test_a_run_has_hung_when_it_takes_ten_times_what_was_expected_and_more_than_the_least():
+    patience = Patience(5.0)
+    assert patience.limit() == patience.limit(32, 0.1) == 60.0
+    assert patience.limit(32, 30.0) == 300.0
+    patience.learn(1, 0.01)
+    assert patience.limit(1, 0.01) == patience.limit(32) == 5.0
+    assert patience.limit(1, 2.0) == 20.0
+    patience.learn(2, 4.0)
+    assert patience.limit(1) == 40.0
+    assert patience.limit(8) == 160.0
 
 
 def judged(first, other) -> bool:
