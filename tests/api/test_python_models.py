@@ -240,6 +240,19 @@ async def test_large_calls_side_by_side_are_not_mixed_up(tmp_path):
             assert answer.as_numpy("OUT").tolist() == [2.0 * n for n in range(8)]
 
 
+async def test_an_instance_is_told_of_its_end(tmp_path):
+    ended = tmp_path / "ended"
+    body = f"def finalize(self): import pathlib; pathlib.Path({str(ended)!r}).write_text('yes')\n"
+    write(tmp_path / "models" / "double", DOUBLE + body)
+    async with serving(tmp_path / "models", model_control_mode="explicit", load_model=("double",)) as gateway:
+        assert await ask(gateway, "double", (1, 2)) == [[2, 4]]
+        await gateway.service.unload("double")
+        await until(ended.exists)
+        ended.unlink()
+        await gateway.service.load("double", {})
+    assert ended.exists()
+
+
 async def test_a_model_that_dies_takes_nobody_with_it(tmp_path):
     write(
         tmp_path / "dies",
