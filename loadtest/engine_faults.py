@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.engine_images import ImageClient, Pictures
-from loadtest.engine_rig import FLOATS, GROWTH, IMAGES, IN_FLIGHT, SLACK, VALUES, Outcome, Rig, Told
+from loadtest.engine_rig import FIRST_TAG, FLOATS, GROWTH, IMAGES, IN_FLIGHT, SLACK, VALUES, Outcome, Rig, Told
 from loadtest.fleet import wait_until
 from loadtest.history import check
 from loadtest.record import provenance
@@ -177,7 +177,7 @@ def nan(rig: Rig, pace: Pace) -> Outcome:
             time.sleep(pace.between)
             told = rig.send(VALUES["nan"], tag, FLOATS)
             rows = np.frombuffer(told.body[-16:], "<f8")
-            right = told.status == 200 and np.isnan(rows[0]) and rows[1] == tag
+            right = told.status == 200 and np.isnan(rows[0]) and rows[1] == FIRST_TAG + tag
             outcome.require(right, f"NaN in its own row and the other as it was, not {told.status} {rows}")
     outcome.require(not outcome.deaths, f"no process ends of it: {outcome.deaths}")
     return outcome.judge(RECOVERY)
