@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.children import Children
-from gateway.placement import Device, plan
+from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
 from gateway.scheduling.scheduler import DeadlineScheduler
@@ -62,7 +63,9 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
+        self._slots = Slots(
+            DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
+        )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
         self._measures = measures
         self._persists = persists
@@ -79,11 +82,13 @@ class Worker:
                 self._tasks.create_task(self._carry_out(order))
 
     async def drain(self) -> None:
-        """Answer everything accepted and stop every model."""
-        async with asyncio.TaskGroup() as tasks:
-            for model in self._models.values():
-                for host in model.hosts.values():
-                    tasks.create_task(host.drain())
+        """Answer everything accepted and stop every model, first those that may call others."""
+        for calls in (True, False):
+            async with asyncio.TaskGroup() as tasks:
+                for model in self._models.values():
+                    for host in model.hosts.values():
+                        if host.source.config.is_code is calls:
+                            tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
         """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.
@@ -185,8 +190,9 @@ class Worker:
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(self._serve(model, host))
         version = host.source.version
+        host.changed = partial(self._move, model, host)
+        self._tasks.create_task(self._serve(model, host))
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
@@ -199,6 +205,13 @@ class Worker:
             log_event(
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
+
+    def _move(self, model: _Model, host: Host) -> None:
+        """A version's engines run on something else now."""
+        version = host.source.version
+        if model.hosts.get(version) is host and model.states[version].state == "READY":
+            model.states[version] = replace(model.states[version], instances=host.instances)
+            self._publish(model)
 
     async def _serve(self, model: _Model, host: Host) -> None:
         try:
