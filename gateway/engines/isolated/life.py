@@ -72,19 +72,22 @@ class Life:
         Returns how many seconds the test ran, None without one. The model calls others by `infer`.
         """
         origin = self._origin
+        self.home.at_work.add(origin.name)  # a load may keep the interpreter to itself, and the heartbeat waiting
         try:
             await self._move_in(infer)
             async with asyncio.timeout(_LOAD):
                 self.ready = await self.link.load(origin.spec, origin.backend.module, origin.backend.install)
-            if self.ready.answers:
-                return None
-            async with origin.golden.lock:
-                return await self._test(patience)
+            seconds = None
+            if not self.ready.answers:
+                async with origin.golden.lock:
+                    seconds = await self._test(patience)
         except BaseException:
             if hasattr(self, "link") and self.link.running:
                 self.home.kill("start", origin.name)
             self.end()
             raise
+        self.home.at_work.discard(origin.name)
+        return seconds
 
     def end(self) -> None:
         """Have it end, if it has not, and give back all it had."""
