@@ -100,6 +100,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     names = list(await asyncio.to_thread(repository.scan))
     monitor = await _monitor(settings)
     async with (

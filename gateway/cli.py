@@ -207,7 +207,10 @@ def table(pools: Sequence[PoolState]) -> str:
         for state in pool.versions:
             places = Counter(map(_place, state.instances))
             where = ", ".join(f"{count} x {place}" for place, count in places.items()) or "-"
-            rows.append((pool.model, state.version, state.state, where, state.reason))
+            reasons = [instance.reason for instance in state.instances if instance.reason]
+            rows.append(
+                (pool.model, state.version, state.state, where, state.reason or "; ".join(dict.fromkeys(reasons)))
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
@@ -223,9 +226,8 @@ def _place(instance: InstanceState) -> str:
 
 def _models(settings: Settings) -> int:
     """Read every model without loading it; status 1 when any has a problem."""
-    from gateway import artefacts, engines, placement
+    from gateway import engines, placement
     from gateway.repository import Repository
-    from gateway.repository.promotion import listing
 
     gpus = engines.gpus()
     repository = Repository(
@@ -236,6 +238,8 @@ def _models(settings: Settings) -> int:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    if settings.allow_python_models:
+        repository.allow_python(engines.auto_complete)
     try:
         names = list(repository.scan())
     except errors.GatewayError as problem:
@@ -251,21 +255,27 @@ def _models(settings: Settings) -> int:
             status = 1
             print(f"{name}: UNAVAILABLE: {problem.message}")
             continue
-        config = source.config
-        versions = ", ".join(str(number) for number in source.versions)
-        print(
-            f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
-            f"{instances} instance(s)"
-        )
-        for tensor in (*config.inputs, *config.outputs):
-            kind = "input " if tensor in config.inputs else "output"
-            print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
-        for path in source.versions.values():
-            for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
-                print(f"    version {path.name}: {line}")
-        for warning in source.warnings:
-            print(f"    warning: {warning}")
+        _print_model(name, source, instances)
     return status
+
+
+def _print_model(name: str, source: ModelSource, instances: int) -> None:
+    from gateway.repository.promotion import listing
+
+    config = source.config
+    versions = ", ".join(str(number) for number in source.versions)
+    print(
+        f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
+        f"{instances} instance(s)"
+    )
+    for tensor in (*config.inputs, *config.outputs):
+        kind = "input " if tensor in config.inputs else "output"
+        print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
+    for path in source.versions.values():
+        for line in listing(path, config.default_model_filename):
+            print(f"    version {path.name}: {line}")
+    for warning in source.warnings:
+        print(f"    warning: {warning}")
 
 
 def _open_files(source: ModelSource) -> None:

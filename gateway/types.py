@@ -292,7 +292,7 @@ class Batch:
     engine's own thread, off the event loop. `outputs` names what to compute; empty means everything.
     `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
     before it does that. `requests` are what the batch is made of, in row order, for an engine that must tell them
-    apart; a batch that no client sent has none. `waits` is told when the run has to wait for other models, which may
+    apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
     need its cores: from then on it has none. It may be told again. `predicted` is how many seconds the run is expected
     to take, None when nothing is known: from it follows when it has hung.
     """

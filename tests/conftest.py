@@ -15,6 +15,9 @@ from tests.redis_support import redis_server
 settings.register_profile("lockgate", deadline=None)
 settings.load_profile("lockgate")
 
+# The gateways that tests start have their models on threads, which is quicker; what is of child processes asks for them.
+os.environ.setdefault("GATEWAY_ISOLATION", "thread")
+
 
 @pytest.fixture(scope="session")
 def redis_url() -> Iterator[str]:

@@ -69,7 +69,7 @@ def loaded(
     path = write(folder / "m", body, config, version)
     proto = parse_text(Source("config.pbtxt", config))
     proto.name, proto.default_model_filename = "m", "model.py"
-    spec = EngineSpec(build(proto, Source("config.pbtxt")), version, path, "cpu", channel=channel)
+    spec = EngineSpec(build(proto, Source("config.pbtxt")), version, path, "cpu", channel=channel or FakeChannel())
     return load(spec, count)
 
 

@@ -1,4 +1,7 @@
-"""Has each file answer the held-out rows and race FP32, on its own device or, where that is not here, simulated."""
+"""Has each file answer the held-out rows and race FP32, on its own device or, where that is not here, simulated.
+
+A run is timed with as many cores as it has in a loaded server: one, unless the model's instance groups say less instances.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from gateway import artefacts, errors
+from gateway import artefacts, errors, placement
 from gateway.artefacts import Artefact, Measured
 from gateway.build import measure
 from gateway.build.data import Row
@@ -26,7 +29,9 @@ class Judge:
     def __init__(self, source: Source, rows: Sequence[Row]) -> None:
         self._source = source
         self._rows = rows
-        self._references = {"cpu": measure.load(source.file)}
+        # As many as a run gets when the server is loaded: what is asked is throughput.
+        self._threads = placement.plan(source.config, placement.devices())[0].threads
+        self._references = {"cpu": measure.load(source.file, threads=self._threads)}
         self._present: dict[str, bool] = {}
         self._expected = measure.answers(self._references["cpu"], rows)
         labels = np.array([row.label for row in rows])
@@ -75,7 +80,7 @@ class Judge:
 
     def _runner(self, recipe: Recipe, file: Path, *, here: bool) -> Runner:
         if here:
-            return measure.load(file, target=recipe.target)
+            return measure.load(file, target=recipe.target, threads=self._threads)
         model = recipe.simulate(self._source) if recipe.simulate else file
         return measure.load(model, simulated=True)
 
@@ -86,7 +91,7 @@ class Judge:
     def _speed(self, runner: Runner, target: str, phase: Phase) -> tuple[Measured, ...]:
         phase("timing")
         if target not in self._references:
-            self._references[target] = measure.load(self._source.file, target=target)
+            self._references[target] = measure.load(self._source.file, target=target, threads=self._threads)
         most = self._source.config.max_batch_size
         return tuple(measure.turns(self._references[target], runner, self._rows, most))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -103,14 +104,25 @@ def _latency(found: Sequence[Artefact]) -> str:
     timed = [each for each in found if each.speed]
     if not timed:
         return "<p>Nothing was timed here.</p>"
-    groups = [f"batch {each.rows}" for each in timed[0].speed]
-    series = {"FP32": [1000 * each.reference_seconds / each.rows for each in timed[0].speed]}
-    series |= {artefact.name: [1000 * each.seconds / each.rows for each in artefact.speed] for artefact in timed}
+    sizes = [each.rows for each in timed[0].speed]
+    groups = [f"batch {size}" for size in sizes]
+    # Each artefact raced FP32 at another time, and the machine may have been slower then: what holds is the ratio.
+    base = [
+        statistics.median(each.speed[index].reference_seconds for each in timed) / size * 1000
+        for index, size in enumerate(sizes)
+    ]
+    series = {"FP32": base} | {
+        artefact.name: [
+            ms * each.seconds / each.reference_seconds for ms, each in zip(base, artefact.speed, strict=True)
+        ]
+        for artefact in timed
+    }
     rows = (
         [
             escape(artefact.name),
             *(
-                f"{1000 * each.seconds:.3g} ms (x{each.reference_seconds / each.seconds:.2f})"
+                f"{1000 * each.seconds:.4g} ms, FP32 {1000 * each.reference_seconds:.4g} ms "
+                f"(x{each.reference_seconds / each.seconds:.2f})"
                 for each in artefact.speed
             ),
         ]
@@ -119,7 +131,8 @@ def _latency(found: Sequence[Artefact]) -> str:
     return (
         plots.bars(groups, series, "", "ms a row")
         + _table(("a run of", *groups), rows)
-        + '<p class="quiet">Medians of runs that alternate with FP32\'s, with all cores; x: times as fast as FP32 in the same turns.</p>'
+        + '<p class="quiet">The table has lower quartiles of runs that alternate with FP32\'s, with the cores that one run has '
+        "in a loaded server; in the plot each is scaled by the FP32 of its own turns.</p>"
     )
 
 

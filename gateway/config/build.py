@@ -83,8 +83,9 @@ def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
 def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]) -> tuple[InstanceGroup, ...]:
     # The count as the author gave it: the full message holds Triton's default, which says nothing of this machine.
     counts = [group.count for group in given.instance_group] or [0]
+    one = int(given.backend == "python")  # its code may rely on being there once
     return tuple(
-        InstanceGroup(kind=_kind(group, gpus), count=count, gpus=tuple(group.gpus))
+        InstanceGroup(kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus))
         for group, count in zip(full.instance_group, counts, strict=True)
     )
 

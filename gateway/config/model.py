@@ -116,3 +116,19 @@ class ModelConfig:
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
     response_cache: ResponseCache | None = None
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
+
+    @property
+    def is_code(self) -> bool:
+        """Whether running it is to run its author's code: it may keep state, call other models, and do more than compute.
+
+        So nobody runs it but for clients and for its own warm-up samples, and one instance is not two.
+        """
+        return self.backend == "python"
+
+
+def may_leave_gpu(backend: str, fallback: str) -> bool:
+    """Whether a model that asks for a GPU may run without; `fallback` is the parameter of that name.
+
+    The file of an ONNX model runs on the CPU, too. Of other models their configuration has to say what else they run on.
+    """
+    return backend == "onnxruntime" if not fallback else fallback != "none"

@@ -194,6 +194,9 @@ class Settings(BaseSettings):
         "header or metadata in which a trusted proxy names the tenant; a token's name goes first",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
     )
+    allow_python_models: bool = _setting(
+        False, "safety", "load models of backend python, which run whatever code is in their model.py"
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")

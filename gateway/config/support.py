@@ -29,6 +29,12 @@ def require_supported(proto: ModelConfigProto, backends: Collection[str], source
     for gap in _REFUSED:
         if gap.asked(proto):
             raise source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
+    if proto.backend == "python" and "python" not in backends:
+        raise source.error(
+            f"backend 'python' runs the code in '{proto.default_model_filename or 'model.py'}', which is not allowed. If "
+            "you trust every model.py of this repository, start the gateway with --allow-python-models",
+            "backend",
+        )
     known = ", ".join(sorted(backends))
     if proto.backend and proto.backend not in backends:
         raise source.error(
@@ -78,9 +84,9 @@ _REFUSED = (
     ),
     Gap(_has("sequence_batching"), ("sequence_batching",), "Keep the state in the client, as inputs and outputs"),
     Gap(
-        lambda proto: bool(proto.model_transaction_policy.decoupled),
+        lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",
         ("model_transaction_policy", "decoupled"),
-        "Set it to false if the model gives exactly one response per request",
+        "Only models of backend 'python' can be. Set it to false if the model gives exactly one response per request",
     ),
     Gap(_any("batch_input"), ("batch_input",), "Add the tensor to input and let clients send it"),
     Gap(_any("batch_output"), ("batch_output",), "Remove it and let the model give one row per request row"),

@@ -7,15 +7,17 @@ it learns the inputs and outputs that a configuration leaves out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from gateway.config.build import build
 from gateway.config.complete import complete, fill_backend
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, ModelConfigProto
-from gateway.config.parse import Source, empty, parse_json, parse_text
+from gateway.config.parse import Source, config_json, empty, parse_json, parse_text
 from gateway.config.support import require_supported, warnings
 from gateway.errors import GatewayError, InvalidArgument, NotFound, Unsupported
 from gateway.repository import layout
@@ -41,6 +43,12 @@ class ModelSource:
     digests: Mapping[int, str] = field(default_factory=dict)
 
 
+AutoComplete: TypeAlias = Callable[[Path, str], str]
+"""What a Python model's own `auto_complete_config` makes of its configuration, both as JSON. Raises `GatewayError`."""
+
+_COMPLETED = ("max_batch_size", "dynamic_batching", "input", "output", "model_transaction_policy")
+
+
 class Repository:
     """One or more folders of models. Holds no state: every call reads the files as they are."""
 
@@ -62,10 +70,16 @@ class Repository:
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
         self._backends = frozenset(backends)
+        self._auto_complete: AutoComplete | None = None
         self._gpus = tuple(gpus)
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
+
+    def allow_python(self, auto_complete: AutoComplete) -> None:
+        """Have models of backend python too, which are code."""
+        self._backends |= {"python"}
+        self._auto_complete = auto_complete
 
     def scan(self) -> dict[str, Found]:
         """Every model folder in name order. Raises `GatewayError` when a repository cannot be read."""
@@ -103,6 +117,9 @@ class Repository:
         if override and proto.backend == "fake":
             # Anyone who may load models could otherwise have one that crashes on request.
             raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
+        if override and proto.backend == "python":
+            # Its author says what of the repository is code; whoever may load models does not.
+            raise source.error("a model of backend 'python' is loaded as its config.pbtxt says and not by an override")
         require_supported(proto, self._backends, source)
         config = self._config(proto, folder, chosen, source)
         texts = [*ignored, *absent, *warnings(proto, source)]
@@ -132,6 +149,8 @@ class Repository:
 
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
+        if model is not None and proto.backend == "python":
+            proto = self._complete_code(proto, model, source)
         io = None
         if model is not None and not (proto.input and proto.output):
             io = self._describe_file(model, folder)
@@ -145,6 +164,18 @@ class Repository:
                     _existing(folder / "warmup", data.source, folder.parent, source, "input_data_file")
         return config
 
+    def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
+        """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
+        assert self._auto_complete is not None
+        if proto.input and proto.output and not _mentions(model.parent.parent, b"auto_complete_config"):
+            return proto
+        try:
+            completed = json.loads(self._auto_complete(model, json.dumps(config_json(proto))))
+        except GatewayError as problem:
+            raise source.error(problem.message) from None
+        whole = config_json(proto) | {key: completed[key] for key in _COMPLETED if key in completed}
+        return parse_json(json.dumps(whole))
+
     def _describe_file(self, model: Path, folder: Path) -> ModelIO:
         where = f"{folder.name}/{model.relative_to(folder)}"
         try:
@@ -156,6 +187,14 @@ class Repository:
             raise InvalidArgument(
                 f"{where} cannot be read: {text}. Check that the file is a whole ONNX model"
             ) from None
+
+
+def _mentions(folder: Path, word: bytes) -> bool:
+    """Whether any code in a model's folder may have the word."""
+    try:
+        return any(word in path.read_bytes() for path in folder.rglob("*.py") if path.is_file())
+    except OSError:
+        return True  # what cannot be read may
 
 
 def _override(parameters: Mapping[str, str]) -> str:

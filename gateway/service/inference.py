@@ -9,6 +9,9 @@ from gateway import errors
 from gateway.service.route import Route
 from gateway.types import InferRequest, InferResponse, Responses
 
+EMPTY_FINAL = "triton_enable_empty_final_response"
+"""The parameter by which a client asks for a last response that says nothing but that it is the last."""
+
 
 class Submit(Protocol):
     """What an inference needs of the service."""
@@ -52,6 +55,8 @@ class Inference:
             self._route.statistics.record_success(
                 time.monotonic_ns() - self._started, response.timings, self._request.rows
             )
+            if not response.outputs and self._route.config.decoupled and not self._request.parameters.get(EMPTY_FINAL):
+                raise StopAsyncIteration
         return response
 
     async def aclose(self) -> None:

@@ -66,7 +66,7 @@ class Probe:
 
 def measurable(config: ModelConfig) -> bool:
     """Whether rows of zeros are typical of the model: open dimensions say nothing of what will come."""
-    return not any(-1 in tensor.dims for tensor in config.inputs)
+    return not config.is_code and not any(-1 in tensor.dims for tensor in config.inputs)
 
 
 def sizes(config: ModelConfig) -> Iterator[int]:

@@ -34,7 +34,7 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
                 await _run(engine, request, config, cores)
         except Exception as problem:  # an engine may raise anything, and the operator must know which sample did it
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
-    if not config.warmup and not any(-1 in tensor.dims for tensor in config.inputs):
+    if not config.warmup and not config.is_code and not any(-1 in tensor.dims for tensor in config.inputs):
         try:
             return await _run(engine, zeros(config), config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
@@ -46,10 +46,12 @@ async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores
     first = 0.0
     for number in cores:
         started = time.monotonic()
-        batch = Batch(request.rows, lambda: stack([request], config), (), number)
+        batch = Batch(request.rows, lambda: stack([request], config), (), number, requests=(request,))
         async with aclosing(engine.run(batch)) as results:
-            async for _ in results:
-                pass
+            async for result in results:
+                for answer in result.answers or ():
+                    if answer.error is not None:
+                        raise answer.error
         first = first or time.monotonic() - started
     return first
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -79,11 +80,13 @@ class Worker:
                 self._tasks.create_task(self._carry_out(order))
 
     async def drain(self) -> None:
-        """Answer everything accepted and stop every model."""
-        async with asyncio.TaskGroup() as tasks:
-            for model in self._models.values():
-                for host in model.hosts.values():
-                    tasks.create_task(host.drain())
+        """Answer everything accepted and stop every model, first those that may call others."""
+        for calls in (True, False):
+            async with asyncio.TaskGroup() as tasks:
+                for model in self._models.values():
+                    for host in model.hosts.values():
+                        if host.source.config.is_code is calls:
+                            tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
         """What this worker, called `process`, knows of `model:version`, as JSON; see `Admission.explain`.
@@ -185,8 +188,9 @@ class Worker:
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(self._serve(model, host))
         version = host.source.version
+        host.changed = partial(self._move, model, host)
+        self._tasks.create_task(self._serve(model, host))
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
@@ -199,6 +203,13 @@ class Worker:
             log_event(
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
+
+    def _move(self, model: _Model, host: Host) -> None:
+        """A version's engines run on something else now."""
+        version = host.source.version
+        if model.hosts.get(version) is host and model.states[version].state == "READY":
+            model.states[version] = replace(model.states[version], instances=host.instances)
+            self._publish(model)
 
     async def _serve(self, model: _Model, host: Host) -> None:
         try:

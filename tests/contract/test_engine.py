@@ -1,4 +1,5 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, and TensorRT on a fake GPU.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, a chain of both, and TensorRT on a
+fake GPU.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -19,6 +20,7 @@ from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.isolated.children import Children
 from gateway.engines.tensorrt.fakes.network import serialize
 from gateway.types import Array, Batch, BatchResult, DataType
 
@@ -57,11 +59,13 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 
 
 class Zoo:
-    """Opens engines of one backend in a temporary repository, and closes them."""
+    """Opens engines of one backend in a temporary repository, and closes them; "chain" is ONNX Runtime, then the fake."""
 
-    def __init__(self, backend: str, folder: Path) -> None:
-        self.backend = backend
-        self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+    def __init__(self, name: str, folder: Path, children: Children | None = None) -> None:
+        self.name = name
+        self.backend = "onnxruntime" if name == "chain" else name
+        self.other = "INT64" if name == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+        self._children = children
         self._folder = folder
 
     @asynccontextmanager
@@ -92,6 +96,8 @@ class Zoo:
         proto.default_model_filename = "model.onnx"
         if self.backend == "onnxruntime":
             proto.platform = "onnxruntime_onnx"
+        if self.name == "chain":
+            proto.parameters["fallback"].string_value = "cpu,fake"
         if self.backend == "tensorrt":
             proto.platform = "tensorrt_plan"
             proto.default_model_filename = "model.plan"
@@ -100,7 +106,7 @@ class Zoo:
             shapes = {name: (*batch, *dims) for name, (_, dims) in named.items()}
             profile = {name: [_sized(shape, 0), _sized(shape, 1), _sized(shape, 8)] for name, shape in shapes.items()}
             (version / "model.plan").write_bytes(serialize((version / "model.onnx").read_bytes(), [profile]))
-        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores)
+        spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores, children=self._children)
         created = await engines.create(spec, count)
         try:
             yield created
@@ -113,7 +119,7 @@ def _sized(shape: tuple[int, ...], size: int) -> list[int]:
     return [size if dim == -1 else dim for dim in shape]
 
 
-@pytest.fixture(params=["fake", "onnxruntime", "tensorrt"])
+@pytest.fixture(params=["fake", "onnxruntime", "chain", "tensorrt"])
 def zoo(request, tmp_path: Path) -> Zoo:
     return Zoo(request.param, tmp_path)
 
@@ -282,12 +288,18 @@ async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
         assert set(threading.enumerate()) == before
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(engine.loaded is None for engine in created)
+        if zoo.name != "chain":
+            assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
     async with zoo.identity(("FP32", (2,))) as (engine,):
-        providers = {"fake": "Fake", "onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}
-        assert engine.provider == providers[zoo.backend]
+        providers = {
+            "fake": "Fake",
+            "onnxruntime": "CPUExecutionProvider",
+            "chain": "CPUExecutionProvider",
+            "tensorrt": "TensorRT-fake",
+        }
+        assert engine.provider == providers[zoo.name]
         assert engine.warnings == ()
         assert engine.concurrency == 1

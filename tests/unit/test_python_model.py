@@ -192,8 +192,7 @@ def test_every_code_has_its_error(tmp_path, code, kind):
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        ("[]", ("Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
-               "InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0")),
+        ("[]", "objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
         ("7", "Expected a list in the execute return, found type '<class 'int'>'."),
         ("[1, 2]", "Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
         ("1 / 0", "ZeroDivisionError: division by zero"),

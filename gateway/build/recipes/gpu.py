@@ -26,9 +26,12 @@ def _multiplies(source: Source) -> str:
 
 def _half(source: Source) -> Any:
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     with quiet():
-        return convert_float_to_float16(source.load(), keep_io_types=True)
+        model = convert_float_to_float16(source.load(), keep_io_types=True)
+        OnnxModel(model).topological_sort(is_deterministic=True)  # it leaves its casts at the end
+        return model
 
 
 def _fp16(job: Job) -> None:

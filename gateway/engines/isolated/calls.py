@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from queue import SimpleQueue
+from typing import cast
 
 import msgspec
 
@@ -115,8 +116,7 @@ class CallServer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio.Protocol."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._line = transport
+        self._line = cast("asyncio.WriteTransport", transport)  # uvloop's is none by its class
 
     def data_received(self, data: bytes) -> None:
         """Part of asyncio.Protocol."""
@@ -132,6 +132,11 @@ class CallServer(asyncio.Protocol):
         """Part of asyncio.Protocol. What runs for the instance is given up."""
         for task in self._open.values():
             task.cancel()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the model waits for others."""
+        return bool(self._open)
 
     def abandon(self) -> None:
         """Tell the model that the batch it runs has been given up."""

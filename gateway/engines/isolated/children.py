@@ -51,8 +51,8 @@ class Children:
         self.nursery = Nursery(log_format, verbose)
         self._most = most or 4 * len(os.sched_getaffinity(0) if SUPPORTED else (0,))
         self._beat = beat
-        self._homes: list[Home] = []
-        self._starting = 0
+        self.homes: list[Home] = []  # those that are there
+        self._placing = asyncio.Lock()
         self._closing: list[Callable[[], None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self.shortages = 0
@@ -83,7 +83,7 @@ class Children:
         try:
             await self.tasks.__aexit__(kind, error, trace)
         finally:
-            for home in self._homes:
+            for home in self.homes:
                 home.close()
             await self.nursery.close()
 
@@ -97,24 +97,21 @@ class Children:
 
     async def home(self, name: str, preload: Sequence[str], *, shares: bool) -> Home:
         """A home for an instance, which is in it from now on. Raises `Unavailable` when none can be started."""
-        if shares and self._starting + len(self._homes) >= self._most and (found := least_crowded(self._homes)):
-            found.names.add(name)
-            return found
-        self._starting += 1
-        try:
+        async with self._placing:
+            if shares and len(self.homes) >= self._most and (found := least_crowded(self.homes)):
+                found.names.add(name)
+                return found
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 child = await self.nursery.spawn(name, preload, theirs)
             except BaseException:
                 ours.close()
                 raise
-        finally:
-            self._starting -= 1
-        home = Home(child, self.nursery, ours, shared=shares)
-        home.names.add(name)
-        self._homes.append(home)
-        child.exited.add_done_callback(lambda _: self._forget(home))
-        return home
+            home = Home(child, self.nursery, ours, shared=shares)
+            home.names.add(name)
+            self.homes.append(home)
+            child.exited.add_done_callback(lambda _: self._forget(home))
+            return home
 
     def short(self, why: str) -> None:
         """Shared memory could not be had: the arrays go by the line, which takes longer."""
@@ -124,7 +121,7 @@ class Children:
 
     def metrics(self) -> list[Family]:
         """How many children there are and their memory. Reads /proc: call it off the event loop."""
-        homes = [home for home in list(self._homes) if home.child.pid]
+        homes = [home for home in list(self.homes) if home.child.pid]
         text = "Memory that the child process keeps in RAM, in bytes"
         return [
             Family("gateway_children", "gauge", "Child processes that run models", [({}, len(homes))]),
@@ -139,10 +136,10 @@ class Children:
 
     def _forget(self, home: Home) -> None:
         home.close()
-        self._homes.remove(home)
+        self.homes.remove(home)
 
     def _on_beat(self) -> None:
-        for home in self._homes:
+        for home in self.homes:
             if home.child.pid and not home.beat():
                 home.kill("silent")
         self._timer = asyncio.get_running_loop().call_later(self._beat, self._on_beat)

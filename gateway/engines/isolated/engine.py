@@ -88,17 +88,15 @@ class IsolatedEngine:
 
     async def open(self) -> None:
         """Start it for the first time. Raises why that failed."""
-        self._shares = self._shares and await asyncio.to_thread(self._small)
+        self._shares = self._shares and await self._origin.thread.call(self._small)
+        tested = self._origin.golden.inputs is not None
         try:
             await self._start()
         except EngineCrashed as problem:
-            if self._origin.golden.ready or not self.provider:
+            if self._origin.golden.inputs is not None or not tested:
                 raise errors.Unavailable(
                     f"model '{self._origin.spec.config.name}' does not load: {problem}; the server's log has the details"
                 ) from problem
-            # It may be what the test does to it, which the model need not bear.
-            log_event("not_tested", logging.WARNING, instance=self.name, reason="its process ends on a row of zeros")
-            self._origin.golden.inputs = None
             await self._start()
         self._keeper = self._tasks.create_task(self._keep())
         self._children.at_end(self._stop)
@@ -210,8 +208,13 @@ class IsolatedEngine:
         return max(_FIRST_RUN if self._longest is None else 0.0, _TIMES * (expected or 0.0), self._patience)
 
     def _hung(self) -> None:
-        if self._life is not None:
-            self._life.home.kill("hang", self.name)
+        life = self._life
+        if life is None:
+            return
+        if life.calls is not None and life.calls.waiting:  # for models that have watchdogs of their own
+            life.link.be_patient(self._patience)
+        else:
+            life.home.kill("hang", self.name)
 
     # --- its process
 

@@ -44,24 +44,24 @@ class Forker:
         self._logging = log_format, verbose
         self._pids: dict[int, int] = {}
         self._libc = ctypes.CDLL(None)
-        self._wake, wake = os.pipe()
-        for each in (self._wake, wake):
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._waker = os.pipe()
+        for each in (self._wake, self._waker):
             os.set_blocking(each, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # so that the wake-up is written
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Wait for requests and for children that end."""
         _name(self._libc, "lockgate-nursery")
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._control, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            while True:
-                ready = {key.fileobj for key, _ in selector.select()}
-                if self._wake in ready:
-                    self._reap()
-                if self._control in ready and not self._obey():
-                    return
+        self._selector.register(self._control, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _ in self._selector.select()}
+            if self._wake in ready:
+                self._reap()
+            if self._control in ready and not self._obey():
+                return
 
     def _obey(self) -> bool:
         packet, descriptors, _, _ = socket.recv_fds(self._control, _PACKET, 1)
@@ -110,7 +110,10 @@ class Forker:
             _name(self._libc, name)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._selector.close()
             self._control.close()
+            os.close(self._wake)
+            os.close(self._waker)
             log_format, verbose = self._logging
             configure_logging("json" if log_format == "json" else "text", verbose, name)
             status = child.live(home)

@@ -130,14 +130,16 @@ class Life:
         known = golden.ready
         try:
             result = await self._run(batch, patience)
-        except Exception as problem:  # a model may raise anything, and need not bear zeros
-            if isinstance(problem, EngineCrashed):
-                raise
-            if known:
+        except Exception as problem:  # a model may raise anything; it need not bear zeros
+            crashed = isinstance(problem, EngineCrashed)
+            if not known:
+                golden.inputs = None
+                level = logging.WARNING if crashed else logging.DEBUG
+                log_event("not_tested", level, instance=name, reason=f"it does not run on zeros: {problem}")
+            elif not crashed:
                 raise WrongAnswer(f"it fails where the first process did not: {problem}") from problem
-            # A model need not bear zeros.
-            golden.inputs = None
-            log_event("not_tested", logging.DEBUG, instance=name, reason=f"it does not run on zeros: {problem}")
+            if crashed:
+                raise
             return None
         if not golden.judge(result.outputs):
             raise WrongAnswer("it answers the golden input otherwise than the first process did")

@@ -47,7 +47,8 @@ def apply(config: ModelConfig) -> None:
     """Limit this process, before its model has threads. Raises `InvalidArgument`."""
     if cores := _cores(config):
         try:
-            os.sched_setaffinity(0, cores)
+            for thread in (os.getpid(), 0):  # the main one, and this one whose threads the model's will be
+                os.sched_setaffinity(thread, cores)
         except OSError:
             raise _wrong(config, "cpu_affinity", "cores that this process may use") from None
     if mib := _whole(config, "memory_limit_mb"):

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,13 +32,17 @@ from gateway.telemetry import log_event
 from gateway.types import Answer, Array, Batch, InferRequest, InferResponse
 
 _KINDS = {"cpu": "CPU", "gpu": "GPU"}
+_PATH = re.compile(r"(?<![\w.])(?:/[\w.@+-]+){2,}/?")
 
 
 def load(spec: EngineSpec, count: int) -> list[PythonModel]:
     """Import the model's code and call its `initialize`, `count` times. Raises `Unavailable` saying what went wrong."""
     config = spec.config
-    environment = config.parameters.get("EXECUTION_ENV_PATH")
-    if environment:
+    if spec.channel is None:
+        raise errors.Unavailable(
+            f"model '{config.name}' is code, which runs in a child process only, and this gateway has none. Serve it on Linux"
+        )
+    if "EXECUTION_ENV_PATH" in config.parameters:
         raise errors.Unsupported(
             f"model '{config.name}' asks for an execution environment of its own (EXECUTION_ENV_PATH), which this server "
             "cannot unpack. Install its packages where the gateway is installed, and remove the parameter from config.pbtxt"
@@ -67,7 +72,7 @@ class PythonModel:
             self._model = kind()
             if hasattr(self._model, "initialize"):
                 self._model.initialize(arguments(spec, index))
-        except Exception as problem:
+        except Exception as problem:  # the model's code may raise anything, which the operator must hear of
             raise errors.Unavailable(f"model '{spec.config.name}' does not load: {_plain(problem)}") from problem
         if not hasattr(self._model, "execute"):
             raise errors.Unavailable(f"the TritonPythonModel of '{spec.config.name}' has no execute method; write one")
@@ -226,5 +231,5 @@ def arguments(spec: EngineSpec, index: int) -> dict[str, str]:
 
 
 def _plain(problem: BaseException) -> str:
-    """What clients may read of an error: no file of ours and no line of it."""
-    return f"{type(problem).__name__}: {problem}".replace(str(Path.cwd()), "").strip()
+    """What clients may read of an error: not where the files are."""
+    return _PATH.sub("<path>", f"{type(problem).__name__}: {problem}").strip()

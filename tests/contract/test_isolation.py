@@ -1,0 +1,377 @@
+"""What instances in child processes promise beyond `Engine` (`gateway/engines/isolated/`), against real processes."""
+
+import asyncio
+import os
+import resource
+import signal
+import sys
+import threading
+from contextlib import aclosing, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from gateway import errors
+from gateway.config.build import build
+from gateway.config.parse import Source, parse_text
+from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.isolated.children import Children
+from gateway.engines.isolated.engine import IsolatedEngine
+from gateway.types import Batch, DataType, InferRequest, InferResponse, Tensor
+from tests.isolated_support import children, fake_spec, kept, opened, run, run_arrays
+from tests.python_support import CONFIG, write
+
+if sys.platform != "linux":
+    pytest.skip("children are for Linux", allow_module_level=True)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def home():
+    async with kept(children()) as there:
+        yield there
+
+
+def pid_of(home: Children, name: str = "m/1#0") -> int:
+    return next(each.child.pid for each in home.homes if name in each.names)
+
+
+async def gone(pid: int) -> None:
+    while Path(f"/proc/{pid}").exists():
+        await asyncio.sleep(0.001)
+
+
+def crashes(home: Children) -> dict[str, int]:
+    return home.statistics.of("m", "1").crashes
+
+
+@pytest.fixture(autouse=True)
+def counted_from_zero(home: Children) -> None:
+    home.statistics.forget("m", "1")
+
+
+@pytest.mark.parametrize(
+    ("way", "cause"),
+    [("kill", "killed"), ("abort", "abort"), ("segfault", "segfault"), ("exit", "exit"), ("hang", "hang"),
+     ("hang_gil", "hang"), ("sticky", "exit")],
+)  # fmt: skip
+async def test_a_run_that_ends_its_process_raises_and_the_next_one_is_answered(home, tmp_path, way, cause):
+    spec = fake_spec(home, tmp_path, allow_crash="true", watchdog_ms="200", **{way: "13"})
+    async with opened(spec) as (engine,):
+        assert (await run(engine, 1, 2)).outputs["OUT"].tolist() == [[1, 1], [2, 2]]
+        first = pid_of(home)
+        with pytest.raises(EngineCrashed, match=cause) as crash:
+            await run(engine, 1, 13)
+        assert crash.value.sure == (way != "kill")
+        assert (await run(engine, 1, 2)).outputs["OUT"].tolist() == [[1, 1], [2, 2]]
+        assert pid_of(home) != first
+        assert crashes(home) == {cause: 1}
+        assert home.statistics.of("m", "1").restarts == 1
+
+
+async def test_out_of_memory_is_an_error_of_the_run_alone(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, allow_crash="true", oom="13")) as (engine,):
+        before = pid_of(home)
+        with pytest.raises(MemoryError, match="64.0 TiB") as problem:
+            await run(engine, 13)
+        assert "_allocate" in problem.value.__notes__[0]  # the child's trace
+        await run(engine, 1)
+        assert pid_of(home) == before
+
+
+async def test_a_memory_limit_holds_for_the_process_and_not_for_ours(home, tmp_path):
+    wide = fake_spec(home, tmp_path, dims="-1", memory_limit_mb="64")
+    async with opened(wide) as (engine,):
+        await run_arrays(engine, {"IN": np.zeros((1, 1 << 20), "<f4")})
+        with pytest.raises((MemoryError, OSError, EngineCrashed)):
+            await run_arrays(engine, {"IN": np.zeros((1, 1 << 26), "<f4")})
+        assert (await run_arrays(engine, {"IN": np.ones((1, 3), "<f4")})).outputs["OUT"].tolist() == [[1, 1, 1]]
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+async def test_affinity_is_the_childs(home, tmp_path):
+    core = min(os.sched_getaffinity(0))
+    async with opened(fake_spec(home, tmp_path, cpu_affinity=str(core))):
+        assert os.sched_getaffinity(pid_of(home)) == {core}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value"),
+    [("isolation", "jail"), ("memory_limit_mb", "-1"), ("cpu_affinity", "a"), ("watchdog_ms", "x")],
+)
+async def test_a_bad_parameter_is_told(home, tmp_path, parameter, value):
+    with pytest.raises(errors.InvalidArgument, match=f"parameter '{parameter}' of model 'm'"):
+        async with opened(fake_spec(home, tmp_path, **{parameter: value})):
+            pass
+
+
+async def test_a_long_run_that_was_predicted_is_no_hang(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, a_us="300000", watchdog_ms="1")) as (engine,):
+        await run(engine, 1, predicted=0.3)
+        with pytest.raises(EngineCrashed, match="hang"):
+            await run(engine, 1, predicted=0.001)
+
+
+async def test_runs_wait_while_the_process_starts_again(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path)) as (engine,):
+        for value in range(5):
+            pid = pid_of(home)
+            os.kill(pid, signal.SIGKILL)
+            await gone(pid)
+            assert (await run(engine, value)).outputs["OUT"].tolist() == [[value, value]]
+
+
+async def test_a_child_that_stands_still_between_runs_is_found_and_replaced(tmp_path):
+    async with children(beat=0.05) as home, opened(fake_spec(home, tmp_path)) as (engine,):
+        pid = pid_of(home)
+        os.kill(pid, signal.SIGSTOP)
+        await gone(pid)
+        await run(engine, 1)
+        assert crashes(home) == {"silent": 1}
+
+
+async def test_a_heartbeat_leaves_a_long_run_alone(tmp_path):
+    async with children(beat=0.02) as home, opened(fake_spec(home, tmp_path, a_us="300000")) as (engine,):
+        await run(engine, 1)
+        assert crashes(home) == {}
+
+
+async def test_the_nursery_may_die_too(tmp_path):
+    async with children() as home, opened(fake_spec(home, tmp_path)) as (engine,):
+        child, nursery = pid_of(home), home.nursery.pid
+        os.kill(nursery, signal.SIGKILL)
+        await gone(child)
+        await run(engine, 1)
+        assert home.nursery.pid != nursery
+
+
+async def test_a_process_that_answers_otherwise_is_not_used(home, tmp_path):
+    drift = tmp_path / "drift"
+    async with opened(fake_spec(home, tmp_path, drift_file=str(drift))) as (engine,):
+        drift.touch()
+        os.kill(pid_of(home), signal.SIGKILL)
+        while "self_test" not in crashes(home):
+            await asyncio.sleep(0.001)
+        drift.unlink()
+        assert (await run(engine, 1)).outputs["OUT"].tolist() == [[1, 1]]
+
+
+async def test_without_fixed_shapes_the_first_good_batch_is_the_test(home, tmp_path):
+    drift = tmp_path / "drift"
+    async with opened(fake_spec(home, tmp_path, dims="-1", drift_file=str(drift))) as (engine,):
+        await run(engine, 7)
+        drift.touch()
+        os.kill(pid_of(home), signal.SIGKILL)
+        while "self_test" not in crashes(home):
+            await asyncio.sleep(0.001)
+        drift.unlink()
+        assert (await run(engine, 1)).outputs["OUT"].tolist() == [[1, 1]]
+
+
+async def test_an_instance_that_cannot_start_is_given_a_pause_and_says_so(home, tmp_path):
+    drift = tmp_path / "drift"
+    async with opened(fake_spec(home, tmp_path, drift_file=str(drift))) as (engine,):
+        drift.touch()
+        pid = pid_of(home)
+        os.kill(pid, signal.SIGKILL)
+        await gone(pid)
+        with pytest.raises(errors.Unavailable, match="keeps failing") as refused:
+            await run(engine, 1)
+        assert 0 < refused.value.retry_after <= 1
+        drift.unlink()
+        while True:
+            with suppress(errors.Unavailable):
+                await run(engine, 1)
+                break
+            await asyncio.sleep(0.01)
+
+
+async def test_a_model_that_crashes_on_zeros_is_served_without_a_test(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, allow_crash="true", segfault="0")) as (engine,):
+        assert (await run(engine, 1)).outputs["OUT"].tolist() == [[1, 1]]
+
+
+async def test_large_batches_and_answers_go_through_memory_that_grows(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, dims="-1")) as (engine,):
+        for columns in (1, 300_000, 3, 2_000_000, 700_000):
+            given = np.arange(columns, dtype="<f4")[np.newaxis]
+            out = (await run_arrays(engine, {"IN": given})).outputs["OUT"]
+            assert np.array_equal(out, given)
+        assert home.shortages == 0
+
+
+async def test_results_are_not_overwritten_by_later_runs(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path)) as (engine,):
+        results = [await run(engine, value) for value in range(10)]
+        assert [result.outputs["OUT"][0, 0] for result in results] == list(range(10))
+
+
+async def test_without_shared_memory_tensors_go_by_the_socket(tmp_path, monkeypatch):
+    def refused(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    given = np.arange(3_000_000, dtype="<f4")[np.newaxis]
+    texts = np.array([[b"", b"\0", b"x" * 300_000]], dtype=object)
+    monkeypatch.setattr(os, "memfd_create", refused)
+    async with children() as home:
+        async with opened(fake_spec(home, tmp_path, dims="-1")) as (engine,):
+            assert np.array_equal((await run_arrays(engine, {"IN": given})).outputs["OUT"], given)
+        async with opened(fake_spec(home, tmp_path, dims="-1", kind="STRING")) as (engine,):
+            assert (await run_arrays(engine, {"IN": texts})).outputs["OUT"].tolist() == texts.tolist()
+        assert home.shortages >= 2
+
+
+async def test_when_shared_memory_runs_out_tensors_go_by_the_socket(home, tmp_path):
+    given = np.arange(3_000_000, dtype="<f4")[np.newaxis]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    async with opened(fake_spec(home, tmp_path, dims="-1")) as (engine,):
+        await run(engine, 1)
+        before = home.shortages
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        try:
+            assert np.array_equal((await run_arrays(engine, {"IN": given})).outputs["OUT"], given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert home.shortages > before
+
+
+async def test_a_run_given_up_holds_nobody_up_for_good(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, a_us="50000")) as (engine,):
+        for _ in range(3):
+            task = asyncio.create_task(run(engine, 1))
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            assert (await run(engine, 5)).outputs["OUT"].tolist() == [[5, 5]]
+
+
+async def test_closing_ends_a_hung_run_and_the_process(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path, hang="1")) as (engine,):
+        pid = pid_of(home)
+        task = asyncio.create_task(run(engine, 1))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        with pytest.raises(errors.Unavailable, match="closed"):
+            await task
+        assert not Path(f"/proc/{pid}").exists()
+        with pytest.raises(errors.Unavailable, match="closed"):
+            await run(engine, 1)
+
+
+async def test_small_models_share_beyond_the_limit_and_crash_apart(tmp_path):
+    async with children(most=1) as home:
+        spec = fake_spec(home, tmp_path, allow_crash="true", segfault="13", a_us="20000")
+        async with opened(spec, 3) as (one, two, three):
+            assert len(home.homes) == 1
+            together = [run(one, 1), run(two, 13), run(three, 3)]
+            results = await asyncio.gather(*together, return_exceptions=True)
+            assert results[0].outputs["OUT"].tolist() == [[1, 1]]
+            assert isinstance(results[1], EngineCrashed)
+            assert results[1].sure
+            assert results[2].outputs["OUT"].tolist() == [[3, 3]]
+        assert home.homes == []
+
+
+async def test_a_limited_model_never_shares(tmp_path):
+    async with children(most=1) as home:
+        spec = fake_spec(home, tmp_path, memory_limit_mb="1000")
+        async with opened(spec, 2):
+            assert len(home.homes) == 2
+
+
+async def test_children_have_no_descriptors_of_ours(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path), 2) as created:
+        await run(created[0], 1)
+        opened_files = {os.readlink(each).split(":")[0] for each in Path(f"/proc/{pid_of(home)}/fd").iterdir()}
+        assert len(list(Path(f"/proc/{pid_of(home)}/fd").iterdir())) <= 10
+        assert not any(name.endswith((".py", ".so")) or "eventpoll" in name for name in opened_files)
+
+
+async def test_many_crashes_leave_nothing_behind(home, tmp_path):
+    """The long version: `python -m loadtest.isolation --crashes 200`."""
+    async with opened(fake_spec(home, tmp_path, allow_crash="true", segfault="13")) as (engine,):
+
+        async def crash() -> tuple[int, int]:
+            with pytest.raises(EngineCrashed):
+                await run(engine, 13)
+            await run(engine, 1)
+            return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        await crash()
+        first = await crash()
+        for _ in range(10):
+            last = await crash()
+        assert last == first
+
+
+async def test_metrics_tell_of_children(home, tmp_path):
+    async with opened(fake_spec(home, tmp_path)) as (engine,):
+        await run(engine, 1)
+        families = {family.name: family.samples for family in home.metrics()}
+        assert families["gateway_children"] == [({}, 1)]
+        ((labels, size),) = families["gateway_child_memory_bytes"]
+        assert labels == {"child": "m/1#0", "pid": str(pid_of(home))}
+        assert size > 1 << 20
+
+
+async def test_a_broken_answer_is_the_end_of_its_process_and_not_of_us(home, tmp_path):
+    """A child is not trusted: here one says nonsense on its line."""
+    async with opened(fake_spec(home, tmp_path, a_us="100000")) as (engine,):
+        from gateway.engines.isolated.frames import Done, pack
+
+        link = engine._life.link
+        task = asyncio.create_task(run(engine, 1))
+        await asyncio.sleep(0.02)
+        link._frames.feed(pack(Done(0, b"\x91\x94\xa3OUT\xa3<f4\x91\x05\xcd\xff\xff")))
+        link._take(link._frames.next())
+        with pytest.raises(EngineCrashed, match="protocol"):
+            await task
+        assert (await run(engine, 2)).outputs["OUT"].tolist() == [[2, 2]]
+        assert crashes(home) == {"protocol": 1}
+
+
+async def test_engines_close_when_the_caller_forgot(tmp_path):
+    async with children() as home:
+        from gateway import engines
+
+        (engine,) = await engines.create(fake_spec(home, tmp_path))
+        pid = pid_of(home)
+        async with aclosing(engine.run(Batch(1, lambda: {"IN": np.ones((1, 2), "<f4")}))) as results:
+            assert [result async for result in results]
+    await gone(pid)
+
+
+async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, monkeypatch):
+    looks, answered = 0, asyncio.Event()
+    look = IsolatedEngine._hung
+
+    def looked(engine):
+        nonlocal looks
+        looks += 1
+        look(engine)
+        if looks == 3:
+            answered.set()
+
+    async def infer(asked):
+        await answered.wait()
+        yield InferResponse(asked.model_name, "1", {"OUT": asked.inputs["IN"]})
+
+    monkeypatch.setattr(IsolatedEngine, "_hung", looked)
+    monkeypatch.setattr("gateway.engines.isolated.engine._FIRST_RUN", 0.0)
+    text = CONFIG + 'parameters { key: "watchdog_ms" value { string_value: "20" } }'
+    calls = "def execute(self, requests): return [pb_utils.InferenceRequest(model_name='b', inputs=each.inputs(), "
+    calls += "requested_output_names=['OUT']).exec() for each in requests]"
+    path = write(tmp_path / "m", calls, text)
+    proto = parse_text(Source("config.pbtxt", text))
+    proto.name, proto.default_model_filename = "m", "model.py"
+    spec = EngineSpec(build(proto, Source("config.pbtxt")), "1", path, "cpu", infer=infer, children=home)
+    asked = InferRequest("m", {"IN": Tensor.from_array(DataType.FP32, np.ones((1, 2), "f4"))}, id="a")
+    async with opened(spec) as (engine,):
+        result = await run_arrays(engine, {"IN": asked.inputs["IN"].array}, requests=(asked,))
+    assert result.answers[0].outputs["OUT"].tolist() == [[1, 1]]
+    assert looks == 3
+    assert crashes(home) == {}
