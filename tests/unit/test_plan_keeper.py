@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gateway import errors
+from gateway import engines, errors
 from gateway.build import plans
 from gateway.engines.tensorrt import background, packages, plan
 from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.engines.tensorrt.fakes.cuda import GPU
+from tests.support import background as working
 from tests.tensorrt_support import add_sub, opened, pair, right, run, spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,3 +114,26 @@ async def test_a_cancelled_build_ends_its_process(version: Path, events, monkeyp
     assert started[0].returncode is not None
     with pytest.raises(ProcessLookupError):
         os.kill(started[0].pid, 0)
+
+
+async def test_onnx_runtime_serves_until_the_plan_is_there_and_then_tensorrt_does(version: Path, events) -> None:
+    (engine,) = await engines.create(spec(version, SHAPES, "model.onnx"))
+    moved: list[str] = []
+    there = asyncio.Event()
+
+    def changed() -> None:
+        moved.append(engine.link)
+        there.set()
+
+    try:
+        assert (engine.link, engine.provider) == ("cpu", "CPUExecutionProvider")
+        assert "m/1/model.onnx has no TensorRT plan for this device" in engine.reason
+        assert right(pair(2, 3), await run(engine, **pair(2, 3)))
+        async with working(engine.tend(changed)):
+            await there.wait()
+        assert moved == ["tensorrt"]
+        assert (engine.link, engine.provider, engine.reason) == ("tensorrt", "TensorRT-fake", "")
+        assert right(pair(4, 5), await run(engine, **pair(4, 5)))
+    finally:
+        await engine.close()
+    assert events[0][0] == "plan_build_begins"

@@ -12,7 +12,6 @@ import logging
 import os
 import pickle
 import socket
-import sys
 import threading
 import time
 import traceback

@@ -39,14 +39,14 @@ class PlanKeeper:
         self._again = -1.0  # when a build may be begun
         self._why = ""
 
-    async def prepare(self) -> None:
-        """Have the plan there: return at once unless it is missing and can be built, else when it has been.
+    async def prepare(self) -> bool:
+        """Have the plan there; True when it was built now, False at once when that is not what is missing.
 
         Cancelling ends the build. Raises `Unavailable` when it failed, and for an hour after.
         """
         missing = await asyncio.to_thread(self._missing)
         if missing is None:
-            return
+            return False
         if self._clock() < self._again:
             raise errors.Unavailable(self._why)
         log_event("plan_build_begins", **self._names(), reason=missing.message)
@@ -58,6 +58,7 @@ class PlanKeeper:
             log_event("plan_build_failed", logging.WARNING, **self._names(), reason=last)
             raise errors.Unavailable(self._why)
         log_event("plan_built", **self._names(), seconds=round(self._clock() - begun, 1), plan=last)
+        return True
 
     def _missing(self) -> PlanMissing | None:
         """Why there is no plan to load, if that is all that is missing. Blocking."""
