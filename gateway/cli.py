@@ -238,6 +238,7 @@ def _models(settings: Settings) -> int:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    repository.allow_remote(engines.remote_configuration)
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
     try:

@@ -41,6 +41,10 @@ class Placement:
     instead_of: str = ""
 
 
+REMOTE = Device("remote", "remote", 1 << 16)
+"""Where models run whose engine is another server: nothing here competes for it, so it has slots for all."""
+
+
 def devices(cores: int = 0, gpus: Sequence[str] = ()) -> list[Device]:
     """The devices of this process: `cores` cores, or 0 for all that it may use, and these GPUs, each for one run at a time."""
     return [Device("cpu", "cpu", cores or cpu_cores()), *(Device(name, "gpu", 1) for name in gpus)]
@@ -50,9 +54,12 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     """Where the instances of a model live, one entry a device, in the order of its instance groups.
 
     On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
-    cores. On a GPU it is one instance and one core, and a run of a Python model has one core. In place of a GPU that is
-    not there it is the CPU, where the model may fall back to it; else `Unavailable` is raised.
+    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core, and a
+    run of a Python model has one core. In place of a GPU that is not there it is the CPU, where the model may fall back
+    to it; else `Unavailable` is raised.
     """
+    if config.backend == "remote":
+        return [Placement(REMOTE, 1, 1, 1)]
     counts: dict[tuple[Device, str], int] = {}
     for group in config.instance_groups or (InstanceGroup(),):
         for device, missing in _devices_of(group, config, available):

@@ -1,18 +1,20 @@
 """The backends by name. Each is imported when the first model asks for it, so what is not used costs nothing.
 
 A backend is a module with `load(spec, count) -> list[Loaded]`, blocking, one per engine; the list may share
-what is heavy. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
+what is heavy; one whose engines need no thread has `create(spec, count) -> list[Engine]` instead. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import errors
+from gateway.config.model import ModelConfigProto
 from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.chain import read
@@ -28,6 +30,9 @@ class _Backend(NamedTuple):
     install: str  # what to do when a package the module imports is missing
     isolated: bool = True  # where nobody says otherwise
     shares: bool = False  # small models of it may share a process
+    creates: bool = (
+        False  # its module has `create(spec, count) -> list[Engine]`, which needs neither process nor thread
+    )
     calls: bool = False  # its models may call others; such code never runs in the gateway's own process
 
 
@@ -38,6 +43,7 @@ _BACKENDS = {
         shares=True,
     ),
     "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
+    "remote": _Backend("gateway.engines.remote", "reinstall lockgate", creates=True),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
     "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
@@ -64,12 +70,15 @@ async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
 
 async def _start(spec: EngineSpec, count: int) -> list[Engine]:
     """In child processes, where there are any and the model or its backend wants them; else on threads of this one."""
+    backend = _BACKENDS.get(_name(spec))
+    if backend is not None and backend.creates:
+        return await _module(_name(spec)).create(spec, count)  # type: ignore[no-any-return]
     if _isolates(spec):
         from gateway.engines.isolated.engine import start
         from gateway.engines.isolated.life import Backend
 
         assert spec.children is not None
-        backend = _BACKENDS[_name(spec)]
+        assert backend is not None
         child = Backend(backend.module, backend.install, shares=backend.shares, calls=backend.calls)
         return [*await start(spec, count, spec.children, child)]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
@@ -104,6 +113,11 @@ def describe(path: Path) -> ModelIO:
             f"'{path.name}' does not say what its inputs and outputs are; list them in config.pbtxt"
         )
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
+
+
+def remote_configuration(model: str, parameters: Mapping[str, str]) -> ModelConfigProto:
+    """What a remote server says of the model that these parameters name. Blocking; see `engines.remote`."""
+    return _module("remote").configuration(model, parameters)
 
 
 def auto_complete(path: Path, config: str) -> str:

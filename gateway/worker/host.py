@@ -284,7 +284,9 @@ class Host:
                 raise
 
     async def _measure(self) -> None:
-        instances = sum(place.count for place in self._places)
+        instances = len(
+            self._engines
+        )  # and not the runs that each may have open: a server far away is not to be flooded
         largest = await measure(self._slots, self, self.source.config, instances, self._row)
         log_event("measured", logging.DEBUG, model=self.lane.model, version=self.lane.version, rows=largest)
         if self._priors is not None:

@@ -17,7 +17,7 @@ import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.children import Children
-from gateway.placement import Device, plan
+from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
 from gateway.scheduling.scheduler import DeadlineScheduler
@@ -63,7 +63,9 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
+        self._slots = Slots(
+            DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
+        )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
         self._measures = measures
         self._persists = persists
