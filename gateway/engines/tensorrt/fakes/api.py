@@ -21,10 +21,14 @@ import numpy as np
 from gateway.engines.tensorrt.fakes.builder import (
     Builder,
     DataType,
+    IBuilderConfig,
+    IOptimizationProfile,
     IProgressMonitor,
+    ITimingCache,
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
     OnnxParser,
+    ParserError,
 )
 from gateway.engines.tensorrt.fakes.cuda import GPU, OK, cudaError_t
 from gateway.engines.tensorrt.fakes.logger import ILogger, Logger
@@ -34,8 +38,9 @@ from gateway.types import Array, element_count
 __version__ = VERSION
 
 __all__ = [
-    "Builder", "DataType", "ExecutionContextAllocationStrategy", "ILogger", "IProgressMonitor", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "Runtime", "TensorIOMode", "TensorLocation",
+    "Builder", "DataType", "ExecutionContextAllocationStrategy", "IBuilderConfig", "ILogger", "IOptimizationProfile",
+    "IProgressMonitor", "ITimingCache", "Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
+    "ParserError", "Runtime", "TensorIOMode", "TensorLocation",
 ]  # fmt: skip
 
 
