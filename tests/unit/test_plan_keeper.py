@@ -116,8 +116,16 @@ async def test_a_cancelled_build_ends_its_process(version: Path, events, monkeyp
         os.kill(started[0].pid, 0)
 
 
-async def test_onnx_runtime_serves_until_the_plan_is_there_and_then_tensorrt_does(version: Path, events) -> None:
-    (engine,) = await engines.create(spec(version, SHAPES, "model.onnx"))
+@pytest.mark.parametrize("stale", [False, True], ids=["missing", "stale"])
+async def test_onnx_runtime_serves_until_the_plan_is_there_and_then_tensorrt_does(
+    version: Path, events, stale: bool
+) -> None:
+    given = spec(version, SHAPES, "model.onnx")
+    if stale:
+        made = plans.build(plans.Order(given), plans.Target(packages.FAKE, ""), lambda *_: None)
+        described = plan.described_by(made.path)
+        described.write_text(described.read_text().replace('"10.0"', '"9.3"'))
+    (engine,) = await engines.create(given)
     moved: list[str] = []
     there = asyncio.Event()
 
@@ -127,7 +135,8 @@ async def test_onnx_runtime_serves_until_the_plan_is_there_and_then_tensorrt_doe
 
     try:
         assert (engine.link, engine.provider) == ("cpu", "CPUExecutionProvider")
-        assert "m/1/model.onnx has no TensorRT plan for this device" in engine.reason
+        why = ": one is of fake 9.3, and 10.0 is installed." if stale else "."
+        assert f"m/1/model.onnx has no TensorRT plan for this device{why} " in engine.reason
         assert right(pair(2, 3), await run(engine, **pair(2, 3)))
         async with working(engine.tend(changed)):
             await there.wait()
