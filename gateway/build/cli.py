@@ -42,7 +42,7 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     if not recipes:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise errors.Unsupported(f"nothing can be made of model '{source.config.name}': {reasons}")
-    rows = builder.rows(source, _data(options))
+    rows = builder.rows(source, _data(options), calibrated=any(recipe.calibrated for recipe in recipes))
     judge = Judge(source, rows.held_out)
     build = Build(source, rows, judge, Progress(sys.stderr, len(recipes)), options.recipe, options.modelopt_python)
     number = build.run(recipes, skipped)
@@ -62,8 +62,7 @@ def _prove(options: argparse.Namespace) -> list[Artefact]:
     number = options.build or max(artefacts.builds(source.version), default=0)
     if not number:
         raise errors.NotFound(f"model '{source.config.name}' has no build to prove; run `gateway build` first")
-    judge = Judge(source, builder.rows(source, _data(options)).held_out)
-    found = builder.prove(source, judge, number, lambda files: Progress(sys.stderr, files))
+    found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files))
     if not found:
         raise errors.Unavailable(f"none of build {number}'s artefacts is for a device of this machine")
     sys.stdout.write(f"{_table(found)}\n")

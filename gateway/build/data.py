@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,18 +143,15 @@ class _Reader:
             yield Row(self._preprocess.read(file), label)
         elif kind in (".npy", ".npz"):
             try:
-                loaded = np.load(file, allow_pickle=False)
-                arrays = dict(loaded) if kind == ".npz" else {"": loaded}
+                arrays = _load(file)
             except (OSError, ValueError) as problem:
                 raise errors.InvalidArgument(f"'{file.name}' cannot be read as arrays: {problem}") from None
             yield from self._rows(arrays, file.name)
 
     def _recording(self, file: Path) -> Iterator[Row]:
-        lines = file.read_text("utf-8").splitlines()[1:]
-        for arrival in sorted(map(json.loads, lines), key=lambda each: each["t"]):
+        for arrival in _arrivals(file):
             if arrival["model"] == self._config.name and "inputs" in arrival:
-                with np.load(file.parent / arrival["inputs"], allow_pickle=False) as loaded:
-                    arrays = dict(loaded)
+                arrays = _load(file.parent / arrival["inputs"])
                 for name, shape in arrival["strings"].items():
                     elements = decode_bytes(arrays[name].tobytes(), int(np.prod(shape)))
                     arrays[name] = elements.reshape(shape)
@@ -204,3 +202,21 @@ class _Reader:
         raise errors.InvalidArgument(
             f"'{where}' has {array.dtype} for input '{tensor.name}', which takes {tensor.datatype.name}; convert it"
         )
+
+
+def _load(file: Path) -> dict[str, Array]:
+    """The arrays of a file by name; that of a .npy file has none."""
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {"": loaded}
+    with loaded:
+        return dict(loaded)
+
+
+def _arrivals(file: Path) -> list[dict[str, Any]]:
+    """The requests of a recording by their time; the line that a killed server left half written is no request."""
+    lines = file.read_text("utf-8").split("\n")[1:-1]
+    try:
+        return sorted(map(json.loads, lines), key=lambda arrival: float(arrival["t"]))
+    except (ValueError, KeyError, TypeError) as problem:
+        raise errors.InvalidArgument(f"'{file.name}' is not a recording of this version: {problem!r}") from None
