@@ -100,6 +100,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
     )
+    repository.allow_remote(engines.remote_configuration)
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
     names = list(await asyncio.to_thread(repository.scan))

@@ -207,7 +207,10 @@ def table(pools: Sequence[PoolState]) -> str:
         for state in pool.versions:
             places = Counter(map(_place, state.instances))
             where = ", ".join(f"{count} x {place}" for place, count in places.items()) or "-"
-            rows.append((pool.model, state.version, state.state, where, state.reason))
+            reasons = [instance.reason for instance in state.instances if instance.reason]
+            rows.append(
+                (pool.model, state.version, state.state, where, state.reason or "; ".join(dict.fromkeys(reasons)))
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
@@ -235,6 +238,7 @@ def _models(settings: Settings) -> int:
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0,
     )
+    repository.allow_remote(engines.remote_configuration)
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
     try:
@@ -257,7 +261,6 @@ def _models(settings: Settings) -> int:
 
 
 def _print_model(name: str, source: ModelSource, instances: int) -> None:
-    from gateway import artefacts
     from gateway.repository.promotion import listing
 
     config = source.config
@@ -270,7 +273,7 @@ def _print_model(name: str, source: ModelSource, instances: int) -> None:
         kind = "input " if tensor in config.inputs else "output"
         print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
     for path in source.versions.values():
-        for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
+        for line in listing(path, config.default_model_filename):
             print(f"    version {path.name}: {line}")
     for warning in source.warnings:
         print(f"    warning: {warning}")

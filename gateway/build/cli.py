@@ -11,11 +11,14 @@ from gateway import artefacts, errors
 from gateway.artefacts import Artefact
 from gateway.build import builder
 from gateway.build.builder import Build, Data
+from gateway.build.data import Row
 from gateway.build.judge import Judge
 from gateway.build.progress import Progress
 from gateway.build.recipes import CATALOGUE, TARGETS
 from gateway.build.source import Source
+from gateway.config.model import ModelConfig
 
+_MOST_GPUS = 64
 _NEEDS = "pip install 'lockgate[build]'"
 
 
@@ -26,6 +29,9 @@ def run(argv: Sequence[str]) -> int:
     """
     options = _parser().parse_args(argv)
     try:
+        if options.plan:
+            _plan(options)
+            return 0
         found = _prove(options) if options.prove else _build(options)
     except (errors.GatewayError, OSError) as problem:
         sys.stderr.write(f"gateway build: {problem}\n")
@@ -52,9 +58,41 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     sys.stdout.write(f"{_table(report.artefacts)}\n\nbuild {number}: {folder / 'report.html'}\n")
     for name, why in skipped.items():
         sys.stdout.write(f"  not made: {name}: {why}\n")
+    _compile_made(options, source, rows.calibration or rows.held_out, number)
     if any(each.verdict == "passed" for each in report.artefacts):
         sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
     return list(report.artefacts)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """`--plan`: compile what the version is served from, and make nothing."""
+    from gateway.build.compile import Compile
+
+    config, version = _model(options)
+    job = Compile(
+        config, version, f"gpu:{options.gpu}", options.sm, options.rtx, options.again, options.file, options.build
+    )
+    found = job.files()
+    for line in job.run(Progress(sys.stderr, len(found)), found):
+        sys.stdout.write(f"{line}\n")
+
+
+def _compile_made(options: argparse.Namespace, source: Source, rows: Sequence[Row], number: int) -> None:
+    """Compile what was made for TensorRT, where TensorRT is; what cannot be is told, and no reason to fail."""
+    from gateway.build.compile import Compile
+
+    if "tensorrt" not in (options.target or []):
+        return
+    observed = {name: [row.inputs[name].shape for row in rows] for name in rows[0].inputs}
+    job = Compile(
+        source.config, source.version, f"gpu:{options.gpu}", options.sm, options.rtx, build=number, observed=observed
+    )
+    try:
+        found = job.files()
+        for line in job.run(Progress(sys.stderr, len(found)), found):
+            sys.stdout.write(f"{line}\n")
+    except errors.GatewayError as problem:
+        sys.stdout.write(f"  not compiled: {problem}\n")
 
 
 def _prove(options: argparse.Namespace) -> list[Artefact]:
@@ -70,22 +108,31 @@ def _prove(options: argparse.Namespace) -> list[Artefact]:
 
 
 def _source(options: argparse.Namespace) -> Source:
+    config, version = _model(options)
+    name = config.default_model_filename
+    if not name.endswith(".onnx"):
+        raise errors.Unsupported(
+            f"model '{options.model}' is no ONNX file but '{name}', and nothing is built from that"
+        )
+    return Source(config, version, version / name)
+
+
+def _model(options: argparse.Namespace) -> tuple[ModelConfig, Path]:
+    """The model's configuration and the folder of the version that is meant."""
     from gateway import engines
     from gateway.repository import Repository
 
-    repository = Repository(options.model_repository, engines.describe, config_name=options.model_config_name)
+    # A model for GPUs may be built where there are none.
+    repository = Repository(
+        options.model_repository, engines.describe, config_name=options.model_config_name, gpus=range(_MOST_GPUS)
+    )
     found = repository.read(options.model)
     version = options.version or max(found.versions)
     if version not in found.versions:
         raise errors.NotFound(
             f"model '{options.model}' has no version {version}; there are: {', '.join(map(str, found.versions))}"
         )
-    name = found.config.default_model_filename
-    if not name.endswith(".onnx"):
-        raise errors.Unsupported(
-            f"model '{options.model}' is no ONNX file but '{name}', and nothing is built from that"
-        )
-    return Source(found.config, found.versions[version], found.versions[version] / name)
+    return found.config, found.versions[version]
 
 
 def _data(options: argparse.Namespace) -> Data:
@@ -127,7 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--held-out-rows", type=_count, default=1000, metavar="N", help="use at most so many (default: 1000)")
     add("--modelopt-python", type=Path, metavar="FILE", help="the interpreter of an environment with nvidia-modelopt")
     add("--prove", action="store_true", help="make nothing: judge a build's files on the devices of this machine")
-    add("--build", type=_count, metavar="N", help="which to prove (default: the newest)")
+    add("--build", type=_count, metavar="N", help="which to prove (default: the newest) or to compile (the served one)")
+    add("--plan", action="store_true", help="make nothing: compile TensorRT plans of what the version is served from")
+    add("--file", default="", metavar="NAME", help="compile only this file of the version")
+    add("--gpu", type=int, default=0, metavar="N", help="the GPU to compile for (default: 0)")
+    add("--sm", default="", metavar="NN", help="with TensorRT-RTX: the compute capability to compile for, e.g. 89")
+    add("--rtx", action="store_true", help="compile with TensorRT-RTX though TensorRT is installed")
+    add("--again", action="store_true", help="compile though there is a plan that fits")
     return parser
 
 

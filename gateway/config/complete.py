@@ -86,6 +86,19 @@ def complete(proto: ModelConfigProto, io: ModelIO, default_max_batch_size: int, 
     return result
 
 
+def adopt(proto: ModelConfigProto, theirs: ModelConfigProto) -> ModelConfigProto:
+    """Fill max_batch_size, dynamic_batching, input and output from a remote server's configuration of the same model."""
+    result = _copy(proto)
+    result.max_batch_size = result.max_batch_size or theirs.max_batch_size
+    if result.max_batch_size > 1 and not result.HasField("dynamic_batching"):
+        result.dynamic_batching.SetInParent()
+    for ours, tensors in ((result.input, theirs.input), (result.output, theirs.output)):
+        if not ours:
+            for tensor in tensors:
+                ours.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    return result
+
+
 def _add(tensors: Any, specs: Sequence[TensorSpec], *, batched: bool) -> None:
     for spec in specs:
         dims = spec.shape[1:] if batched else spec.shape

@@ -1,21 +1,24 @@
 """The backends by name. Each is imported when the first model asks for it, so what is not used costs nothing.
 
 A backend is a module with `load(spec, count) -> list[Loaded]`, blocking, one per engine; the list may share
-what is heavy. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
+what is heavy; one whose engines need no thread has `create(spec, count) -> list[Engine]` instead. Where a package does the work, `RUNTIME` names it and its version. Engines of one call to `create` share a model's weights; each has a thread of its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gateway import errors
+from gateway.config.model import ModelConfigProto
 from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
-from gateway.engines.choice import options
+from gateway.engines.chain import read
+from gateway.engines.fallback import open_chain
 from gateway.engines.isolated.children import SUPPORTED
 from gateway.engines.isolated.limits import isolation
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
@@ -27,6 +30,9 @@ class _Backend(NamedTuple):
     install: str  # what to do when a package the module imports is missing
     isolated: bool = True  # where nobody says otherwise
     shares: bool = False  # small models of it may share a process
+    creates: bool = (
+        False  # its module has `create(spec, count) -> list[Engine]`, which needs neither process nor thread
+    )
     calls: bool = False  # its models may call others; such code never runs in the gateway's own process
 
 
@@ -37,6 +43,7 @@ _BACKENDS = {
         shares=True,
     ),
     "tensorrt": _Backend("gateway.engines.tensorrt.backend", "reinstall lockgate"),
+    "remote": _Backend("gateway.engines.remote", "reinstall lockgate", creates=True),
     "fake": _Backend("gateway.engines.fake", "reinstall lockgate", isolated=False, shares=True),
     "python": _Backend("gateway.engines.python", "reinstall lockgate", calls=True),
 }
@@ -45,25 +52,33 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version, off the event loop, and return `count` engines of it.
 
-    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
-    message names the file relative to the repository, and a remedy.
+    Unless the spec says what to run, an artefact or a provider, they are the chain of engines that the configuration asks
+    for, or that there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when nothing can load the model; the message names the
+    file relative to the repository, and a remedy.
     """
+    if spec.artefact is not None or spec.provider:
+        return await _start(spec, count)
     reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
     try:
-        best = (await reader.call(partial(options, spec)))[0]
+        chain = await reader.call(partial(read, spec, _BACKENDS))
     finally:
         await reader.close()
-    return await _start(best, count)
+    if len(chain.links) == 1 and not chain.warnings:
+        return await _start(chain.links[0].spec, count)
+    return [*await open_chain(chain, count, _start)]
 
 
 async def _start(spec: EngineSpec, count: int) -> list[Engine]:
     """In child processes, where there are any and the model or its backend wants them; else on threads of this one."""
+    backend = _BACKENDS.get(_name(spec))
+    if backend is not None and backend.creates:
+        return await _module(_name(spec)).create(spec, count)  # type: ignore[no-any-return]
     if _isolates(spec):
         from gateway.engines.isolated.engine import start
         from gateway.engines.isolated.life import Backend
 
         assert spec.children is not None
-        backend = _BACKENDS[_name(spec)]
+        assert backend is not None
         child = Backend(backend.module, backend.install, shares=backend.shares, calls=backend.calls)
         return [*await start(spec, count, spec.children, child)]
     threads = [EngineThread(f"{spec.config.name}/{spec.version}#{index}") for index in range(count)]
@@ -100,6 +115,11 @@ def describe(path: Path) -> ModelIO:
     return _module("onnxruntime").describe(path)  # type: ignore[no-any-return]
 
 
+def remote_configuration(model: str, parameters: Mapping[str, str]) -> ModelConfigProto:
+    """What a remote server says of the model that these parameters name. Blocking; see `engines.remote`."""
+    return _module("remote").configuration(model, parameters)
+
+
 def auto_complete(path: Path, config: str) -> str:
     """What the code of a Python model makes of its configuration, both as JSON; in a process of its own. Blocking.
 
@@ -115,7 +135,8 @@ def runtime(backend: str) -> str:
 
 def gpus() -> list[str]:
     """The GPUs of this process, by name, where a backend is installed that can use them. Blocking: asks the driver."""
-    if not _has("onnxruntime-gpu") and importlib.util.find_spec("tensorrt") is None:
+    modules = ("tensorrt", "tensorrt_rtx")
+    if not _has("onnxruntime-gpu") and all(importlib.util.find_spec(module) is None for module in modules):
         return []
     return [gpu.name for gpu in nvml.gpus()]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from gateway.config.build import build
-from gateway.config.complete import complete, fill_backend
+from gateway.config.complete import adopt, complete, fill_backend
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, ModelConfigProto
 from gateway.config.parse import Source, config_json, empty, parse_json, parse_text
@@ -24,6 +24,9 @@ from gateway.repository import layout
 from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest, fingerprint
 from gateway.repository.layout import Found
 from gateway.types import ModelIO
+
+AskRemote: TypeAlias = Callable[[str, Mapping[str, str]], ModelConfigProto]
+"""A model's name and parameters to its configuration on the server that they name. Blocking. Raises `GatewayError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,18 @@ class Repository:
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
+        self._ask_remote: AskRemote | None = None
         self._backends = frozenset(backends)
         self._auto_complete: AutoComplete | None = None
         self._gpus = tuple(gpus)
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
+
+    def allow_remote(self, ask: AskRemote) -> None:
+        """Read models of backend `remote`, and ask their servers what their configurations leave out."""
+        self._backends |= {"remote"}
+        self._ask_remote = ask
 
     def allow_python(self, auto_complete: AutoComplete) -> None:
         """Have models of backend python too, which are code."""
@@ -114,12 +123,8 @@ class Repository:
         chosen, absent = _choose(proto, name, numbered, source)
         newest = chosen[max(chosen)]
         proto = fill_backend(proto, name, layout.names(newest))
-        if override and proto.backend == "fake":
-            # Anyone who may load models could otherwise have one that crashes on request.
-            raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
-        if override and proto.backend == "python":
-            # Its author says what of the repository is code; whoever may load models does not.
-            raise source.error("a model of backend 'python' is loaded as its config.pbtxt says and not by an override")
+        if override:
+            _check_override(proto, source)
         require_supported(proto, self._backends, source)
         config = self._config(proto, folder, chosen, source)
         texts = [*ignored, *absent, *warnings(proto, source)]
@@ -152,6 +157,9 @@ class Repository:
         if model is not None and proto.backend == "python":
             proto = self._complete_code(proto, model, source)
         io = None
+        if proto.backend == "remote" and self._ask_remote is not None and not (proto.input and proto.output):
+            parameters = {key: value.string_value for key, value in proto.parameters.items()}
+            proto = adopt(proto, self._ask_remote(folder.name, parameters))
         if model is not None and not (proto.input and proto.output):
             io = self._describe_file(model, folder)
             proto = complete(proto, io, self._default_max_batch_size, source)
@@ -167,6 +175,8 @@ class Repository:
     def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
         """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
         assert self._auto_complete is not None
+        if proto.input and proto.output and not _mentions(model.parent.parent, b"auto_complete_config"):
+            return proto
         try:
             completed = json.loads(self._auto_complete(model, json.dumps(config_json(proto))))
         except GatewayError as problem:
@@ -187,6 +197,14 @@ class Repository:
             ) from None
 
 
+def _mentions(folder: Path, word: bytes) -> bool:
+    """Whether any code in a model's folder may have the word."""
+    try:
+        return any(word in path.read_bytes() for path in folder.rglob("*.py") if path.is_file())
+    except OSError:
+        return True  # what cannot be read may
+
+
 def _override(parameters: Mapping[str, str]) -> str:
     for key in parameters:
         if key.startswith("file:"):
@@ -196,6 +214,18 @@ def _override(parameters: Mapping[str, str]) -> str:
         if key != "config":
             raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config'")
     return parameters.get("config", "")
+
+
+def _check_override(proto: ModelConfigProto, source: Source) -> None:
+    if proto.backend == "fake":
+        # Anyone who may load models could otherwise have one that crashes on request.
+        raise source.error("backend 'fake' is for tests; it is loaded from a repository and not by an override")
+    if proto.backend == "python":
+        # Its author says what of the repository is code; whoever may load models does not.
+        raise source.error("a model of backend 'python' is loaded as its config.pbtxt says and not by an override")
+    if proto.backend == "remote" or any("remote" in key for key in proto.parameters):
+        # They could have this server call any other, and send it the files that the parameters name.
+        raise source.error("a remote server is named in a repository's config.pbtxt and not by an override")
 
 
 def _choose(

@@ -2,9 +2,10 @@
 
 The largest parts go first, so that most neighbours of a poison request are answered after one more failure. A request is in
 one part of each size, and a part that crashes the engine surely has one to blame in it: `p` such requests in a batch of `B`
-crash it at most `p * (ceil(log2(B)) + 1)` times, the first included. Where a crash may have come from outside, a request
-that was alone runs again, until it was in `UNSURE` crashes. What the machine is to blame for ends all of it at once. This
-module knows neither engines nor clocks; jobs that nobody waits for any more are left out.
+crash it at most `p * (ceil(log2(B)) + 1)` times, the first included. Nobody is blamed for one crash, because a process may die
+of what was done to it before: a request that was by itself from the start runs once more, and until it was in `UNSURE`
+crashes where they may have come from outside. What the machine is to blame for ends all of it at once. This module knows
+neither engines nor clocks; jobs that nobody waits for any more are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gateway.errors import GatewayError
 from gateway.queues.base import Job
 from gateway.worker.attempt import Part
 
-UNSURE = 3
+SURE, UNSURE = 2, 3  # crashes that one request is to blame for
 
 Again = Callable[[Part], Awaitable[Exception | None]]
 """Runs a part, and returns why that failed."""
@@ -65,12 +66,17 @@ def _parts(part: Part, problem: Exception, end: End) -> list[Part]:
         middle = (len(left) + 1) // 2
         return [Part(half, crashes) for half in (left[:middle], left[middle:]) if half]
     (job,) = part.jobs
-    blamed = isinstance(problem, EngineCrashed) and (problem.sure or crashes >= UNSURE)
-    if crashed and not blamed and not part.begun:
+    final = job.done or bool(part.begun)  # it is not run again
+    blamed = isinstance(problem, EngineCrashed) and _is_blamed(problem, crashes, final=final)
+    if crashed and not blamed and not final:
         return [Part([job], crashes)]
     # Though nobody may wait for it any more: who asks again must not crash the engine again.
     end(job, problem, blamed=blamed, begun=bool(part.begun))
     return []
+
+
+def _is_blamed(crash: EngineCrashed, crashes: int, *, final: bool) -> bool:
+    return crashes >= (SURE if crash.sure else UNSURE) or (crash.sure and final)
 
 
 def _end_all(part: Part, problem: Exception, end: End) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.children import Children
-from gateway.placement import Device, plan
+from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
 from gateway.repository import ModelSource
 from gateway.scheduling.scheduler import DeadlineScheduler
@@ -62,7 +63,9 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(DeadlineScheduler({device.name: device.cores for device in devices}, max_bytes=1 << 62))
+        self._slots = Slots(
+            DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
+        )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
         self._measures = measures
         self._persists = persists
@@ -187,8 +190,9 @@ class Worker:
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(self._serve(model, host))
         version = host.source.version
+        host.changed = partial(self._move, model, host)
+        self._tasks.create_task(self._serve(model, host))
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
@@ -201,6 +205,13 @@ class Worker:
             log_event(
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
+
+    def _move(self, model: _Model, host: Host) -> None:
+        """A version's engines run on something else now."""
+        version = host.source.version
+        if model.hosts.get(version) is host and model.states[version].state == "READY":
+            model.states[version] = replace(model.states[version], instances=host.instances)
+            self._publish(model)
 
     async def _serve(self, model: _Model, host: Host) -> None:
         try:

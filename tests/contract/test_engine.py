@@ -1,4 +1,5 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, and TensorRT on a fake GPU.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, a chain of both, TensorRT on a
+fake GPU, and another gateway on real ports.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -16,8 +17,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from gateway import engines, errors
+from gateway.app import running
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
+from gateway.config.settings import Settings
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.isolated.children import Children
 from gateway.engines.tensorrt.fakes.network import serialize
@@ -58,12 +61,15 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 
 
 class Zoo:
-    """Opens engines of one backend in a temporary repository, and closes them."""
+    """Opens engines of one backend in a temporary repository, and closes them; "chain" is ONNX Runtime, then the fake."""
 
-    def __init__(self, backend: str, folder: Path, children: Children | None = None) -> None:
-        self.backend = backend
-        self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+    def __init__(self, name: str, folder: Path, children: Children | None = None) -> None:
+        self.name = name
+        self.backend = "onnxruntime" if name == "chain" else name
+        self.other = "INT64" if name == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
         self._children = children
+        self.provider = {"onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}.get(self.backend, "Fake")
+        self.parameters: dict[str, str] = {}
         self._folder = folder
 
     @asynccontextmanager
@@ -82,18 +88,14 @@ class Zoo:
         version = self._folder / "identity" / "1"
         version.mkdir(parents=True)
         identity_model(version / "model.onnx", named, batched)
-        lines = [f"backend: '{self.backend}' max_batch_size: {8 if batched else 0}"]
-        for index, (name, (datatype, dims)) in enumerate(named.items()):
-            kind = "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.name}"
-            shape = f"dims: {list(dims or (1,))}"  # a configuration has no word for a scalar
-            lines.append(f"input {{ name: '{name}' data_type: {kind} {shape} }}")
-            lines.append(f"output {{ name: 'OUT{index}' data_type: {kind} {shape} }}")
-        source = Source("identity/config.pbtxt", "\n".join(lines))
+        source = Source("identity/config.pbtxt", config_text(self.backend, named, batched))
         proto = parse_text(source)
         proto.name = "identity"
         proto.default_model_filename = "model.onnx"
         if self.backend == "onnxruntime":
             proto.platform = "onnxruntime_onnx"
+        if self.name == "chain":
+            proto.parameters["fallback"].string_value = "cpu,fake"
         if self.backend == "tensorrt":
             proto.platform = "tensorrt_plan"
             proto.default_model_filename = "model.plan"
@@ -102,6 +104,8 @@ class Zoo:
             shapes = {name: (*batch, *dims) for name, (_, dims) in named.items()}
             profile = {name: [_sized(shape, 0), _sized(shape, 1), _sized(shape, 8)] for name, shape in shapes.items()}
             (version / "model.plan").write_bytes(serialize((version / "model.onnx").read_bytes(), [profile]))
+        for key, value in self.parameters.items():
+            proto.parameters[key].string_value = value
         spec = EngineSpec(build(proto, source), "1", version, "cpu", threads, cores, children=self._children)
         created = await engines.create(spec, count)
         try:
@@ -111,13 +115,49 @@ class Zoo:
                 await engine.close()
 
 
+class RemoteZoo(Zoo):
+    """Engines that ask a gateway of this process, over real ports; it serves the same models by the fake backend."""
+
+    def __init__(self, scheme: str, folder: Path) -> None:
+        super().__init__("remote", folder)
+        self.scheme = scheme
+
+    @asynccontextmanager
+    async def identity(self, *tensors, batched: bool = True, **more):
+        named = {f"IN{index}": (DataType[name], dims) for index, (name, dims) in enumerate(tensors)}
+        served = self._folder / "there" / "served"
+        (served / "1").mkdir(parents=True)
+        (served / "config.pbtxt").write_text(config_text("fake", named, batched))
+        settings = Settings(
+            model_repository=(served.parent,), http_port=0, grpc_port=0, allow_metrics=False, persist_latency=False
+        )
+        async with running(settings) as gateway:
+            await gateway.loaded.wait()
+            address = f"127.0.0.1:{gateway.ports[self.scheme]}"
+            self.provider = f"remote:{address}"
+            self.parameters = {"remote.url": f"{self.scheme}://{address}", "remote.model": "served"}
+            async with super().identity(*tensors, batched=batched, **more) as created:
+                yield created
+
+
+def config_text(backend: str, named: dict[str, tuple[DataType, tuple[int, ...]]], batched: bool) -> str:
+    lines = [f"backend: '{backend}' max_batch_size: {8 if batched else 0}"]
+    for index, (name, (datatype, dims)) in enumerate(named.items()):
+        kind = "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.name}"
+        shape = f"dims: {list(dims or (1,))}"  # a configuration has no word for a scalar
+        lines.append(f"input {{ name: '{name}' data_type: {kind} {shape} }}")
+        lines.append(f"output {{ name: 'OUT{index}' data_type: {kind} {shape} }}")
+    return "\n".join(lines)
+
+
 def _sized(shape: tuple[int, ...], size: int) -> list[int]:
     return [size if dim == -1 else dim for dim in shape]
 
 
-@pytest.fixture(params=["fake", "onnxruntime", "tensorrt"])
+@pytest.fixture(params=["fake", "onnxruntime", "chain", "tensorrt", "remote-grpc", "remote-http"])
 def zoo(request, tmp_path: Path) -> Zoo:
-    return Zoo(request.param, tmp_path)
+    kind, _, scheme = request.param.partition("-")
+    return RemoteZoo(scheme, tmp_path) if scheme else Zoo(kind, tmp_path)
 
 
 async def run(engine: Engine, rows: int = 1, outputs: tuple[str, ...] = (), cores: int = 1, **inputs) -> BatchResult:
@@ -145,6 +185,10 @@ def sample(name: str, shape: tuple[int, ...]) -> Array:
 async def test_every_type_comes_back_as_it_went_in(zoo: Zoo, name: str, shape: tuple[int, ...]) -> None:
     given = sample(name, shape)
     async with zoo.identity((name, (2,))) as (engine,):
+        if zoo.backend == "remote" and not shape[0]:  # the other gateway refuses what this one would refuse
+            with pytest.raises(errors.InvalidArgument, match="batch-size must be >= 1"):
+                await run(engine, 0, IN0=given)
+            return
         result = await run(engine, shape[0], IN0=given)
     out = result.outputs["OUT0"]
     assert out.dtype == DataType[name].dtype
@@ -274,22 +318,26 @@ async def test_a_cancelled_caller_disturbs_nobody(zoo: Zoo) -> None:
 
 
 async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
-    before = set(threading.enumerate())
+    def threads() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name.startswith("identity/")}
+
     async with zoo.identity(("FP32", (2,)), count=3, threads=1, cores=2) as created:
-        assert len(set(threading.enumerate()) - before) == 3
+        assert len(threads()) == 3
         await run(created[0], cores=2, IN0=sample("FP32", (1, 2)))
+        await created[0].close()
+        await run(created[1], cores=2, IN0=sample("FP32", (1, 2)))
         async with asyncio.TaskGroup() as tasks:
             for engine in (*created, *created):
                 tasks.create_task(engine.close())
-        assert set(threading.enumerate()) == before
+        assert not threads()
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(getattr(engine, "loaded", None) is None for engine in created)
+        if zoo.name != "chain":
+            assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:
     async with zoo.identity(("FP32", (2,))) as (engine,):
-        providers = {"fake": "Fake", "onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}
-        assert engine.provider == providers[zoo.backend]
+        assert engine.provider == zoo.provider
         assert engine.warnings == ()
-        assert engine.concurrency == 1
+        assert engine.concurrency == (64 if zoo.backend == "remote" else 1)

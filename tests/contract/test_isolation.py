@@ -14,10 +14,14 @@ import pytest
 import pytest_asyncio
 
 from gateway import errors
-from gateway.engines.base import EngineCrashed
+from gateway.config.build import build
+from gateway.config.parse import Source, parse_text
+from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.isolated.children import Children
-from gateway.types import Batch
+from gateway.engines.isolated.engine import IsolatedEngine
+from gateway.types import Batch, DataType, InferRequest, InferResponse, Tensor
 from tests.isolated_support import children, fake_spec, kept, opened, run, run_arrays
+from tests.python_support import CONFIG, write
 
 if sys.platform != "linux":
     pytest.skip("children are for Linux", allow_module_level=True)
@@ -52,7 +56,7 @@ def counted_from_zero(home: Children) -> None:
 @pytest.mark.parametrize(
     ("way", "cause"),
     [("kill", "killed"), ("abort", "abort"), ("segfault", "segfault"), ("exit", "exit"), ("hang", "hang"),
-     ("hang_gil", "hang")],
+     ("hang_gil", "hang"), ("sticky", "exit")],
 )  # fmt: skip
 async def test_a_run_that_ends_its_process_raises_and_the_next_one_is_answered(home, tmp_path, way, cause):
     spec = fake_spec(home, tmp_path, allow_crash="true", watchdog_ms="200", **{way: "13"})
@@ -73,7 +77,7 @@ async def test_out_of_memory_is_an_error_of_the_run_alone(home, tmp_path):
         before = pid_of(home)
         with pytest.raises(MemoryError, match="64.0 TiB") as problem:
             await run(engine, 13)
-        assert "_misbehave" in problem.value.__notes__[0]  # the child's trace
+        assert "_allocate" in problem.value.__notes__[0]  # the child's trace
         await run(engine, 1)
         assert pid_of(home) == before
 
@@ -339,3 +343,35 @@ async def test_engines_close_when_the_caller_forgot(tmp_path):
         async with aclosing(engine.run(Batch(1, lambda: {"IN": np.ones((1, 2), "<f4")}))) as results:
             assert [result async for result in results]
     await gone(pid)
+
+
+async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, monkeypatch):
+    looks, answered = 0, asyncio.Event()
+    look = IsolatedEngine._hung
+
+    def looked(engine):
+        nonlocal looks
+        looks += 1
+        look(engine)
+        if looks == 3:
+            answered.set()
+
+    async def infer(asked):
+        await answered.wait()
+        yield InferResponse(asked.model_name, "1", {"OUT": asked.inputs["IN"]})
+
+    monkeypatch.setattr(IsolatedEngine, "_hung", looked)
+    monkeypatch.setattr("gateway.engines.isolated.engine._FIRST_RUN", 0.0)
+    text = CONFIG + 'parameters { key: "watchdog_ms" value { string_value: "20" } }'
+    calls = "def execute(self, requests): return [pb_utils.InferenceRequest(model_name='b', inputs=each.inputs(), "
+    calls += "requested_output_names=['OUT']).exec() for each in requests]"
+    path = write(tmp_path / "m", calls, text)
+    proto = parse_text(Source("config.pbtxt", text))
+    proto.name, proto.default_model_filename = "m", "model.py"
+    spec = EngineSpec(build(proto, Source("config.pbtxt")), "1", path, "cpu", infer=infer, children=home)
+    asked = InferRequest("m", {"IN": Tensor.from_array(DataType.FP32, np.ones((1, 2), "f4"))}, id="a")
+    async with opened(spec) as (engine,):
+        result = await run_arrays(engine, {"IN": asked.inputs["IN"].array}, requests=(asked,))
+    assert result.answers[0].outputs["OUT"].tolist() == [[1, 1]]
+    assert looks == 3
+    assert crashes(home) == {}

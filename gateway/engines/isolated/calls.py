@@ -133,6 +133,11 @@ class CallServer(asyncio.Protocol):
         for task in self._open.values():
             task.cancel()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the model waits for others."""
+        return bool(self._open)
+
     def abandon(self) -> None:
         """Tell the model that the batch it runs has been given up."""
         self._send(Abandoned(), [])

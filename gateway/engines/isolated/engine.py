@@ -208,8 +208,13 @@ class IsolatedEngine:
         return max(_FIRST_RUN if self._longest is None else 0.0, _TIMES * (expected or 0.0), self._patience)
 
     def _hung(self) -> None:
-        if self._life is not None:
-            self._life.home.kill("hang", self.name)
+        life = self._life
+        if life is None:
+            return
+        if life.calls is not None and life.calls.waiting:  # for models that have watchdogs of their own
+            life.link.be_patient(self._patience)
+        else:
+            life.home.kill("hang", self.name)
 
     # --- its process
 
