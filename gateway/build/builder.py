@@ -172,10 +172,12 @@ class Build:
         )
 
 
-def prove(source: Source, given: Data, number: int, progress: Callable[[int], Progress]) -> list[Artefact]:
-    """Judge the files of a build on this machine's devices, and put the verdicts in its report; returns them.
+def prove(
+    source: Source, given: Data, number: int, progress: Callable[[int], Progress], backend: str = ""
+) -> list[Artefact]:
+    """Judge the files of a build, or those for a backend, on this machine's devices, and put the verdicts in its report.
 
-    A file that was judged on another kind of device is listed for both. Raises `InvalidArgument` when a file is
+    Returns them. A file that was judged on another kind of device is listed for both. Raises `InvalidArgument` when a file is
     not the one that was built.
     """
     report = artefacts.read(source.version, number)
@@ -189,7 +191,7 @@ def prove(source: Source, given: Data, number: int, progress: Callable[[int], Pr
     for name, artefact in {each.file: each for each in report.artefacts}.items():
         recipe = CATALOGUE.get(artefact.name)
         device = judge.device(recipe.target) if recipe else ""
-        if recipe is None or not device:
+        if recipe is None or not device or backend not in ("", recipe.backend):
             continue
         file = source.version / name
         if not file.is_file() or artefacts.sha256(file) != artefact.sha256:

@@ -59,6 +59,10 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     for name, why in skipped.items():
         sys.stdout.write(f"  not made: {name}: {why}\n")
     _compile_made(options, source, rows.calibration or rows.held_out, number)
+    if judge.device("tensorrt") and any(each.backend == "tensorrt" for each in report.artefacts):
+        found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files), "tensorrt")
+        sys.stdout.write(f"{_table(found)}\n")
+        report = artefacts.read(source.version, number) or report
     if any(each.verdict == "passed" for each in report.artefacts):
         sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
     return list(report.artefacts)

@@ -162,17 +162,7 @@ class _Reader:
 
     def _rows(self, arrays: dict[str, Array], where: str) -> Iterator[Row]:
         labels = next((arrays.pop(name) for name in _LABELS if name in arrays and name not in self._inputs), None)
-        if len(arrays) == len(self._inputs) == 1:
-            arrays = dict(zip(self._inputs, arrays.values(), strict=True))
-        missing = [name for name, tensor in self._inputs.items() if name not in arrays and not tensor.optional]
-        if missing:
-            raise errors.InvalidArgument(
-                f"'{where}' has no array '{missing[0]}'; it has {', '.join(arrays)}, and the model takes "
-                f"{', '.join(self._inputs)}"
-            )
-        fitting = {
-            name: self._fit(arrays[name], tensor, where) for name, tensor in self._inputs.items() if name in arrays
-        }
+        fitting = self._inputs_of(arrays, where)
         if not self._batched:
             yield Row(fitting)
             return
@@ -182,6 +172,17 @@ class _Reader:
         for index in range(counts.pop()):
             inputs = {name: array[index : index + 1] for name, array in fitting.items()}
             yield Row(inputs, int(labels[index]) if labels is not None else -1)
+
+    def _inputs_of(self, arrays: dict[str, Array], where: str) -> dict[str, Array]:
+        if len(arrays) == len(self._inputs) == 1:
+            arrays = dict(zip(self._inputs, arrays.values(), strict=True))
+        missing = [name for name, tensor in self._inputs.items() if name not in arrays and not tensor.optional]
+        if missing:
+            raise errors.InvalidArgument(
+                f"'{where}' has no array '{missing[0]}'; it has {', '.join(arrays)}, and the model takes "
+                f"{', '.join(self._inputs)}"
+            )
+        return {name: self._fit(arrays[name], self._inputs[name], where) for name in self._inputs if name in arrays}
 
     def _fit(self, array: Array, tensor: TensorConfig, where: str) -> Array:
         dims = (-1, *tensor.dims) if self._batched else tensor.dims

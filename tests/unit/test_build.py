@@ -298,3 +298,45 @@ def test_a_terminal_has_a_bar():
 def test_a_record_that_cannot_be_read_is_none(tmp_path: Path):
     (tmp_path / "build.json").write_text("{")
     assert workshop.read_record(tmp_path).made == {}
+
+
+class OnCpu:
+    """Stands for what TensorRT loads: computes on the CPU."""
+
+    provider = "TensorRT"
+    widest = 1
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, spec: Any) -> None:
+        assert spec.artefact is not None
+        self._runner = measure.load(spec.path / spec.artefact.file, simulated=True)
+
+    def compute(self, inputs: Any, batch: Any) -> dict[str, Any]:
+        return dict(zip(batch.outputs, self._runner.session.run(batch.outputs, inputs), strict=True))
+
+
+def test_tensorrt_files_are_proven_by_the_engine_that_serves_them(repository: Path, monkeypatch, capsys):
+    """The compiling is left out: this is about who judges, and what is written. No TensorRT is involved."""
+    from gateway.engines.tensorrt import backend
+    from gateway.engines.tensorrt.plan import PlanMissing
+
+    assert build(repository, "--recipe", "trt-int8") == 0
+    (simulated,) = report(repository).artefacts
+    assert (simulated.verdict, simulated.device) == ("unproven", "")
+    kinds = {"cpu": CPU, "gpu:0": "gpu:sm90"}
+    monkeypatch.setattr(artefacts, "device_kind", lambda name: kinds[name])
+
+    def missing(_spec: Any, _count: int) -> Any:
+        raise PlanMissing("no plan yet")
+
+    monkeypatch.setattr(backend, "load", missing)
+    assert build(repository, "--prove") == 0
+    (waiting,) = report(repository).artefacts
+    assert (waiting.verdict, waiting.device, waiting.speed) == ("unproven", "gpu:sm90", ())
+    monkeypatch.setattr(backend, "load", lambda spec, _count: [OnCpu(spec)])
+    assert build(repository, "--prove") == 0
+    (proven,) = report(repository).artefacts
+    assert (proven.verdict, proven.device, len(proven.speed)) == ("passed", "gpu:sm90", 2)
+    assert artefacts.choose(version(repository), "gpu:sm90")[0].name == "fp32"
+    artefacts.promote(version(repository))
+    assert artefacts.choose(version(repository), "gpu:sm90")[0].name == "trt-int8"
