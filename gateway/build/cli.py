@@ -48,7 +48,7 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     if not recipes:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise errors.Unsupported(f"nothing can be made of model '{source.config.name}': {reasons}")
-    rows = builder.rows(source, _data(options))
+    rows = builder.rows(source, _data(options), calibrated=any(recipe.calibrated for recipe in recipes))
     judge = Judge(source, rows.held_out)
     build = Build(source, rows, judge, Progress(sys.stderr, len(recipes)), options.recipe, options.modelopt_python)
     number = build.run(recipes, skipped)
@@ -59,6 +59,10 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     for name, why in skipped.items():
         sys.stdout.write(f"  not made: {name}: {why}\n")
     _compile_made(options, source, rows.calibration or rows.held_out, number)
+    if judge.device("tensorrt") and any(each.backend == "tensorrt" for each in report.artefacts):
+        found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files), "tensorrt")
+        sys.stdout.write(f"{_table(found)}\n")
+        report = artefacts.read(source.version, number) or report
     if any(each.verdict == "passed" for each in report.artefacts):
         sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
     return list(report.artefacts)
@@ -100,8 +104,7 @@ def _prove(options: argparse.Namespace) -> list[Artefact]:
     number = options.build or max(artefacts.builds(source.version), default=0)
     if not number:
         raise errors.NotFound(f"model '{source.config.name}' has no build to prove; run `gateway build` first")
-    judge = Judge(source, builder.rows(source, _data(options)).held_out)
-    found = builder.prove(source, judge, number, lambda files: Progress(sys.stderr, files))
+    found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files))
     if not found:
         raise errors.Unavailable(f"none of build {number}'s artefacts is for a device of this machine")
     sys.stdout.write(f"{_table(found)}\n")
