@@ -206,7 +206,10 @@ def table(pools: Sequence[PoolState]) -> str:
         for state in pool.versions:
             places = Counter(map(_place, state.instances))
             where = ", ".join(f"{count} x {place}" for place, count in places.items()) or "-"
-            rows.append((pool.model, state.version, state.state, where, state.reason))
+            reasons = [instance.reason for instance in state.instances if instance.reason]
+            rows.append(
+                (pool.model, state.version, state.state, where, state.reason or "; ".join(dict.fromkeys(reasons)))
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows

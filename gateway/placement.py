@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import errors
-from gateway.config.model import InstanceGroup, ModelConfig
+from gateway.config.model import InstanceGroup, ModelConfig, may_leave_gpu
 from gateway.devices.cgroup import cpu_quotas
 
 
@@ -29,13 +29,16 @@ class Device:
 class Placement:
     """So many instances of a model on one device.
 
-    `threads` is how many cores each run gets when the device is loaded, `cores` how many a lone run may use.
+    `threads` is how many cores each run gets when the device is loaded, `cores` how many a lone run may use, and
+    `cpu_cores` what a run gets that falls back to the CPU. `instead_of` names a GPU that is not there.
     """
 
     device: Device
     count: int
     threads: int
     cores: int
+    cpu_cores: int = 1
+    instead_of: str = ""
 
 
 REMOTE = Device("remote", "remote", 1 << 16)
@@ -51,35 +54,49 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     """Where the instances of a model live, one entry a device, in the order of its instance groups.
 
     On a CPU a group without a count gets an instance per core; a count k gets k instances that divide the
-    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core, and a run of a Python model has one core. Raises `Unavailable` for a GPU that is not there.
+    cores. A remote model is one instance, which takes many runs at once. On a GPU it is one instance and one core, and a run of a Python model has one core. In place of a GPU that is
+    not there it is the CPU, where the model may fall back to it; else `Unavailable` is raised.
     """
     if config.backend == "remote":
         return [Placement(REMOTE, 1, 1, 1)]
-    counts: dict[Device, int] = {}
+    counts: dict[tuple[Device, str], int] = {}
     for group in config.instance_groups or (InstanceGroup(),):
-        for device in _devices_of(group, config.name, available):
-            count = group.count or (device.cores if device.kind == "cpu" else 1)
-            counts[device] = counts.get(device, 0) + count
+        for device, missing in _devices_of(group, config, available):
+            on_cpu = device.kind == "cpu" and not missing
+            count = group.count or (device.cores if on_cpu else 1)
+            counts[device, missing] = counts.get((device, missing), 0) + count
+    cpu = max((device.cores for device in available if device.kind == "cpu"), default=1)
     return [
-        Placement(device, count, 1 if config.is_code else max(1, device.cores // count), device.cores)
-        for device, count in counts.items()
+        Placement(
+            device, count, _threads(device.cores, count, config), device.cores, _threads(cpu, count, config), missing
+        )
+        for (device, missing), count in counts.items()
     ]
 
 
-def _devices_of(group: InstanceGroup, model: str, available: Sequence[Device]) -> list[Device]:
+def _threads(cores: int, count: int, config: ModelConfig) -> int:
+    return 1 if config.is_code else max(1, cores // count)
+
+
+def _devices_of(group: InstanceGroup, config: ModelConfig, available: Sequence[Device]) -> list[tuple[Device, str]]:
+    """Devices, each with the missing GPU that it stands in for, if any."""
     gpus = {device.name: device for device in available if device.kind == "gpu"}
+    cpus = [device for device in available if device.kind == "cpu"]
     wanted = [f"gpu:{index}" for index in group.gpus] or list(gpus)
     if group.kind == "cpu" or (group.kind == "auto" and (not gpus or not set(wanted) <= set(gpus))):
-        return [device for device in available if device.kind == "cpu"]
+        return [(device, "") for device in cpus]
     missing = sorted(set(wanted) - set(gpus))
+    if (missing or not wanted) and cpus and may_leave_gpu(config.backend, config.parameters.get("fallback", "")):
+        wanted = wanted or ["gpu:0"]
+        return [(gpus[name], "") if name in gpus else (cpus[0], name) for name in wanted]
     if missing or not wanted:
         which = ", ".join(name.removeprefix("gpu:") for name in missing) or "any"
         raise errors.Unavailable(
-            f"instance group of model '{model}' specifies invalid or unsupported gpu id {which}. "
+            f"instance group of model '{config.name}' specifies invalid or unsupported gpu id {which}. "
             f"GPUs this gateway can use: {', '.join(gpus) or 'none'}. Use kind: KIND_AUTO or KIND_CPU in its "
             "config.pbtxt to serve it without"
         )
-    return [gpus[name] for name in wanted]
+    return [(gpus[name], "") for name in wanted]
 
 
 def cpu_cores(root: Path = Path("/")) -> int:

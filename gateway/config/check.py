@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gateway.config.complete import FORMATS
-from gateway.config.model import ModelConfigProto
+from gateway.config.model import ModelConfigProto, may_leave_gpu
 from gateway.config.parse import Source
 
 ACCELERATORS = {
@@ -38,7 +38,7 @@ def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
     _check_priorities(proto, source)
     _check_ordering(proto, source)
     for group in proto.instance_group:
-        _check_group(group, gpus, source)
+        _check_group(group, gpus, source, may_leave=may_leave_gpu(proto.backend, _fallback(proto)))
     accelerators = proto.optimization.execution_accelerators
     for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
         if accelerator.name not in ACCELERATORS:
@@ -213,17 +213,21 @@ def response_cache_public(proto: ModelConfigProto, source: Source) -> bool:
     return text == "true"
 
 
-def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:
+def _fallback(proto: ModelConfigProto) -> str:
+    return str(proto.parameters["fallback"].string_value) if "fallback" in proto.parameters else ""
+
+
+def _check_group(group: Any, gpus: Sequence[int], source: Source, *, may_leave: bool) -> None:
     head = f"instance group {group.name}"
     if group.count < 0:
         raise source.error(f"{head} has a negative count; leave it out or use 1 or more", "instance_group", "count")
     if group.profile:
         raise source.error(f"{head} has a profile, which is only supported for TensorRT models", "profile")
-    if group.kind == group.KIND_GPU:
+    if group.kind == group.KIND_GPU and not may_leave:
         if not gpus:
             raise source.error(
                 f"{head} has kind KIND_GPU but no GPUs are available. Use KIND_AUTO to run on whatever there is, "
-                "or KIND_CPU",
+                "KIND_CPU, or let the parameter 'fallback' name what to run on instead",
                 "instance_group",
                 "KIND_GPU",
             )
@@ -233,7 +237,7 @@ def _check_group(group: Any, gpus: Sequence[int], source: Source) -> None:
                 "instance_group",
                 "gpus",
             )
-    elif group.gpus:
+    elif group.gpus and group.kind != group.KIND_GPU:
         raise source.error(
             f"{head} lists gpus {list(group.gpus)} and runs on the CPU. Remove gpus, or serve it where they exist",
             "instance_group",

@@ -124,3 +124,11 @@ class ModelConfig:
         So nobody runs it but for clients and for its own warm-up samples, and one instance is not two.
         """
         return self.backend == "python"
+
+
+def may_leave_gpu(backend: str, fallback: str) -> bool:
+    """Whether a model that asks for a GPU may run without; `fallback` is the parameter of that name.
+
+    The file of an ONNX model runs on the CPU, too. Of other models their configuration has to say what else they run on.
+    """
+    return backend == "onnxruntime" if not fallback else fallback != "none"

@@ -17,7 +17,8 @@ from gateway import errors
 from gateway.config.model import ModelConfigProto
 from gateway.devices import nvml
 from gateway.engines.base import Engine, EngineSpec
-from gateway.engines.choice import options
+from gateway.engines.chain import read
+from gateway.engines.fallback import open_chain
 from gateway.engines.isolated.children import SUPPORTED
 from gateway.engines.isolated.limits import isolation
 from gateway.engines.threads import EngineThread, Loaded, ThreadEngine
@@ -51,15 +52,20 @@ _BACKENDS = {
 async def create(spec: EngineSpec, count: int = 1) -> list[Engine]:
     """Load a version, off the event loop, and return `count` engines of it.
 
-    Without an artefact in the spec it is the best there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when it cannot load the model; the
-    message names the file relative to the repository, and a remedy.
+    Unless the spec says what to run, an artefact or a provider, they are the chain of engines that the configuration asks
+    for, or that there is for the device. Raises `Unsupported` for a backend there is none of, `Unavailable` when nothing can load the model; the message names the
+    file relative to the repository, and a remedy.
     """
+    if spec.artefact is not None or spec.provider:
+        return await _start(spec, count)
     reader = EngineThread(f"{spec.config.name}/{spec.version} artefacts")
     try:
-        best = (await reader.call(partial(options, spec)))[0]
+        chain = await reader.call(partial(read, spec, _BACKENDS))
     finally:
         await reader.close()
-    return await _start(best, count)
+    if len(chain.links) == 1 and not chain.warnings:
+        return await _start(chain.links[0].spec, count)
+    return [*await open_chain(chain, count, _start)]
 
 
 async def _start(spec: EngineSpec, count: int) -> list[Engine]:

@@ -35,6 +35,7 @@ class EngineSpec:
     cores: int = 1
     artefact: Artefact | None = None  # what of the version is run; None: its `default_model_filename` as it is
     provider: str = ""  # the execution provider that must run it, or the load is refused; empty: what there is
+    cpu_cores: int = 1  # how many cores a run gets that is on the CPU though `device` is not
     infer: Infer | None = None  # how its code calls other models; in the process of the worker only
     channel: Channel | None = None  # the same in a child process, which the child itself fills in
     children: Children | None = None  # where there are child processes to live in
@@ -57,14 +58,31 @@ class DeviceOutOfMemory(MemoryError):
 
 
 class Engine(Protocol):
-    """One instance's way to run batches."""
+    """One instance's way to run batches. What it says of itself may change where it is a chain (`FallbackEngine.tend`)."""
 
-    provider: str
-    artefact: Artefact | None  # the file it runs; None where there is none to choose from
-    warnings: tuple[str, ...]  # what the operator should know though the model works, e.g. a provider that fell back
-    widest: int  # the most cores a run can use
-    concurrency: int  # how many runs may be open at once
-    contained: bool  # whether this process outlives whatever a run does
+    @property
+    def provider(self) -> str:
+        """What it really runs on, now."""
+
+    @property
+    def artefact(self) -> Artefact | None:
+        """The file it runs; None where there is none to choose from."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the operator should know though the model works, e.g. that the best engine did not start."""
+
+    @property
+    def widest(self) -> int:
+        """The most cores a run can use."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many runs may be open at once."""
+
+    @property
+    def contained(self) -> bool:
+        """Whether this process outlives whatever a run does."""
 
     def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """Run a batch; a model of one answer yields once. Raises `GatewayError`, or anything on a crash."""

@@ -9,6 +9,7 @@ Parameters in `config.pbtxt`, all optional:
 - `slow_file`: the path of a file with a number, read as each run begins, that the run's time is multiplied by: a
   device that slows down and recovers. Replace the file in one step (rename). Without a file, or a number, it is 1.
 - `poison`, `hang`, `crash` and the other faults of `faults.py`: a value; what a run does that has it in its first input.
+- `fault_file`, `memory_rows`: what goes wrong whatever the input, see `faults.py`.
 - `drift_file`: the path of a file; a model loaded while there is one answers numbers that are 1 too large.
 - `rows_delta`: answer with so many rows too many (or, negative, too few).
 - `gate`: the path of a `Gate`; every run waits there until released, or passes if nobody holds the gate.
@@ -30,12 +31,16 @@ import numpy as np
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
 from gateway.engines.base import EngineSpec
-from gateway.engines.faults import Faults
+from gateway.engines.faults import Faults, fault
 from gateway.types import Array, Batch, DataType
 
 
 def load(spec: EngineSpec, count: int) -> list[FakeModel]:
-    """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number."""
+    """Make one model for each of `count` engines. Raises `InvalidArgument` for a parameter that is no number,
+    `Unavailable` where `fault_file` says so.
+    """
+    if fault(spec.config) == "load":
+        raise errors.Unavailable(f"the fake model '{spec.config.name}' does not load, as its fault_file says")
     return [FakeModel(spec.config) for _ in range(count)]
 
 

@@ -8,6 +8,12 @@ Each parameter of this name is a value, and a run with it anywhere in the first 
 - `lost`: raises `EngineCrashed`, as an engine in a process of its own does when that has died;
 - `sticky`: does so too, and so does every later run of this process, as with a GPU after an illegal access;
 - `nan`: gives NaN in its own row of every output of floats; `short`: gives one row too few.
+
+Two go by no value:
+- `fault_file`: the path of a file with a word, read at the load and as each run begins; without a file all is well.
+  load: it does not load; unavailable, error, memory: a run raises `Unavailable`, `Internal`, `DeviceOutOfMemory`;
+  lost: as a GPU that is gone, every run raises `EngineCrashed` until the model is loaded again.
+- `memory_rows`: a run of more rows raises `DeviceOutOfMemory`.
 """
 
 from __future__ import annotations
@@ -17,12 +23,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.engines.base import EngineCrashed
+from gateway.engines.base import DeviceOutOfMemory, EngineCrashed
 from gateway.types import Array
 
 _FOR_EVER = 1 << 30  # seconds
@@ -50,12 +57,15 @@ class Faults:
             "poison": self._fail,
         }
         self._before = {name: strike for name, strike in known.items() if name in config.parameters}
-        self.any = bool(self._before or {"nan", "short"} & config.parameters.keys())
+        self._memory_rows = int(config.parameters.get("memory_rows", "0"))
+        self._lost = False  # until it is loaded again
+        self.any = bool(self._before or {"nan", "short", "fault_file", "memory_rows"} & config.parameters.keys())
 
     def before(self, first: Array) -> None:
         """What goes wrong with these rows instead of a run. Raises that, if it comes back at all."""
         if self._broken:
             _lose()
+        self._device(len(first))
         for name, strike in self._before.items():
             if self._rows(name, first).any():
                 strike()
@@ -78,6 +88,18 @@ class Faults:
         found: Array = np.any((first == value).reshape(len(first), -1), axis=1)
         return found
 
+    def _device(self, rows: int) -> None:
+        name, word = self._config.name, fault(self._config)
+        self._lost = self._lost or word == "lost"
+        if self._lost:
+            raise EngineCrashed(f"the device of the fake model '{name}' is lost, as its fault_file says", sure=False)
+        if word == "memory" or 0 < self._memory_rows < rows:
+            raise DeviceOutOfMemory(f"the fake model '{name}' has no memory for {rows} rows")
+        if word == "unavailable":
+            raise errors.Unavailable(f"the fake model '{name}' is not to be reached, as its fault_file says")
+        if word == "error":
+            raise errors.Internal(f"the fake model '{name}' failed, as its fault_file says")
+
     def _fail(self) -> None:
         raise errors.Internal(f"the fake model '{self._config.name}' failed on its poison value")
 
@@ -93,6 +115,14 @@ class Faults:
     def _break(self) -> None:
         self._broken = True
         _lose()
+
+
+def fault(config: ModelConfig) -> str:
+    """What the model's `fault_file` says now."""
+    try:
+        return Path(config.parameters["fault_file"]).read_text().strip()
+    except (KeyError, OSError):
+        return ""
 
 
 def _lose() -> None:

@@ -48,7 +48,7 @@ def load(spec: EngineSpec, count: int) -> list[OnnxModel]:
     here, `InvalidArgument` for a configuration that does not fit the file.
     """
     _prepare()
-    name = (spec.artefact and spec.artefact.file) or spec.config.default_model_filename or "model.onnx"
+    name = spec.artefact.file if spec.artefact else spec.config.default_model_filename or "model.onnx"
     label = f"{spec.config.name}/{spec.version}/{name}"
     asked = _startable(spec, label)
     fixed = _whole(spec.config, "intra_op_thread_count")

@@ -63,12 +63,17 @@ class Consumer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """One loaded copy of a model: its device, what it really runs on, and the file, where there was a choice."""
+    """One loaded copy of a model: its device, what it really runs on, and the file, where there was a choice.
+
+    Where it has a chain of engines, `link` names the one that runs, and `reason` says why it is not the first.
+    """
 
     device: str
     provider: str
     precision: str = ""
     artefact: str = ""
+    link: str = ""
+    reason: str = ""
 
 
 NO_WORKER = "no live worker holds it"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.errors import GatewayError
-from gateway.queues.base import InstanceState
+from gateway.queues.base import InstanceState, PoolState
 from gateway.statistics import VersionStatistics
 
 QUESTION = "explain"
@@ -59,9 +59,21 @@ def running(instances: Iterable[InstanceState]) -> list[dict[str, Any]]:
             "provider": each.provider,
             "precision": each.precision,
             "artefact": each.artefact,
+            **({"link": each.link} if each.link else {}),
+            **({"reason": each.reason} if each.reason else {}),
             "count": number,
         }
         for each, number in Counter(instances).items()
+    ]
+
+
+def degraded(pools: Iterable[PoolState]) -> list[dict[str, Any]]:
+    """The versions whose instances do not all run on the best of their chains, and those instances."""
+    return [
+        {"model": pool.model, "version": state.version, "instances": instances}
+        for pool in pools
+        for state in pool.versions
+        if (instances := running(each for each in state.instances if each.reason))
     ]
 
 

@@ -16,11 +16,12 @@ from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
 from gateway.service.check import Checker
-from gateway.service.inference import EMPTY_FINAL, Inference
-from gateway.service.reports import Reports, count, running
+from gateway.service.inference import Inference
+from gateway.service.parameters import apply_parameters
+from gateway.service.reports import Reports, count, degraded, running
 from gateway.service.route import Route
 from gateway.statistics import ModelStatistics, Statistics
-from gateway.types import InferRequest, Parameter, Responses
+from gateway.types import InferRequest, Responses
 
 EXTENSIONS = (
     "classification",
@@ -151,7 +152,7 @@ class Service:
                 raise errors.Unsupported("async jobs don't support models with decoupled transaction policy")
             if request.parameters.get("sequence_id"):
                 raise errors.Unsupported("a request of a sequence cannot be an async job, because those may run twice")
-            _apply_parameters(request)
+            apply_parameters(request)
             route.checker.check(request)
         except errors.GatewayError as error:
             route.statistics.record_refusal(error, 0)
@@ -164,7 +165,7 @@ class Service:
         route = self._resolve(request.model_name, request.model_version)
         try:
             if request.parameters:
-                _apply_parameters(request)
+                apply_parameters(request)
             if request.deadline is None and route.default_deadline:
                 request.deadline = time.monotonic() + route.default_deadline
             route.checker.check(request)
@@ -256,6 +257,10 @@ class Service:
         if not self._options.strict_readiness:
             return True
         return all(_pool_ready(pool) for pool in self._queue.pools())
+
+    def degraded(self) -> Sequence[Mapping[str, Any]]:
+        """The ready versions whose instances do not all run on what they should, and why."""
+        return degraded(self._queue.pools())
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of this server."""
@@ -376,22 +381,3 @@ def _index_entries(name: str, pool: PoolState | None) -> list[IndexEntry]:
     if not pool.versions:
         return [IndexEntry(name, "", "UNAVAILABLE", pool.reason)]
     return [IndexEntry(name, state.version, state.state, state.reason) for state in pool.versions]
-
-
-def _apply_parameters(request: InferRequest) -> None:
-    """Read the parameters the protocol gives a meaning: `timeout` (us) and `priority`."""
-    for key in request.parameters:
-        if key.startswith("triton_") and key != EMPTY_FINAL:
-            raise errors.reserved_parameter()
-    if timeout := _natural(request.parameters.get("timeout")):
-        deadline = time.monotonic() + timeout / 1e6
-        request.deadline = deadline if request.deadline is None else min(request.deadline, deadline)
-    if priority := _natural(request.parameters.get("priority")):
-        request.priority = priority
-
-
-def _natural(value: Parameter | None) -> int:
-    """A parameter that is a positive integer, at most what 64 bits hold with a sign; 0 for any other."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return 0
-    return min(max(value, 0), (1 << 63) - 1)

@@ -160,7 +160,8 @@ class VersionStatistics:
     __slots__ = (
         "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
         "cache_miss_ns", "closed", "crashes", "epoch", "executing", "execution_count", "failure_ns", "failures",
-        "last_inference_ms", "late", "model", "pending", "predictions", "refused", "restarts", "row_sizes", "version",
+        "fallbacks", "last_inference_ms", "late", "links", "model", "pending", "predictions", "refused", "restarts",
+        "row_sizes", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -193,6 +194,8 @@ class VersionStatistics:
         self.batches: dict[int, BatchStatistics] = {}
         self.closed: dict[str, int] = {}
         self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
+        self.links: dict[str, int] = {}  # requests of a chain of engines, by the link that answered them
+        self.fallbacks: dict[str, int] = {}  # those that not the first link answered, by why it did not
         self.crashes: dict[str, int] = {}
         self.restarts = 0
         self.row_sizes = Histogram(ROW_BOUNDS)

@@ -75,7 +75,9 @@ def explanation(told: Mapping[str, Any]) -> str:
 
 def _instances(entry: Mapping[str, Any]) -> str:
     made = f", {entry['artefact']} ({entry['precision']})" if entry["artefact"] else ""
-    return f"{entry['count']} x {entry['device']} {entry['provider']}{made}"
+    link = f", link {entry['link']}" if "link" in entry else ""
+    reason = f", {entry['reason']}" if "reason" in entry else ""
+    return f"{entry['count']} x {entry['device']} {entry['provider']}{made}{link}{reason}"
 
 
 def duration(milliseconds: float) -> str:

@@ -18,6 +18,7 @@ from gateway.service.reports import running
 from gateway.telemetry import Family
 
 PARAMETER = "gateway_instances"
+_DEGRADED = "Number of instances that run on another link of their chain than the first"
 _TEXT = "Number of instances by what they run on, and by the artefact that they run"
 
 
@@ -32,21 +33,37 @@ def configuration(service: Service, name: str, version: str) -> ModelConfigProto
     return told
 
 
-def instance_metrics(pools: Iterable[PoolState]) -> Family:
-    """A sample for each different way in which a version runs, its value the number of instances."""
-    return Family(
-        "gateway_instances",
-        "gauge",
-        _TEXT,
-        [
-            ({"model": pool.model, "version": state.version, **labels}, count)
-            for pool in pools
-            for state in pool.versions
-            for labels, count in map(_labelled, running(state.instances))
-        ],
-    )
+def instance_metrics(pools: Iterable[PoolState]) -> list[Family]:
+    """A sample for each different way in which a version runs, its value the number of instances; and how many of them do
+    not run on what they should.
+    """
+    versions = [
+        ({"model": pool.model, "version": state.version}, state.instances)
+        for pool in pools
+        for state in pool.versions
+        if state.instances
+    ]
+    return [
+        Family(
+            "gateway_instances",
+            "gauge",
+            _TEXT,
+            [
+                ({**version, **labels}, count)
+                for version, instances in versions
+                for labels, count in map(_labelled, running(instances))
+            ],
+        ),
+        Family(
+            "gateway_instances_degraded",
+            "gauge",
+            _DEGRADED,
+            [(version, sum(bool(each.reason) for each in instances)) for version, instances in versions],
+        ),
+    ]
 
 
 def _labelled(entry: dict[str, Any]) -> tuple[dict[str, str], int]:
     count = entry.pop("count")
+    entry.pop("reason", None)  # for people, and another each time
     return entry, count

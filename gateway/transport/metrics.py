@@ -109,12 +109,16 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     failed = "Number of failed inference requests, all batch sizes"
     closed = "Number of batches by why they were closed"
     refused = "Number of good requests that were not served, by why; see the table of refusals"
+    links = "Number of requests of a chain of engines, by the link that answered them"
+    fallbacks = "Number of requests that another link of the chain answered than the first, by why that did not"
     crashed = "Number of times that an engine's process ended or could not be started, by cause"
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
         Family("gateway_batches_closed_total", "counter", closed, _by_reason(versions, "closed")),
         Family("gateway_requests_refused_total", "counter", refused, _by_reason(versions, "refused")),
+        Family("gateway_link_requests_total", "counter", links, _by_reason(versions, "links", "link")),
+        Family("gateway_fallbacks_total", "counter", fallbacks, _by_reason(versions, "fallbacks")),
         Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
         Family(
             "nv_inference_pending_request_count",
@@ -147,9 +151,11 @@ def _buckets(histogram: Histogram, scale: float) -> Buckets:
     return Buckets(tuple(bound / scale for bound in histogram.bounds), tuple(histogram.counts), histogram.total / scale)
 
 
-def _by_reason(versions: _Versions, attribute: str) -> list[tuple[Mapping[str, str], float | Buckets]]:
+def _by_reason(
+    versions: _Versions, attribute: str, label: str = "reason"
+) -> list[tuple[Mapping[str, str], float | Buckets]]:
     return [
-        ({**labels, "reason": reason}, count)
+        ({**labels, label: reason}, count)
         for labels, each in versions
         for reason, count in getattr(each, attribute).items()
     ]
@@ -215,7 +221,7 @@ class MetricsApp:
             tasks = "Tasks on the event loop of this process, the one that answers this included"
             families = [
                 *model_metrics(statistics),
-                instance_metrics(self._own.pools()),
+                *instance_metrics(self._own.pools()),
                 *await self._queue.collect(statistics),
                 Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
                 *self._own.devices.gpus(),

@@ -100,8 +100,8 @@ class Runner:
         requests = [job.request for job in jobs]
         answers = batching.split(result.outputs, requests, self._config)
         stacked, ran, split = self._note(jobs, batch, result, result, terms)
-        rows, version, digest = batch.rows, self._version, self._digest
         said = result.parameters or NO_PARAMETERS
+        rows, version, digest = batch.rows, self._version, self._digest_of(said)
         for job, request, outputs in zip(jobs, requests, answers, strict=True):
             timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
             parameters = self._told(request, said) if request.parameters else said
@@ -132,9 +132,13 @@ class Runner:
             job.reply(
                 InferResponse(
                     request.model_name, self._version, outputs, request.id, parameters, timings, answer.final,
-                    self._digest,
+                    self._digest_of(parameters),
                 )
             )  # fmt: skip
+
+    def _digest_of(self, parameters: Mapping[str, Parameter]) -> str:
+        """What answers with these are answers of; those of another link than the first are not to be kept."""
+        return "" if "fallback" in parameters else self._digest
 
     def _told(self, request: InferRequest, said: Mapping[str, Parameter]) -> Mapping[str, Parameter]:
         """The response's parameters: what the engine said and, where the request asks for it, which engine that is."""

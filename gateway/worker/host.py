@@ -8,11 +8,11 @@ taken). The `Worker` owns the order of these steps.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from msgspec.structs import replace
 from gateway import engines, errors
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
+from gateway.engines.fallback import FallbackEngine
 from gateway.engines.isolated.children import Children
 from gateway.placement import Placement
 from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
@@ -34,6 +35,7 @@ from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
+from gateway.worker.running import count, digest, state
 from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Slots
 from gateway.worker.warmup import warm_up
@@ -96,6 +98,9 @@ class Host:
         self._consumer: Consumer | None = None
         self._measuring: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
+        self._working: Sequence[tuple[Engine, Placement]] = ()  # those that the scheduler counts on
+        self._moved = asyncio.Event()
+        self.changed: Callable[[], None] = lambda: None  # called when `instances` are others
 
     async def load(self, placements: Sequence[Placement]) -> None:
         """Create and warm up the engines. Raises why that failed, with nothing left behind."""
@@ -113,8 +118,8 @@ class Host:
         except BaseException:
             await self._close_engines()
             raise
-        self.instances = tuple(_state(engine, placement) for engine, placement in self._engines)
-        self.digest = _digest(self.source.digest, self._engines)
+        self.instances = tuple(starmap(state, self._engines))
+        self.digest = digest(self.source.digest, [engine for engine, _ in self._engines])
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
@@ -163,7 +168,8 @@ class Host:
         return replace(best, places=sum(each.places for each in found))
 
     def report(self) -> None:
-        """Let the statistics say how good predictions are."""
+        """Let the statistics say how good predictions are, and which engines answered."""
+        count([engine for engine, _ in self._engines], self._statistics)
         if self._stopped.is_set():
             self._statistics.predictions = None
         else:
@@ -182,8 +188,9 @@ class Host:
                     instance = Instance(
                         engine, source.config, source.version, self._statistics, self.digest, siblings=siblings
                     )
-                    seats = [self._slots.seat(self, placement.device.name) for _ in range(engine.concurrency)]
-                    serving += [tasks.create_task(instance.serve(seat)) for seat in seats]
+                    serving.append(tasks.create_task(self._run(instance, placement)))
+                    if isinstance(engine, FallbackEngine):
+                        serving.append(tasks.create_task(engine.tend(self._move)))
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
                 if self._measures and not self.asks_all:
                     self._measuring = tasks.create_task(self._measure())
@@ -196,6 +203,24 @@ class Host:
             self._consumer.close()
             self._slots.close(self)
             await self._close_engines()
+
+    async def _run(self, instance: Instance, placement: Placement) -> None:
+        """Serve with as many runs at once as the engine allows; a chain may allow more later."""
+        async with asyncio.TaskGroup() as tasks:
+            seats = 0
+            while True:
+                self._moved.clear()
+                for _ in range(seats, instance.engine.concurrency):
+                    tasks.create_task(instance.serve(self._slots.seat(self, placement.device.name)))
+                seats = max(seats, instance.engine.concurrency)
+                await self._moved.wait()
+
+    def _move(self) -> None:
+        """An engine runs on something else now."""
+        self.instances = tuple(starmap(state, self._engines))
+        self._open_places(self._working)
+        self._moved.set()
+        self.changed()
 
     async def drain(self) -> None:
         """Answer all that was accepted, then stop. The caller has stopped gateways from sending more."""
@@ -224,7 +249,7 @@ class Host:
         self.asks_all = self._order is not None or any(
             policy.max_size for policy in (bounds.queue, *bounds.priority_queues.values())
         )
-        self._open_places(self._engines)
+        self._open_places(list(self._engines))
         for device, prior in priors.items():
             self._slots.scheduler.seed(self, device, prior)
         for device, seconds in rows.items():
@@ -234,6 +259,7 @@ class Host:
         return all(engine.contained for engine, _ in self._engines)
 
     def _open_places(self, engines: Sequence[tuple[Engine, Placement]]) -> None:
+        self._working = engines
         self._places = places(engines)
         self._slots.open(self, limits(self.source.config), self._places)
 
@@ -298,27 +324,10 @@ class Host:
             config=self.source.config,
             version=self.source.version,
             path=self.source.path,
-            device=placement.device.name,
+            device=placement.instead_of or placement.device.name,
             threads=placement.threads,
             cores=placement.cores,
+            cpu_cores=placement.cpu_cores,
             infer=None if self._children is None else self._children.infer,
             children=self._children,
         )
-
-
-def _state(engine: Engine, placement: Placement) -> InstanceState:
-    artefact = engine.artefact
-    made = ("", "") if artefact is None else (artefact.precision, artefact.name)
-    return InstanceState(placement.device.name, engine.provider, *made)
-
-
-def _digest(source: str, running: Sequence[tuple[Engine, Placement]]) -> str:
-    """What these compute; empty when they differ, because nobody knows which one answers next.
-
-    The integer kernels of one kind of device round otherwise than those of another.
-    """
-    artefacts = [engine.artefact for engine, _ in running]
-    made = {f"{each.sha256} {each.device}" if each is not None and each.sha256 else "" for each in artefacts}
-    if not source or len(made) != 1:
-        return ""
-    return hashlib.sha256(f"{source} {made.pop()}".encode()).hexdigest()

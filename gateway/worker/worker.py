@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import msgspec
 
@@ -189,8 +190,9 @@ class Worker:
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None
-        self._tasks.create_task(self._serve(model, host))
         version = host.source.version
+        host.changed = partial(self._move, model, host)
+        self._tasks.create_task(self._serve(model, host))
         model.hosts[version] = host
         epoch = self._statistics.epoch(model.name, version)
         model.states[version] = VersionState(
@@ -203,6 +205,13 @@ class Worker:
             log_event(
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
+
+    def _move(self, model: _Model, host: Host) -> None:
+        """A version's engines run on something else now."""
+        version = host.source.version
+        if model.hosts.get(version) is host and model.states[version].state == "READY":
+            model.states[version] = replace(model.states[version], instances=host.instances)
+            self._publish(model)
 
     async def _serve(self, model: _Model, host: Host) -> None:
         try:

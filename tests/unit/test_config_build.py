@@ -25,6 +25,9 @@ output { name: "y" data_type: TYPE_FP32 dims: [ 2 ] }
 """
 
 
+NO_FALLBACK = "parameters { key: 'fallback' value { string_value: 'none' } }"
+
+
 def io(
     inputs: dict[str, tuple[int, ...]], outputs: dict[str, tuple[int, ...]], kind: DataType = DataType.FP32
 ) -> ModelIO:
@@ -359,7 +362,7 @@ def test_requests_are_joined_only_when_asked() -> None:
             "line 4: unexpected 'platform' and 'backend' pair",
         ),
         (
-            IO_TEXT + "instance_group [ {\n kind: KIND_GPU } ]",
+            IO_TEXT + "instance_group [ {\n kind: KIND_GPU } ]" + NO_FALLBACK,
             "line 5: instance group m_0 has kind KIND_GPU but no GPUs",
         ),
         (IO_TEXT + "instance_group { gpus: [ 0 ] }", "line 4: instance group m_0 lists gpus [0] and runs on the CPU"),
@@ -396,8 +399,11 @@ def test_checks_name_the_line(text: str, message: str) -> None:
 
 
 def test_gpus_must_exist() -> None:
-    refused = refusal(IO_TEXT + "instance_group { kind: KIND_GPU gpus: [ 0, 7 ] }", gpus=(0, 1))
+    text = IO_TEXT + "instance_group { kind: KIND_GPU gpus: [ 0, 7 ] }"
+    refused = refusal(text + NO_FALLBACK, gpus=(0, 1))
     assert "invalid or unsupported gpu id 7; there are: [0, 1]" in refused
+    (group,) = made(text, gpus=(0, 1)).instance_groups  # which may fall back
+    assert (group.kind, group.gpus) == ("gpu", (0, 7))
 
 
 # --- what is not done

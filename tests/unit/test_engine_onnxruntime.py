@@ -58,10 +58,10 @@ RELU = (
 )
 
 
-def spec(path: Path, text: str, threads: int = 1, cores: int = 1, **changes) -> EngineSpec:
+def spec(path: Path, text: str, threads: int = 1, cores: int = 1, *, device="cpu", **changes):
     source = Source("m/config.pbtxt", f"platform: 'onnxruntime_onnx' backend: 'onnxruntime' name: 'm' {text}")
     config = dataclasses.replace(build(parse_text(source), source), default_model_filename="model.onnx", **changes)
-    return EngineSpec(config, "1", path.parent, "cpu", threads, cores)
+    return EngineSpec(config, "1", path.parent, device, threads, cores)
 
 
 async def run(engine, rows: int = 1, cores: int = 1, **inputs):
@@ -137,10 +137,10 @@ async def test_a_parameter_that_is_no_number(tmp_path: Path) -> None:
 
 async def test_a_provider_that_fell_back_is_recorded(tmp_path: Path) -> None:
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    (engine,) = await engines.create(spec(relu(tmp_path), RELU, execution_providers=wanted))
+    (engine,) = await engines.create(spec(relu(tmp_path), RELU, device="gpu:0", execution_providers=wanted))
     assert engine.provider == "CPUExecutionProvider"
     (warning,) = engine.warnings
-    assert "not on CUDAExecutionProvider" in warning
+    assert "runs on cpu, not on cuda: it does not load" in warning
     assert "lockgate[gpu]" in warning
     await engine.close()
 

@@ -15,11 +15,11 @@ CPU = Device("cpu", "cpu", 4)
 GPUS = [Device("gpu:0", "gpu", 1), Device("gpu:1", "gpu", 1)]
 
 
-def config(*groups: InstanceGroup) -> ModelConfig:
+def config(*groups: InstanceGroup, backend: str = "fake", **parameters: str) -> ModelConfig:
     return ModelConfig(
-        name="m", backend="fake", platform="", max_batch_size=8, inputs=(), outputs=(), instance_groups=groups,
-        batching=None, warmup=(), default_model_filename="", parameters={}, execution_providers=(), decoupled=False,
-        proto=None,
+        name="m", backend=backend, platform="", max_batch_size=8, inputs=(), outputs=(), instance_groups=groups,
+        batching=None, warmup=(), default_model_filename="", parameters=parameters, execution_providers=(),
+        decoupled=False, proto=None,
     )  # fmt: skip
 
 
@@ -28,26 +28,26 @@ def config(*groups: InstanceGroup) -> ModelConfig:
     ("count", "instances", "threads"), [(0, 4, 1), (1, 1, 4), (2, 2, 2), (3, 3, 1), (4, 4, 1), (9, 9, 1)]
 )
 def test_cpu_instances_divide_the_cores(kind: str, count: int, instances: int, threads: int) -> None:
-    assert plan(config(InstanceGroup(kind, count)), [CPU]) == [Placement(CPU, instances, threads, 4)]
+    assert plan(config(InstanceGroup(kind, count)), [CPU]) == [Placement(CPU, instances, threads, 4, threads)]
 
 
 def test_no_group_at_all_is_one_of_kind_auto() -> None:
-    assert plan(config(), [CPU]) == [Placement(CPU, 4, 1, 4)]
+    assert plan(config(), [CPU]) == [Placement(CPU, 4, 1, 4, 1)]
 
 
 def test_groups_on_one_device_share_it() -> None:
     groups = (InstanceGroup("cpu", 1), InstanceGroup("cpu", 1))
-    assert plan(config(*groups), [CPU]) == [Placement(CPU, 2, 2, 4)]
+    assert plan(config(*groups), [CPU]) == [Placement(CPU, 2, 2, 4, 2)]
 
 
 @pytest.mark.parametrize("kind", ["gpu", "auto"])
 def test_gpu_groups_go_on_every_gpu_or_on_those_named(kind: str) -> None:
-    assert plan(config(InstanceGroup(kind)), [CPU, *GPUS]) == [Placement(gpu, 1, 1, 1) for gpu in GPUS]
-    assert plan(config(InstanceGroup(kind, 2, (1,))), [CPU, *GPUS]) == [Placement(GPUS[1], 2, 1, 1)]
+    assert plan(config(InstanceGroup(kind)), [CPU, *GPUS]) == [Placement(gpu, 1, 1, 1, 4) for gpu in GPUS]
+    assert plan(config(InstanceGroup(kind, 2, (1,))), [CPU, *GPUS]) == [Placement(GPUS[1], 2, 1, 1, 2)]
 
 
 def test_auto_falls_to_the_cpu_where_a_named_gpu_is_missing() -> None:
-    assert plan(config(InstanceGroup("auto", 1, (7,))), [CPU, *GPUS]) == [Placement(CPU, 1, 4, 4)]
+    assert plan(config(InstanceGroup("auto", 1, (7,))), [CPU, *GPUS]) == [Placement(CPU, 1, 4, 4, 4)]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,26 @@ def test_a_gpu_that_is_not_there_is_unavailable_with_a_remedy(group, available, 
         plan(config(group), available)
     assert words in caught.value.message
     assert "KIND_CPU" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("backend", "fallback", "moves"),
+    [
+        ("onnxruntime", "", True), ("onnxruntime", "none", False), ("tensorrt", "", False), ("tensorrt", "cpu", True),
+    ],
+)  # fmt: skip
+def test_the_cpu_stands_in_for_a_missing_gpu_where_the_model_may_fall_back(
+    backend: str, fallback: str, moves: bool
+) -> None:
+    asked = config(InstanceGroup("gpu", 2, (1, 7)), backend=backend, fallback=fallback)
+    if moves:
+        assert plan(asked, [CPU, *GPUS]) == [Placement(GPUS[1], 2, 1, 1, 2), Placement(CPU, 2, 2, 4, 2, "gpu:7")]
+        assert plan(config(InstanceGroup("gpu"), backend=backend, fallback=fallback), [CPU]) == [
+            Placement(CPU, 1, 4, 4, 4, "gpu:0")
+        ]
+    else:
+        with pytest.raises(errors.Unavailable):
+            plan(asked, [CPU, *GPUS])
 
 
 AFFINITY = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -40,6 +40,7 @@ class _Version(msgspec.Struct, array_like=True, gc=False):
     epoch: int = 0
     digest: str = ""
     artefacts: list[tuple[str, str]] = []  # precision and name, of each instance
+    links: list[tuple[str, str]] = []  # name, and why it is not the first, of each instance
 
 
 class _Pool(msgspec.Struct, array_like=True, gc=False):
@@ -96,8 +97,9 @@ def _version(state: VersionState) -> _Version:
         config = replace(config, proto=None)
     instances = [(each.device, each.provider) for each in state.instances]
     artefacts = [(each.precision, each.artefact) for each in state.instances]
+    links = [(each.link, each.reason) for each in state.instances]
     return _Version(
-        state.version, state.state, state.reason, config, proto, instances, state.epoch, state.digest, artefacts
+        state.version, state.state, state.reason, config, proto, instances, state.epoch, state.digest, artefacts, links
     )
 
 
@@ -110,9 +112,11 @@ def _read_version(found: _Version) -> VersionState:
     if config is not None and found.proto:
         config = replace(config, proto=_config_message(found.proto))
     # A process of the release before says nothing of them.
-    artefacts = found.artefacts or [("", "")] * len(found.instances)
+    unknown = [("", "")] * len(found.instances)
+    artefacts, links = found.artefacts or unknown, found.links or unknown
     instances = tuple(
-        InstanceState(*instance, *artefact) for instance, artefact in zip(found.instances, artefacts, strict=True)
+        InstanceState(*instance, *artefact, *link)
+        for instance, artefact, link in zip(found.instances, artefacts, links, strict=True)
     )
     return VersionState(
         found.version, found.state, found.reason, config, instances, epoch=found.epoch, digest=found.digest

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import json
+
 from gateway.config.model import TensorConfig
 from gateway.config.parse import config_json
 from gateway.errors import InvalidArgument, stopping
@@ -16,9 +18,15 @@ from gateway.transport.instances import configuration
 
 
 def health(service: Service, word: str) -> Reply:
-    """The reply to `GET /v2/health/{word}`, live or ready: 200 or, as Triton has it, 400."""
+    """The reply to `GET /v2/health/{word}`, live or ready: 200 or, as Triton has it, 400.
+
+    What runs on another engine than it should is ready, and is told in `degraded`.
+    """
     healthy = service.live() if word == "live" else service.ready()
-    return 200 if healthy else 400, [JSON], b'{"%b":%b}' % (word.encode(), b"true" if healthy else b"false")
+    told: dict[str, Any] = {word: healthy}
+    if word == "ready" and (degraded := service.degraded()):
+        told["degraded"] = degraded
+    return 200 if healthy else 400, [JSON], json.encode(told)
 
 
 def server_metadata(service: Service) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""`FallbackEngine`: the chain as an engine. A batch goes to the best link that is in use, and in the same call to the next
+when that cannot run it.
+
+What is a request's own fault is raised and tried nowhere else: an invalid input, or a batch that crashed its process, which
+the worker divides. `run` raises only when no link could do it. A link that fails goes out of use; `tend` tries it off the
+request path and takes it back. Every answer that is not the first link's says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from itertools import zip_longest
+
+from gateway import errors
+from gateway.artefacts import Artefact
+from gateway.engines.base import Engine, EngineCrashed, identity
+from gateway.engines.chain import Chain
+from gateway.engines.fallback.link import LiveLink, Start
+from gateway.engines.fallback.tender import Tender
+from gateway.types import Batch, BatchResult
+
+_OWN = (errors.InvalidArgument, errors.Unsupported, errors.Cancelled)
+_GONE = (errors.Unavailable, errors.NotFound, errors.Unauthenticated, errors.PermissionDenied)
+_MARGIN = 1.25  # what a run may take more than expected,
+_WAY = 0.002  # and the seconds that it takes to begin
+
+
+async def open_chain(chain: Chain, count: int, start: Start) -> list[FallbackEngine]:
+    """Load the best link that loads, and return `count` engines of the chain.
+
+    Raises `Unavailable` with every link's reason when none does.
+    """
+    tender = Tender([LiveLink(link, count, start) for link in chain.links])
+    await tender.begin()
+    return [FallbackEngine(tender, index, chain.warnings) for index in range(count)]
+
+
+class _TooSlow(Exception):
+    """A run was given up after so many seconds, so that the next link can still answer in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"it gave no answer in {seconds:.3f} s")
+        self.seconds = seconds
+
+
+class FallbackEngine:
+    """One instance's engines, one of each link. All that `open_chain` returns together share what is known of the links.
+
+    `link` is the name of the link that runs now, and `reason` why it is not the first, in words; empty if it is.
+    """
+
+    def __init__(self, tender: Tender, index: int, warnings: tuple[str, ...]) -> None:
+        self._tender = tender
+        self._index = index
+        self._warnings = warnings
+        self._closed = False
+
+    @property
+    def _engine(self) -> Engine:
+        return self._tender.current.engines[self._index]
+
+    @property
+    def link(self) -> str:
+        """See the class."""
+        return self._tender.current.name
+
+    @property
+    def reason(self) -> str:
+        """See the class."""
+        return self._tender.reason
+
+    @property
+    def provider(self) -> str:
+        """What it runs on now."""
+        return self._engine.provider
+
+    @property
+    def artefact(self) -> Artefact | None:
+        """The file it runs now."""
+        return self._engine.artefact
+
+    @property
+    def intended(self) -> Artefact | None:
+        """The file that it should run: the first link's."""
+        return self._tender.links[0].artefact
+
+    @property
+    def widest(self) -> int:
+        """The most cores that a run can use now."""
+        return self._engine.widest
+
+    @property
+    def concurrency(self) -> int:
+        """How many runs may be open at once now."""
+        return self._engine.concurrency
+
+    @property
+    def contained(self) -> bool:
+        """Whether this process outlives whatever a run does on the links that are loaded."""
+        return all(engine.contained for link in self._tender.links for engine in link.engines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the operator should know; the link that it runs on, if that is not the first."""
+        moved = (f"runs on {self.link}, {self.reason}",) if self.reason else ()
+        return (*self._warnings, *moved, *self._engine.warnings)
+
+    async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+        """See `Engine.run`. Raises the last link's error when all failed."""
+        failed: list[tuple[LiveLink, str]] = []
+        problem: Exception = errors.Unavailable("the engine is closed; it takes no more work")
+        for link, limit in self._candidates(batch, failed):
+            given = False
+            try:
+                async with aclosing(self._attempt(link, batch, limit)) as results:
+                    async for result in results:
+                        given = True
+                        if link is not self._tender.links[0]:
+                            self._sign(result, link, failed)
+                        yield result
+            except Exception as error:  # an engine may raise anything; what it means is judged
+                if given or self._closed:
+                    raise
+                failed.append((link, self._judge(link, batch, error)))
+                problem = error
+            else:
+                self._tender.answered(link, failed, len(batch.requests))
+                return
+        raise problem
+
+    async def tend(self, changed: Callable[[], None]) -> None:
+        """Bring links back, and load those that may be needed soon, until cancelled.
+
+        `changed` is called when `link` is another. Only one of the engines that share a chain has anything to do.
+        """
+        if self._index == 0:
+            await self._tender.run(changed)
+
+    def counted(self) -> tuple[Counter[str], Counter[str]]:
+        """Requests by the link that answered them, and by the reason why that was not the first; since the last call."""
+        return self._tender.counted()
+
+    async def close(self) -> None:
+        """Close this instance's engine of every link."""
+        self._closed = True
+        await asyncio.gather(*(link.close(self._index) for link in self._tender.links))
+
+    # --- which links, and for how long
+
+    def _candidates(self, batch: Batch, failed: list[tuple[LiveLink, str]]) -> Iterator[tuple[LiveLink, float | None]]:
+        """The links to try, best first, each with the seconds after which the next one should have its turn.
+
+        Those that are out of use or too slow come last, the most dependable of them first: they are the only hope left.
+        """
+        if self._closed:
+            return
+        links = [link for link in self._tender.links if link.used]
+        tried = []
+        deadline = min((each.deadline for each in batch.requests if each.deadline is not None), default=None)
+        for link, following in zip_longest(links, links[1:]):
+            limit = None if deadline is None else _limit(following, batch.rows, deadline - time.monotonic())
+            expected = link.times.predict(batch.rows)
+            if limit is not None and expected is not None and expected > limit:
+                self._tender.doubt(link)
+                failed.append((link, "deadline"))
+            else:
+                tried.append(link)
+                yield link, limit
+        for link in reversed(self._tender.links):
+            if link not in tried:
+                yield link, None
+
+    async def _attempt(self, link: LiveLink, batch: Batch, limit: float | None) -> AsyncGenerator[BatchResult, None]:
+        """A run on one link. Raises `_TooSlow` when nothing has come of it after `limit` seconds."""
+        if link is not self._tender.links[0]:
+            batch = replace(batch, predicted=None)
+        sample, ended = self._tender.sample, None
+        if sample.wanted:
+            batch, ended = sample.watch(batch)
+        begun = time.monotonic()
+        async with aclosing(link.run(self._index, batch)) as results:
+            first: BatchResult | None = None
+            try:
+                async with asyncio.timeout(limit) as clock:
+                    first = await anext(results, None)
+            except TimeoutError:
+                if not clock.expired():
+                    raise
+                raise _TooSlow(time.monotonic() - begun) from None
+            if first is None:
+                return
+            link.times.learn(batch.rows, time.monotonic() - begun)
+            if ended is not None and ended(first):
+                self._tender.sampled()
+            yield first
+            async for result in results:
+                yield result
+
+    # --- what a failure means
+
+    def _judge(self, link: LiveLink, batch: Batch, error: Exception) -> str:
+        """Why a link failed, a word of REASONS. Raises the error when another link is not to try."""
+        tender = self._tender
+        if not link.engines:
+            tender.trip(link, "load", str(error) or type(error).__name__)
+            return "load"
+        if isinstance(error, _OWN):
+            raise error
+        if isinstance(error, EngineCrashed):
+            self._judge_crash(link, batch, error)
+            return "crash"
+        if isinstance(error, _GONE):
+            tender.trip(link, "unavailable", str(error), getattr(error, "retry_after", None) or 0.0)
+            return "unavailable"
+        if isinstance(error, _TooSlow | errors.DeadlineExceeded):
+            if isinstance(error, _TooSlow):
+                link.times.exceeded(batch.rows, error.seconds)
+            tender.doubt(link)
+            return "deadline"
+        tender.prepare(link)
+        if isinstance(error, errors.ResourceExhausted):
+            return "busy"
+        return "memory" if isinstance(error, MemoryError) else "error"
+
+    def _judge_crash(self, link: LiveLink, batch: Batch, error: EngineCrashed) -> None:
+        """Raise it when the batch is to blame: its parts are tried again, and one that crashes alone is not run elsewhere."""
+        if link.health.crashed(frozenset(map(id, batch.requests))):
+            self._tender.trip(link, "crash", str(error))
+            return
+        self._tender.prepare(link)
+        if error.sure:
+            raise error
+
+    def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:
+        """Say in an answer which link gave it, and why not the first."""
+        told = {**identity(link.engines[self._index]), "link": link.name, "fallback": self._tender.why(failed)}
+        result.parameters = {**(result.parameters or {}), **told}
+
+
+def _limit(following: LiveLink | None, rows: int, remaining: float) -> float | None:
+    """How long a run may take for the next link to answer in time still; None when that cannot, or nobody knows."""
+    if following is None or not following.engines:
+        return None
+    expected = following.times.predict(rows)
+    if expected is None or expected * _MARGIN + _WAY > remaining:
+        return None
+    return remaining - expected * _MARGIN - _WAY
