@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.calls import CallServer
 from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.frames import Ready
@@ -118,9 +119,12 @@ class Life:
         try:
             if infer is not None:
                 callers, called = socket.socketpair()
-                given.append(called.fileno())
+                area = Area.create() if areas else None
+                given += [called.fileno(), *([] if area is None else [area.descriptor])]
                 loop = asyncio.get_running_loop()
-                _, self.calls = await loop.create_connection(lambda: CallServer(infer, children.tasks), sock=callers)
+                _, self.calls = await loop.create_connection(
+                    lambda: CallServer(infer, children.tasks, area), sock=callers
+                )
             self.home.host(name, given, areas=bool(areas), calls=called is not None)
         finally:
             theirs.close()
