@@ -135,7 +135,17 @@ class Rig:
                 shutil.copytree(ROOT / "model_repo" / IMAGES, models / IMAGES)
             self.ports = servers.Ports(*servers.free_ports(3))
             listen = [f"--{kind}-port={port}" for kind, port in asdict(self.ports).items()]
-            command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(models), *listen]
+            command = [
+                sys.executable,
+                "-m",
+                "gateway",
+                "serve",
+                "--isolation",
+                "auto",
+                "--model-repository",
+                str(models),
+                *listen,
+            ]
             self.process = Process([*command, "--log-format", "json"], self.folder / "gateway.log")
             self.process.start()
             stack.callback(self.process.stop)
