@@ -184,7 +184,9 @@ def main() -> int:
         met = met and not any(run.errors for run in runs)
     print(json.dumps(found, indent=1))
     if args.out:
-        args.out.write_text(json.dumps({**provenance(), "found": found, "met": met, "runs": [*map(asdict, runs)]}, indent=1))
+        args.out.write_text(
+            json.dumps({**provenance(), "found": found, "met": met, "runs": [*map(asdict, runs)]}, indent=1)
+        )
     return 0 if met else 1
 
 
