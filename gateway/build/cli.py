@@ -130,13 +130,19 @@ def _model(options: argparse.Namespace) -> tuple[ModelConfig, Path]:
     repository = Repository(
         options.model_repository, engines.describe, config_name=options.model_config_name, gpus=range(_MOST_GPUS)
     )
-    found = repository.read(options.model)
+    found = repository.read(options.model, _override(options.config))
     version = options.version or max(found.versions)
     if version not in found.versions:
         raise errors.NotFound(
             f"model '{options.model}' has no version {version}; there are: {', '.join(map(str, found.versions))}"
         )
     return found.config, found.versions[version]
+
+
+def _override(file: str) -> dict[str, str]:
+    if not file:
+        return {}
+    return {"config": sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")}
 
 
 def _data(options: argparse.Namespace) -> Data:
@@ -167,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL")
     add("--model-repository", type=Path, action="append", required=True, metavar="DIR", help="as for gateway serve")
     add("--model-config-name", default="", metavar="NAME", help="as for gateway serve")
+    add("--config", default="", metavar="FILE", help="JSON in place of config.pbtxt; - for standard input")
     add("--version", type=_count, metavar="N", help="of the model (default: the newest)")
     add("--target", action="append", choices=TARGETS, help="what to build for; may be repeated (default: cpu)")
     add("--recipe", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
