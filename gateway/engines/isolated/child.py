@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -99,10 +100,14 @@ class Instance:
                 area.close()
 
     def _attempt(self, step: Callable[[], None]) -> None:
+        with suppress(BrokenPipeError):  # the gateway has let go of the instance, and the line says so next
+            self._try(step)
+
+    def _try(self, step: Callable[[], None]) -> None:
         try:
             step()
         except BrokenPipeError:
-            return  # the gateway is gone, and the line says so next
+            raise
         except errors.GatewayError as error:
             self._line.send(Failed(pack_error(error)))
         except EngineCrashed as problem:  # its device works again in a new process, and in no other way
