@@ -128,6 +128,7 @@ class Tender:
     async def run(self, changed: Callable[[], None]) -> None:
         """See `FallbackEngine.tend`."""
         self._changed = changed
+        self.counted()  # warm-up is nobody's request
         async with asyncio.TaskGroup() as tasks:
             for link in self.links:
                 if link.keeper is not None:
