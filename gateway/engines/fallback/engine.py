@@ -28,7 +28,8 @@ from gateway.types import Batch, BatchResult
 _OWN = (errors.InvalidArgument, errors.Unsupported, errors.Cancelled)
 _GONE = (errors.Unavailable, errors.NotFound, errors.Unauthenticated, errors.PermissionDenied)
 _MARGIN = 1.25  # what a run may take more than expected,
-_WAY = 0.002  # and the seconds that it takes to begin
+_WAY = 0.002  # the seconds that it takes to begin,
+_SHARE = 0.9  # and the part of the time left that is not kept for an event loop that is behind
 
 
 async def open_chain(links: Chain, count: int, start: Start) -> list[FallbackEngine]:
@@ -247,7 +248,7 @@ class FallbackEngine:
         """Raise it when it is too late for every request."""
         now = time.monotonic()
         if batch.requests and all(each.deadline is not None and each.deadline <= now for each in batch.requests):
-            raise error
+            raise errors.deadline_passed() from error
         if isinstance(error, _TooSlow):
             link.times.exceeded(batch.rows, error.seconds)
         self._tender.prepare(link)
@@ -267,7 +268,7 @@ def _limit(following: LiveLink | None, batch: Batch) -> float | None:
     expected = following.times.predict(batch.rows)
     if deadline is None or expected is None:
         return None
-    left = deadline - time.monotonic() - expected * _MARGIN - _WAY
+    left = (deadline - time.monotonic()) * _SHARE - expected * _MARGIN - _WAY
     return left if left > 0 else None
 
 

@@ -14,14 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gateway import errors
+from gateway.engines.chain import PRELOAD
 from gateway.engines.fallback.health import REASONS
 from gateway.engines.fallback.link import LiveLink
 from gateway.engines.fallback.sample import Sample
 from gateway.telemetry import log_event
-
-PRELOAD = "fallback.preload"
-"""The parameter: "true" loads every link at once in the background, "false" each when it is needed. Without it links are
-loaded as soon as the one before shows trouble, and at once behind a remote one, whose trouble is expected."""
 
 _TRY_SECONDS = {"remote": 2.0}  # for the sample; a device that hangs is no better than one that is gone
 _TRY_MOST = 10.0
