@@ -32,6 +32,7 @@ from loadtest.record import ROOT
 FLOATS = "floats"
 IMAGES = "efficientnet_lite0"
 IN_FLIGHT = 32
+FIRST_TAG = 1000  # of our own requests: no value that breaks a model
 GROWTH, SLACK = 0.03, 8 << 20  # of resident memory: a share of it, and bytes
 VALUES = {  # a number that makes the fake model do this
     "segfault": 13, "abort": 14, "exit": 15, "kill": 16, "sticky": 17, "hang": 18, "hang_gil": 19, "poison": 20, "oom": 21,
@@ -193,7 +194,7 @@ class Rig:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports.http, timeout=120)
         began = time.monotonic()
         try:
-            body = head + np.array([value, tag], values).tobytes()
+            body = head + np.array([value, FIRST_TAG + tag], values).tobytes()
             connection.request("POST", f"/v2/models/{model}/infer", body, headers)
             response = connection.getresponse()
             return Told(response.status, response.read(), time.monotonic() - began)

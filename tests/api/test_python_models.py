@@ -149,12 +149,14 @@ async def test_what_fails_at_load_is_told(tmp_path):
     write(tmp_path / "completes", "def auto_complete_config(config): raise ValueError('no shape')\n" + DOUBLE)
     write(tmp_path / "starts", "def initialize(self, args): raise ValueError('no weights')\n" + DOUBLE)
     write(tmp_path / "dies", "import os; os._exit(3)\n" + DOUBLE)
+    write(tmp_path / "dies_early", "import os; os._exit(3)\n" + COMPLETES + DOUBLE)
     async with serving(tmp_path) as gateway:
         told = {text.partition(":")[0]: text for text in gateway.failures()}
     assert "No module named 'no_such_package'" in told["imports"]
     assert "ValueError: no shape" in told["completes"]
     assert "ValueError: no weights" in told["starts"]
-    assert "died (status 3)" in told["dies"]
+    assert "the engine's process ended" in told["dies"]
+    assert "died (status 3)" in told["dies_early"]
 
 
 async def test_a_decoupled_model_streams_its_responses(tmp_path):
@@ -191,6 +193,64 @@ async def test_a_model_calls_others_though_all_cores_are_taken(tmp_path):
         assert around.status() == "400"
         assert "model 'self' cannot call 'self', which waits for it" in around.message()
         assert "Request for unknown model: 'nowhere' is not found" in (await failure(gateway, "lost")).message()
+
+
+async def test_a_model_calls_decoupled_models_and_hears_when_there_is_no_more(tmp_path):
+    write(tmp_path / "counts", COUNTS, CONFIG + "model_transaction_policy { decoupled: true }")
+    write(
+        tmp_path / "sums",
+        """
+        def execute(self, requests):
+            asked = pb_utils.InferenceRequest(model_name="counts", requested_output_names=["OUT"], inputs=requests[0].inputs())
+            came = [len(each.output_tensors()) for each in asked.exec(decoupled=True)]
+            out = np.array([[sum(came), len(came)]], np.float32)
+            return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", out)])]
+        """,
+    )
+    async with serving(tmp_path) as gateway:
+        assert await ask(gateway, "sums", (3, 0)) == [[3, 4]]  # the last says nothing
+        assert await ask(gateway, "sums", (3, 1)) == [[3, 3]]
+        assert await ask(gateway, "sums", (0, 0)) == [[0, 1]]
+
+
+async def test_large_calls_side_by_side_are_not_mixed_up(tmp_path):
+    large = CONFIG.replace("dims: [ 2 ]", "dims: [ -1 ]").replace("max_batch_size: 8", "")
+    write(tmp_path / "double", DOUBLE, large)
+    write(
+        tmp_path / "calls",
+        """
+        async def execute(self, requests):
+            import asyncio
+            asked = [pb_utils.InferenceRequest(model_name="double", requested_output_names=["OUT"],
+                                               inputs=[pb_utils.Tensor("IN", np.full(100_000, n, np.float32))])
+                     for n in range(8)]
+            answers = await asyncio.gather(*[each.async_exec() for each in asked])
+            arrays = [each.output_tensors()[0].as_numpy() for each in answers]
+            assert all(len(each) == 100_000 and (each == each[0]).all() for each in arrays)
+            return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.array([each[0] for each in arrays]))])]
+        """,
+        large,
+    )
+    async with serving(tmp_path) as gateway:
+        for _ in range(3):
+            async with grpc_client.InferenceServerClient(f"127.0.0.1:{gateway.ports['grpc']}") as client:
+                tensor = grpc_client.InferInput("IN", [1], "FP32")
+                tensor.set_data_from_numpy(np.zeros(1, np.float32))
+                answer = await client.infer("calls", [tensor])
+            assert answer.as_numpy("OUT").tolist() == [2.0 * n for n in range(8)]
+
+
+async def test_an_instance_is_told_of_its_end(tmp_path):
+    ended = tmp_path / "ended"
+    body = f"def finalize(self): import pathlib; pathlib.Path({str(ended)!r}).write_text('yes')\n"
+    write(tmp_path / "models" / "double", DOUBLE + body)
+    async with serving(tmp_path / "models", model_control_mode="explicit", load_model=("double",)) as gateway:
+        assert await ask(gateway, "double", (1, 2)) == [[2, 4]]
+        await gateway.service.unload("double")
+        await until(ended.exists)
+        ended.unlink()
+        await gateway.service.load("double", {})
+    assert ended.exists()
 
 
 async def test_a_model_that_dies_takes_nobody_with_it(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from gateway import engines, errors
 from gateway.app import Gateway, running
 from gateway.config.settings import Settings
+from gateway.engines import remote
 from gateway.engines.base import EngineSpec
 from gateway.repository import Repository
 from gateway.types import InferRequest, InferResponse
@@ -399,7 +400,7 @@ async def test_it_leaves_the_next_engine_the_time_to_answer(scheme: str) -> None
     script = Script(scheme)
     async with script.serving():
         followed = replace(config(script.url), parameters={"remote.url": script.url, "fallback": "remote,cpu"})
-        (engine,) = await engines.create(EngineSpec(followed, "1", Path(), "remote"), 1)
+        (engine,) = await remote.create(EngineSpec(followed, "1", Path(), "remote"), 1)
         try:
             await ask(engine)
             script.release.clear()

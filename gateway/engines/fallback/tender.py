@@ -18,6 +18,7 @@ from gateway.engines.chain import PRELOAD
 from gateway.engines.fallback.health import REASONS
 from gateway.engines.fallback.link import LiveLink
 from gateway.engines.fallback.sample import Sample
+from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 
 _TRY_SECONDS = {"remote": 2.0}  # for the sample; a device that hangs is no better than one that is gone
@@ -126,6 +127,26 @@ class Tender:
         """See `FallbackEngine.tend`."""
         self._changed = changed
         self.counted()  # warm-up is nobody's request
+        async with asyncio.TaskGroup() as tasks:
+            for link in self.links:
+                if link.keeper is not None:
+                    tasks.create_task(self._keep_plan(link, link.keeper))
+            await self._probe_when_due()
+
+    async def _keep_plan(self, link: LiveLink, keeper: PlanKeeper) -> None:
+        """Whenever a link to TensorRT does not load for want of a plan, have one built, and try it then."""
+        while True:
+            await link.refused.wait()
+            link.refused.clear()
+            try:
+                built = await keeper.prepare()
+            except errors.Unavailable:
+                continue  # the keeper has told why
+            if built:
+                link.health.mended(time.monotonic())
+                self._wake.set()
+
+    async def _probe_when_due(self) -> None:
         while True:
             self._wake.clear()
             if self._wanted:

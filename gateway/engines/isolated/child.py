@@ -51,7 +51,7 @@ from gateway.telemetry import log_event
 from gateway.types import Answer, Array, Batch, InferRequest, RequestedOutput
 
 _PACKET = 1 << 16
-_MOST_DESCRIPTORS = 4
+_MOST_DESCRIPTORS = 5
 _DEVICE_LOST = 75  # exit status: sysexits.h has it for what may go well the next time
 _decode_packet = msgspec.msgpack.Decoder(Host | Beat).decode
 _decode = msgspec.msgpack.Decoder(ToChild).decode
@@ -79,7 +79,10 @@ class Instance:
         self._line = ChildLine(socket.socket(fileno=rest.pop(0)))
         self._inputs = Area(rest.pop(0)) if host.areas else None
         self._outputs = Area(rest.pop(0)) if host.areas else None
-        self._calls = ChildCalls(socket.socket(fileno=rest.pop(0))) if host.calls else None
+        self._calls: ChildCalls | None = None
+        if host.calls:
+            line = socket.socket(fileno=rest.pop(0))
+            self._calls = ChildCalls(line, Area(rest.pop(0)) if host.areas else None)
         self._model: Any = None  # `Loaded` or `Answering`
 
     def serve(self) -> None:
@@ -101,8 +104,6 @@ class Instance:
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except BrokenPipeError:
-            return  # the gateway is gone, and the line says so next
         except errors.GatewayError as error:
             self._line.send(Failed(pack_error(error)))
         except EngineCrashed as problem:  # its device works again in a new process, and in no other way
