@@ -25,7 +25,7 @@ $(BIN)/python:
 	@touch $@
 
 serve: .venv/serve.done  ## Start the gateway on model_repo/ (HTTP 8000, gRPC 8001, metrics 8002)
-	$(BIN)/gateway serve --model-repository model_repo
+	$(BIN)/gateway serve --model-repository model_repo --model-repository model_repo/_python --allow-python-models
 
 check: .venv/test.done  ## Lint, types, import contracts, budgets
 	$(BIN)/ruff check .
@@ -42,7 +42,10 @@ test: check  ## Everything
 
 bench: .venv/test.done  ## The benchmarks; needs wrk and h2load (apt-get install wrk nghttp2-client)
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),bench]'
+	$(BIN)/python -m loadtest.photo --out photo.local.json
 	$(BIN)/python -m loadtest.bench --out bench.local.json
+	$(BIN)/python -m loadtest.isolation --out isolation.local.json
+	$(BIN)/python -m loadtest.isolation --crashes 200 --out crashes.local.json
 	$(BIN)/python -m loadtest.fleet_bench --out fleet.local.json --plot fleet.local.png
 
 models: .venv/models.done  ## Rebuild every model of model_repo/ from its packages

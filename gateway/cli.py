@@ -49,6 +49,7 @@ options:
 
 # Each is a module with `run(arguments)`, or the function that is named, imported for its command only.
 _ELSEWHERE = {
+    "build": "gateway.build.cli",
     "explain": "gateway.transport.explain",
     "jobs": "gateway.jobs.cli",
     "promote": "gateway.repository.promotion:promote",
@@ -260,7 +261,6 @@ def _models(settings: Settings) -> int:
 
 
 def _print_model(name: str, source: ModelSource, instances: int) -> None:
-    from gateway import artefacts
     from gateway.repository.promotion import listing
 
     config = source.config
@@ -273,7 +273,7 @@ def _print_model(name: str, source: ModelSource, instances: int) -> None:
         kind = "input " if tensor in config.inputs else "output"
         print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
     for path in source.versions.values():
-        for line in listing(path, config.default_model_filename, artefacts.device_kind("cpu")):
+        for line in listing(path, config.default_model_filename):
             print(f"    version {path.name}: {line}")
     for warning in source.warnings:
         print(f"    warning: {warning}")

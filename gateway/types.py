@@ -29,6 +29,9 @@ Parameter: TypeAlias = str | int | float | bool
 
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
 
+EMPTY_FINAL = "triton_enable_empty_final_response"
+"""The parameter by which a caller asks for a last response that says nothing but that it is the last."""
+
 _NUMPY = {
     "BOOL": "?",
     "UINT8": "u1",

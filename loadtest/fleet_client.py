@@ -42,7 +42,7 @@ AGAIN = 0.02  # seconds between attempts to connect, and until a refused client 
 _ERROR_BYTES = 300
 _CONFIG = """backend: "fake" max_batch_size: {rows} dynamic_batching {{ }}
 instance_group {{ count: 1 kind: KIND_CPU }}
-input {{ name: "IN" data_type: TYPE_INT64 dims: {dims} }} output {{ name: "OUT" data_type: TYPE_INT64 dims: {dims} }}
+input {{ name: "IN" data_type: TYPE_{datatype} dims: {dims} }} output {{ name: "OUT" data_type: TYPE_{datatype} dims: {dims} }}
 {parameters}
 """
 _PARAMETER = 'parameters {{ key: "{}" value {{ string_value: "{}" }} }}'
@@ -56,6 +56,7 @@ def write_model(
     per_row_us: float = 50.0,
     rows: int = 32,
     dims: int = 1,
+    datatype: str = "INT64",
     **more: str,
 ) -> None:
     """Put a fake model into a repository that answers with its input after so many microseconds.
@@ -65,7 +66,7 @@ def write_model(
     (repository / name / "1").mkdir(parents=True)
     given = {"a_us": f"{base_us:g}", "b_us": f"{per_row_us:g}"} | more
     parameters = "\n".join(_PARAMETER.format(*each) for each in given.items())
-    config = _CONFIG.format(rows=rows, dims=dims, parameters=parameters)
+    config = _CONFIG.format(rows=rows, dims=dims, datatype=datatype, parameters=parameters)
     (repository / name / "config.pbtxt").write_text(config)
 
 
@@ -77,6 +78,7 @@ class Plan:
     history: str  # the file to write
     client: str = "client"
     model: str = MODEL
+    datatype: str = "INT64"  # of eight bytes
     requests: int = -1  # -1: until told to stop
     rate: float = 0.0  # requests a second; 0: a closed loop
     concurrency: int = 32  # connections to each gateway, and the requests of a closed loop
@@ -139,7 +141,7 @@ class FleetClient:
         self._stopped = False
         self._done = asyncio.Event()
         self._first_tag = secrets.randbits(30) << 32
-        self._head = request_head(plan.model, plan.deadline_ms)
+        self._head = request_head(plan.model, plan.deadline_ms, datatype=plan.datatype)
         self._seconds = plan.deadline_ms / 1e3 or math.inf
 
     async def run(self, started: Callable[[], None] = lambda: None) -> None:
@@ -213,7 +215,7 @@ class FleetClient:
             return self._head
         key = [f"Idempotency-Key: {call.tag}"] if self._plan.idempotent else []
         left = max(1.0, self._plan.deadline_ms - 1e3 * late) if self._plan.deadline_ms else 0.0
-        return request_head(self._plan.model, left, *key)
+        return request_head(self._plan.model, left, *key, datatype=self._plan.datatype)
 
     # --- what connections say
 

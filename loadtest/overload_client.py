@@ -100,9 +100,9 @@ def kind_of(status: int, body: bytes, number: bytes) -> str:
     return UNAVAILABLE if status == 503 else f"status {status}"
 
 
-def request_head(model: str, deadline_ms: float, *headers: str) -> bytes:
-    """All of a request for one INT64 but the eight bytes of its value; without a deadline when that is 0."""
-    tensor = {"name": "IN", "shape": [1, 1], "datatype": "INT64", "parameters": {"binary_data_size": 8}}
+def request_head(model: str, deadline_ms: float, *headers: str, datatype: str = "INT64") -> bytes:
+    """All of a request for one number but its eight bytes; without a deadline when that is 0."""
+    tensor = {"name": "IN", "shape": [1, 1], "datatype": datatype, "parameters": {"binary_data_size": 8}}
     document = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}, separators=(",", ":"))
     lines = [
         f"POST /v2/models/{model}/infer HTTP/1.1",

@@ -1,7 +1,9 @@
 """What all tests may ask for."""
 
+import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -41,3 +43,12 @@ def ort_gpu_python() -> str:
     if not python:
         pytest.skip("needs LOCKGATE_ORT_GPU_PYTHON, a Python that has onnxruntime-gpu")
     return python
+
+
+@pytest.fixture(scope="session")
+def trtrtx_python() -> str:
+    """A Python that has tensorrt-rtx-cu13, onnx and this project's dependencies: this one, or LOCKGATE_TRTRTX_PYTHON."""
+    python = os.environ.get("LOCKGATE_TRTRTX_PYTHON", "")
+    if not python and importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("needs tensorrt-rtx-cu13: pip install 'lockgate[trtrtx]', or LOCKGATE_TRTRTX_PYTHON")
+    return python or sys.executable

@@ -16,7 +16,7 @@ from gateway.engines.python.model import PythonModel, load
 from gateway.scheduling.batch import stack
 from gateway.types import Answer, Batch, DataType, InferRequest, InferResponse, Tensor
 
-_versions = itertools.count(1)  # each is a package of its own, and this process keeps what it has imported
+_versions = itertools.count(1001)  # each is a package of its own, and this process keeps what it has imported
 
 CONFIG = """
 backend: "python" max_batch_size: 8

@@ -88,6 +88,8 @@ def _judge(version: Path, device: str, artefact: Artefact) -> Candidate:
         return Candidate(artefact, f"the gate failed it: {', '.join(artefact.reasons) or 'no reason given'}")
     if artefact.verdict == "unproven":
         return Candidate(artefact, "it was not proven on its device; run `gateway build --prove` there")
+    if device.endswith("unknown"):
+        return Candidate(artefact, f"what kind of device this is cannot be found out ({device})")
     if artefact.device != device:
         return Candidate(
             artefact, f"it was proven on {artefact.device} and this is {device}; run `gateway build --prove` here"

@@ -1,7 +1,7 @@
 """The processors and the memory of the machine, what its hypervisor and control groups take away, and the energy used.
 
 Read from /proc and /sys; what is not there, or may not be read, as energy by others than root, is None. Ratios are means
-since the last reading, since boot on the first. Blocking: 1 ms.
+since the last reading, since boot on the first. Blocking: 1 ms of CPU.
 """
 
 from __future__ import annotations

@@ -82,7 +82,9 @@ class FakeNvml:
         return len(self.gpus)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> FakeGpu:
-        """A handle, here the GPU itself."""
+        """A handle, here the GPU itself. Raises `FakeError` for a broken one."""
+        if self.gpus[index].refuses:
+            raise FakeError(self.gpus[index].refuses)
         return self.gpus[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:

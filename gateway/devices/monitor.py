@@ -18,7 +18,7 @@ from gateway.devices.health import Verdict, judge
 from gateway.devices.nvml import Gpu, Nvml, Reading
 from gateway.telemetry import log_event
 
-_PATIENCE = 5.0  # seconds for one reading of all GPUs, which takes milliseconds
+_PATIENCE = 5.0  # seconds for one reading of all GPUs
 
 
 @dataclass(slots=True)

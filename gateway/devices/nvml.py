@@ -7,8 +7,10 @@ of one model: NVML does not know CUDA's "fastest first". Blocking; a broken driv
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from typing import Any
 from gateway.config.environment import visible_gpus
 from gateway.telemetry import log_event
 
-_NOT_TOLD = {3, 4, 13}  # not supported, no permission, function not found: the GPU or its driver has no such figure
 _TIMEOUT = 10
 _LOST, _RESET = 15, 16
+# Errors of the GPU or its driver. Any other is of one figure, which this GPU, driver or container does not tell.
+_FATAL = {1, 9, _LOST, _RESET, 18, 28}  # not initialised, not loaded, ..., mismatch of versions, not found
 _SECONDS = 20.0  # a cold driver of eight GPUs without its persistence daemon takes several
 
 THROTTLES = {
@@ -73,7 +76,7 @@ class Nvml:
         self._nvml = module
         module.nvmlInit()
         self._handles = dict(_visible(module, visible_gpus()))
-        self.gpus = tuple(_describe(module, name, handle) for name, handle in self._handles.items())
+        self.gpus = tuple(self._describe(name, handle) for name, handle in self._handles.items())
         self._names = {gpu.uuid: gpu.name for gpu in self.gpus}
         self._events = self._watch()
 
@@ -87,6 +90,14 @@ class Nvml:
         if self._events is not None:
             self._ask("nvmlEventSetFree", self._events)
         self._ask("nvmlShutdown")
+
+    def _describe(self, name: str, handle: Any) -> Gpu:
+        nvml = self._nvml
+        uuid = nvml.nvmlDeviceGetUUID(handle)
+        whole = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith("MIG-") else handle
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(whole)
+        memory = self._ask("nvmlDeviceGetMemoryInfo", handle)  # a GPU that shares the CPU's has none to tell of
+        return Gpu(name, uuid, nvml.nvmlDeviceGetName(handle), f"{major}{minor}", 0 if memory is None else memory.total)
 
     def _reading(self, handle: Any, xids: tuple[int, ...]) -> Reading:
         nvml = self._nvml
@@ -113,12 +124,14 @@ class Nvml:
 
     def _ask(self, function: str, *arguments: Any) -> Any:
         """What a function returns, None where GPU or driver have no answer. Raises `NVMLError` for a broken GPU."""
+        if not hasattr(self._nvml, function):
+            return None  # packages of other years have other functions
         try:
             return getattr(self._nvml, function)(*arguments)
         except self._nvml.NVMLError as problem:
-            if problem.value in _NOT_TOLD:
-                return None
-            raise
+            if problem.value in _FATAL:
+                raise
+            return None
 
     def _watch(self) -> Any:
         """Have the driver keep Xid errors for this process; None where it does not, as inside of many containers."""
@@ -148,6 +161,9 @@ class Nvml:
 
 def open_nvml(module: Any = None) -> Nvml | None:
     """NVML, opened; None where there are no GPUs, or nothing to ask them with. The reason is said at debug level."""
+    if module is None and not _has_driver():
+        log_event("no_gpus", logging.DEBUG, reason="there is no NVIDIA driver")
+        return None
     try:
         module = module or importlib.import_module("pynvml")
     except ImportError:
@@ -174,6 +190,15 @@ def gpus() -> tuple[Gpu, ...]:
     return nvml.gpus
 
 
+def _has_driver() -> bool:
+    # The package takes 35 ms of CPU to be imported, and says the same.
+    try:
+        ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _in_time(work: Callable[[], Nvml]) -> Nvml:
     """Do work that a broken driver may never end, on a thread that nobody then waits for. Raises what it raises."""
     ended: list[Nvml | Exception] = []
@@ -197,7 +222,7 @@ def _in_time(work: Callable[[], Nvml]) -> Nvml:
 
 def _visible(nvml: Any, wanted: str | None) -> Iterator[tuple[str, Any]]:
     """Names and handles of what CUDA shows under this CUDA_VISIBLE_DEVICES. As in CUDA a bad entry ends the list."""
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+    handles = [handle for index in range(nvml.nvmlDeviceGetCount()) for handle in _handle(nvml, index)]
     if wanted is None:
         yield from ((f"gpu:{number}", handle) for number, handle in enumerate(handles))
         return
@@ -214,19 +239,20 @@ def _visible(nvml: Any, wanted: str | None) -> Iterator[tuple[str, Any]]:
         yield f"gpu:{number}", found[0]
 
 
+def _handle(nvml: Any, index: int) -> list[Any]:
+    """Nothing for a GPU that is broken, which CUDA passes over too."""
+    try:
+        return [nvml.nvmlDeviceGetHandleByIndex(index)]
+    except nvml.NVMLError as problem:
+        log_event("gpu_left_out", logging.WARNING, index=index, reason=str(problem))
+        return []
+
+
 def _slice(nvml: Any, uuid: str) -> list[Any]:
     try:
         return [nvml.nvmlDeviceGetHandleByUUID(uuid)]
     except nvml.NVMLError:
         return []
-
-
-def _describe(nvml: Any, name: str, handle: Any) -> Gpu:
-    uuid = nvml.nvmlDeviceGetUUID(handle)
-    whole = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if uuid.startswith("MIG-") else handle
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(whole)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    return Gpu(name, uuid, nvml.nvmlDeviceGetName(handle), f"{major}{minor}", memory)
 
 
 def _thousandth(value: int | None) -> float | None:

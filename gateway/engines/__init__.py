@@ -135,7 +135,8 @@ def runtime(backend: str) -> str:
 
 def gpus() -> list[str]:
     """The GPUs of this process, by name, where a backend is installed that can use them. Blocking: asks the driver."""
-    if not _has("onnxruntime-gpu") and importlib.util.find_spec("tensorrt") is None:
+    modules = ("tensorrt", "tensorrt_rtx")
+    if not _has("onnxruntime-gpu") and all(importlib.util.find_spec(module) is None for module in modules):
         return []
     return [gpu.name for gpu in nvml.gpus()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway import errors
-from gateway.types import Batch, Infer, InferRequest, Responses
+from gateway.types import EMPTY_FINAL, Batch, Infer, InferRequest, Responses
 
 
 def call(infer: Infer, batch: Batch, model: str, request: InferRequest) -> Responses:
@@ -19,6 +19,10 @@ def call(infer: Infer, batch: Batch, model: str, request: InferRequest) -> Respo
             "other for ever; put the two on one level, or copy the model under another name"
         )
     request.callers = tuple(callers)
+    request.parameters = {
+        **request.parameters,
+        EMPTY_FINAL: True,
+    }  # a model is told when there is no more, as in Triton
     tenants = {waiting.tenant for waiting in batch.requests}
     request.tenant = tenants.pop() if len(tenants) == 1 else ""
     bounds = [request.deadline, _last_deadline(batch)]

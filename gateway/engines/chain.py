@@ -133,7 +133,7 @@ def _known(spec: EngineSpec, on_gpu: Sequence[Artefact], on_cpu: Sequence[Artefa
     known = {} if own in FILES else {own: [_link(own, spec, own)]}
     there = replace(spec, device=_gpu(spec))
     here = spec
-    if spec.device.startswith("gpu:"):
+    if spec.device != "cpu":
         here = replace(spec, device="cpu", threads=spec.cpu_cores, cores=spec.cpu_cores)
     plans = [each for each in (*on_gpu, *on_cpu) if each.backend == "tensorrt"]
     known[_NATIVE] = [

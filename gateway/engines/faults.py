@@ -2,8 +2,8 @@
 
 Each parameter of this name is a value, and a run with it anywhere in the first input
 - `poison`: raises `Internal`; `oom`: asks for memory that no machine has;
-- `crash`: raises SystemError, or with `allow_crash` "true" is killed by SIGKILL, as by the machine when memory is short;
-- `segfault`, `abort`, `kill`: ends the process by that signal; `exit`: with a status;
+- `crash`: raises SystemError, or with `allow_crash` "true" does as `kill`;
+- `kill`, `segfault`, `abort`, `exit`: ends the process, by a signal or with status 3;
 - `hang`: waits until its engine closes; `hang_gil`: the same for good, and keeps the interpreter to itself;
 - `lost`: raises `EngineCrashed`, as an engine in a process of its own does when that has died;
 - `sticky`: does so too, and so does every later run of this process, as with a GPU after an illegal access;
@@ -33,7 +33,7 @@ from gateway.engines.base import DeviceOutOfMemory, EngineCrashed
 from gateway.types import Array
 
 _FOR_EVER = 1 << 30  # seconds
-_TOO_MUCH = 1 << 60  # bytes
+_TOO_MUCH = 1 << 46  # bytes
 
 
 class Faults:
@@ -47,10 +47,10 @@ class Faults:
             "hang": self._hang,
             "hang_gil": _keep_the_interpreter,
             "crash": self._crash,
-            "segfault": _read_nowhere,
-            "abort": os.abort,
             "kill": _kill,
-            "exit": _exit,
+            "segfault": _read_nowhere,
+            "exit": lambda: os._exit(3),
+            "abort": os.abort,
             "lost": _lose,
             "sticky": self._break,
             "oom": _allocate,
@@ -109,7 +109,7 @@ class Faults:
 
     def _crash(self) -> None:
         if self._config.parameters.get("allow_crash") == "true":
-            os.kill(os.getpid(), signal.SIGKILL)
+            _kill()
         raise SystemError("the fake model crashed, as its input asked")
 
     def _break(self) -> None:
@@ -131,10 +131,6 @@ def _lose() -> None:
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _exit() -> None:
-    os._exit(3)
 
 
 def _read_nowhere() -> None:

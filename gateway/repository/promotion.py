@@ -16,6 +16,7 @@ from gateway.artefacts import Candidate
 from gateway.config.arguments import parse_args
 from gateway.config.parse import empty, parse_text
 from gateway.config.settings import Settings
+from gateway.devices.nvml import gpus
 from gateway.repository import layout
 
 _FOLLOWS = (
@@ -40,8 +41,8 @@ def rollback(argv: Sequence[str]) -> int:
     return _run(parser, argv, lambda folder, _, __: artefacts.rollback(folder))
 
 
-def listing(folder: Path, file: str, device: str) -> Iterator[str]:
-    """What a version can be run from on a kind of device, a line each; nothing where nothing was ever built."""
+def listing(folder: Path, file: str) -> Iterator[str]:
+    """What a version can be run from on this machine, a line each; nothing where nothing was ever built."""
     known = artefacts.builds(folder)
     if not known:
         return
@@ -49,19 +50,20 @@ def listing(folder: Path, file: str, device: str) -> Iterator[str]:
         served = artefacts.promoted(folder)
         which = f"{served} is promoted" if served else "none is promoted; the newest has"
         yield f"builds {', '.join(map(str, known))}; {which}:"
-        found = artefacts.candidates(folder, device, file, served or known[-1])
+        kinds = dict.fromkeys(map(artefacts.device_kind, ["cpu", *(gpu.name for gpu in gpus())]))
+        found = [artefacts.candidates(folder, kind, file, served or known[-1]) for kind in kinds]
     except errors.GatewayError as problem:
         yield f"warning: {problem.message}"
         return
-    for candidate in found:
-        yield f"artefact {_line(candidate)}"
+    for on_each in zip(*found, strict=True):
+        yield f"artefact {_line(next((each for each in on_each if not each.reason), on_each[0]))}"
 
 
 def _line(candidate: Candidate) -> str:
     artefact = candidate.artefact
     times = f", {speedup:.2f}x the speed of FP32" if (speedup := artefacts.speedup(artefact)) else ""
     what = f"{artefact.name} ({artefact.precision}, {artefact.bytes / 1e6:.1f} MB{times})"
-    return f"{what}: {candidate.reason or f'passed on {artefact.device}, this device'}"
+    return f"{what}: {candidate.reason or f'passed on {artefact.device}, which is here'}"
 
 
 def _parser(name: str, text: str) -> argparse.ArgumentParser:
@@ -86,7 +88,7 @@ def _run(
         folder, file = _version(settings, options.model, options.version)
         build = change(folder, file, options)
         lines = [f"{options.model} version {folder.name}: {_from(build, file)} is served now; {_FOLLOWS}"]
-        lines += [f"    {line}" for line in listing(folder, file, artefacts.device_kind("cpu"))]
+        lines += [f"    {line}" for line in listing(folder, file)]
     except errors.GatewayError as problem:
         sys.stderr.write(f"{parser.prog}: {problem.message}\n")
         return 1

@@ -175,6 +175,8 @@ class Repository:
     def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
         """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
         assert self._auto_complete is not None
+        if proto.input and proto.output and not _mentions(model.parent.parent, b"auto_complete_config"):
+            return proto
         try:
             completed = json.loads(self._auto_complete(model, json.dumps(config_json(proto))))
         except GatewayError as problem:
@@ -193,6 +195,14 @@ class Repository:
             raise InvalidArgument(
                 f"{where} cannot be read: {text}. Check that the file is a whole ONNX model"
             ) from None
+
+
+def _mentions(folder: Path, word: bytes) -> bool:
+    """Whether any code in a model's folder may have the word."""
+    try:
+        return any(word in path.read_bytes() for path in folder.rglob("*.py") if path.is_file())
+    except OSError:
+        return True  # what cannot be read may
 
 
 def _override(parameters: Mapping[str, str]) -> str:

@@ -69,9 +69,10 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
 def pick(outputs: dict[str, Array], request: InferRequest, config: ModelConfig) -> dict[str, Tensor]:
     """The outputs that an engine gave to this request alone, as `split` gives them.
 
-    A decoupled model may leave outputs out of an answer, and its rows are its own. Raises `Internal` as `split` does.
+    A decoupled model, and any that is code, may leave outputs out of an answer, and its rows are its own. Raises
+    `Internal` as `split` does.
     """
-    if not config.decoupled:
+    if not (config.decoupled or config.is_code):
         return split(outputs, [request], config)[0]
     wanted = [output.name for output in request.outputs]
     return {

@@ -7,10 +7,7 @@ from typing import Protocol, Self
 
 from gateway import errors
 from gateway.service.route import Route
-from gateway.types import InferRequest, InferResponse, Responses
-
-EMPTY_FINAL = "triton_enable_empty_final_response"
-"""The parameter by which a client asks for a last response that says nothing but that it is the last."""
+from gateway.types import EMPTY_FINAL, InferRequest, InferResponse, Responses
 
 
 class Submit(Protocol):

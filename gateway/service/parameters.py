@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 from gateway import errors
-from gateway.service.inference import EMPTY_FINAL
-from gateway.types import InferRequest, Parameter
+from gateway.types import EMPTY_FINAL, InferRequest, Parameter
 
 
 def apply_parameters(request: InferRequest) -> None:

@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.grpc.aio
@@ -192,7 +193,7 @@ async def test_promote_and_rollback_change_what_is_served_on_a_load_command(fold
     assert [digests.index(digest) for digest in digests] == [0, 1, 2, 1, 0]
     out = capsys.readouterr().out
     assert "adder version 1: build 2 is served now; a server in poll mode follows by itself" in out
-    assert f"artefact int8 (INT8, 0.0 MB, 1.50x the speed of FP32): passed on {HERE}, this device" in out
+    assert f"artefact int8 (INT8, 0.0 MB, 1.50x the speed of FP32): passed on {HERE}, which is here" in out
     assert "adder version 1: its own file 'model.onnx' is served now" in out
 
 
@@ -204,8 +205,9 @@ async def test_a_promotion_is_seen_in_poll_mode(folder):
         artefacts.promote(version)
         await until(lambda: state(gateway).instances[0].artefact == "int8")
         assert await added(gateway) == 8.0
-        artefacts.rollback(version)
+        (artefacts.build_folder(version, 1) / "int8.onnx").write_bytes(adder(1.0))  # behind the gate's back
         await until(lambda: state(gateway).instances[0].artefact == "fp32")
+        assert await added(gateway) == 0.0
 
 
 def test_the_commands_refuse_in_words(folder, capsys):
@@ -239,7 +241,7 @@ def test_models_lists_artefacts_with_their_verdicts(folder, capsys):
     assert cli.main(["models", "--model-repository", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "version 1: builds 1; 1 is promoted:" in out
-    assert f"artefact int8 (INT8, 0.0 MB, 1.62x the speed of FP32): passed on {HERE}, this device" in out
+    assert f"artefact int8 (INT8, 0.0 MB, 1.62x the speed of FP32): passed on {HERE}, which is here" in out
     assert "artefact s8s8 (INT8, 0.0 MB, 1.50x the speed of FP32): the gate failed it: top1_agreement is 0.645" in out
     (artefacts.build_folder(version, 1) / "report.json").write_text("{")
     assert cli.main(["models", "--model-repository", str(folder)]) == 0
@@ -250,8 +252,14 @@ async def test_the_fleet_hears_of_artefacts(folder):
     version = write_adder(folder)
     artefacts.promote(version, built(version, made(device=HERE), files={"int8": adder(8.0)}))
     async with serving(folder) as gateway:
-        pools, _ = read_holding(pack_holding(gateway.queue.pools(), []))
-        assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8"),)
+        holding = pack_holding(gateway.queue.pools(), [])
+    pools, _ = read_holding(holding)
+    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8"),)
+    # A process of the release before says nothing of them.
+    models, names = msgspec.msgpack.decode(holding)
+    models[0][2][0].pop()
+    pools, _ = read_holding(msgspec.msgpack.encode([models, names]))
+    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU),)
 
 
 async def test_an_unknown_model_has_no_instances(folder):

@@ -8,11 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway import engines
+from gateway import artefacts, cli, engines
 from gateway.app import running
 from gateway.config.settings import Settings
+from gateway.devices import nvml
 from gateway.devices.fake_nvml import FakeGpu, FakeNvml
 from gateway.devices.nvml import gpus
+from tests.artefacts_support import built, made, write_adder
 from tests.support import until
 
 CONFIG = """backend: "fake" max_batch_size: 8 dynamic_batching {{ }} {group}
@@ -31,6 +33,7 @@ def machine(monkeypatch):
     fake = FakeNvml(FakeGpu("GPU-a", utilization=25), FakeGpu("GPU-b"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(nvml, "_has_driver", lambda: True)
     monkeypatch.setattr(engines, "_has", lambda _: True)
     gpus.cache_clear()
     yield fake
@@ -102,3 +105,12 @@ async def test_metrics_of_devices_can_be_left_out(folder, machine):
     assert "nv_gpu_" not in text
     assert "nv_cpu_" not in text
     assert "gateway_cpu_" not in text
+
+
+def test_artefacts_for_its_gpus_are_for_this_machine(folder, machine, capsys):
+    version = write_adder(folder)
+    artefacts.promote(version, built(version, made("fp16", "FP16", device="gpu:sm90"), made("fp8", device="gpu:sm89")))
+    assert cli.main(["models", "--model-repository", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "artefact fp16 (FP16, 0.0 MB, 1.50x the speed of FP32): passed on gpu:sm90, which is here" in out
+    assert "artefact fp8 (INT8, 0.0 MB, 1.50x the speed of FP32): it was proven on gpu:sm89 and this is cpu:" in out

@@ -214,6 +214,13 @@ def test_a_file_that_passed_on_two_kinds_of_device_is_chosen_on_both(version):
     assert names(version, VNNI) == ["int8-vnni", "fp32"]
 
 
+def test_on_a_device_that_nobody_knows_nothing_is_proven(version):
+    artefacts.promote(version, built(version, made(device="gpu:unknown")))
+    assert names(version, "gpu:unknown") == ["fp32"]
+    (candidate,) = artefacts.candidates(version, "gpu:unknown")
+    assert "cannot be found out" in candidate.reason
+
+
 def test_artefacts_of_a_model_that_was_replaced_are_stale(version, caplog):
     artefacts.promote(version, built(version, made()))
     (version / "model.onnx").write_bytes(b"a better model")

@@ -54,7 +54,15 @@ def test_no_driver_is_no_gpu_and_said_at_debug_level(events):
     assert events("no_gpus") == [{"reason": "Driver Not Loaded"}]
 
 
+def test_without_a_driver_the_package_is_not_even_imported(monkeypatch, events):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: False)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu("GPU-a")))
+    assert open_nvml() is None
+    assert events("no_gpus") == [{"reason": "there is no NVIDIA driver"}]
+
+
 def test_no_package_is_no_gpu(monkeypatch, events):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert open_nvml() is None
     assert events("no_gpus") == [{"reason": "the package nvidia-ml-py is not installed"}]
@@ -96,7 +104,18 @@ def test_only_what_cuda_shows_is_there_in_its_order(monkeypatch, visible, uuids)
     assert found == [(f"gpu:{number}", uuid) for number, uuid in enumerate(uuids)]
 
 
+def test_a_gpu_that_is_broken_from_the_start_is_left_out(events):
+    assert names(FakeGpu("GPU-a", refuses=GPU_IS_LOST), FakeGpu("GPU-b")) == [("gpu:0", "GPU-b")]
+    assert events("gpu_left_out") == [{"index": 0, "reason": "GPU is lost"}]
+
+
+def test_a_gpu_without_memory_of_its_own_is_one():
+    (gpu,) = open_nvml(FakeNvml(FakeGpu("GPU-a", lacks={"nvmlDeviceGetMemoryInfo"}))).gpus
+    assert gpu.memory == 0
+
+
 def test_the_kind_of_a_gpu_is_its_architecture(monkeypatch):
+    monkeypatch.setattr(nvml_module, "_has_driver", lambda: True)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(FakeGpu("GPU-a", capability=(8, 9)), FakeGpu("GPU-b")))
     assert [device_kind(f"gpu:{index}") for index in range(3)] == ["gpu:sm89", "gpu:sm90", "gpu:unknown"]
 
@@ -157,7 +176,11 @@ def test_what_a_gpu_does_not_tell_is_left_out():
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(GPU_IS_LOST, "fallen off the bus"), (RESET_REQUIRED, "nvidia-smi --gpu-reset"), (999, "Unknown Error")],
+    [
+        (GPU_IS_LOST, "fallen off the bus"),
+        (RESET_REQUIRED, "nvidia-smi --gpu-reset"),
+        (DRIVER_NOT_LOADED, "Driver Not Loaded"),
+    ],
 )
 def test_a_broken_gpu_says_so_and_the_other_is_read(code, words):
     broken = FakeGpu("GPU-a")
@@ -167,6 +190,20 @@ def test_a_broken_gpu_says_so_and_the_other_is_read(code, words):
     assert words in readings["gpu:0"].fault
     assert readings["gpu:0"].utilization is None
     assert readings["gpu:1"].fault == ""
+
+
+def test_an_error_of_one_figure_is_no_fault_of_the_gpu():
+    fake = FakeGpu("GPU-a")
+    nvml = Nvml(FakeNvml(fake))
+    fake.refuses = 999  # unknown
+    assert nvml.read()["gpu:0"] == Reading()
+
+
+def test_functions_that_a_package_has_not_are_not_asked(monkeypatch):
+    nvml = Nvml(FakeNvml(FakeGpu("GPU-a")))
+    monkeypatch.delattr(FakeNvml, "nvmlDeviceGetCurrentClocksThrottleReasons")
+    (reading,) = nvml.read().values()
+    assert (reading.throttles, reading.fault, reading.temperature) == (frozenset(), "", 40)
 
 
 def test_xid_errors_are_told_once_of_the_gpu_that_had_them():

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from gateway import errors
+from gateway.config.build import build
 from gateway.config.model import InstanceGroup, ModelConfig
+from gateway.config.parse import Source, parse_text
 from gateway.placement import Device, Placement, cpu_cores, devices, plan
 
+PYTHON = """
+backend: "python"
+input { name: "IN" data_type: TYPE_FP32 dims: 1 }
+output { name: "OUT" data_type: TYPE_FP32 dims: 1 }
+"""
 CPU = Device("cpu", "cpu", 4)
 GPUS = [Device("gpu:0", "gpu", 1), Device("gpu:1", "gpu", 1)]
 
@@ -132,3 +139,11 @@ def test_the_cpu_is_one_device() -> None:
     assert (cpu.name, cpu.kind) == ("cpu", "cpu")
     assert 1 <= cpu.cores <= AFFINITY
     assert devices(3)[0].cores == 3  # as the operator says, whatever is there
+
+
+def test_code_is_there_once_and_its_runs_have_one_core() -> None:
+    proto = parse_text(Source("config.pbtxt", PYTHON))
+    proto.name = "m"
+    assert plan(build(proto, Source("config.pbtxt")), [CPU]) == [Placement(CPU, 1, 1, 4)]
+    proto.instance_group.add(count=2)
+    assert plan(build(proto, Source("config.pbtxt")), [CPU]) == [Placement(CPU, 2, 1, 4)]

@@ -475,3 +475,59 @@ def test_a_dangling_link_is_no_obstacle(repository: Repository, root: Path) -> N
     (root / "m/1/gone").symlink_to(root / "nowhere")
     before = repository.changes({}).now
     assert repository.changes(before).changed == ()
+
+
+# --- models that are code
+
+
+def completed(path: Path, config: str) -> str:
+    fields = json.loads(config)
+    assert (path.name, fields["name"]) == ("model.py", "m")
+    tensor = {"name": "x", "data_type": "TYPE_FP32", "dims": [4]}
+    added = {"input": [tensor], "output": [{**tensor, "name": "y"}], "max_batch_size": 8, "dynamic_batching": {}}
+    return json.dumps(fields | added | {"backend": "fake", "model_transaction_policy": {"decoupled": True}})
+
+
+def test_code_completes_what_it_may_of_its_configuration(repository: Repository, root: Path) -> None:
+    put(root, {"m/1/model.py": "", "m/config.pbtxt": 'parameters { key: "k" value { string_value: "v" } }'})
+    assert "is not allowed" in refusal(repository)
+    repository.allow_python(completed)
+    config = repository.read("m").config
+    assert (config.backend, config.max_batch_size, config.decoupled) == ("python", 8, True)
+    assert config.batching is not None
+    assert config.inputs[0].dims == (4,)
+    assert config.parameters == {"k": "v"}
+
+
+def test_code_that_says_nothing_of_its_tensors_is_asked_to(repository: Repository, root: Path, describe) -> None:
+    put(root, {"m/1/model.py": ""})
+    describe.error = Unsupported("'model.py' does not say")
+    repository.allow_python(lambda _, config: config)
+    assert refusal(repository) == "m/1/model.py: 'model.py' does not say"
+
+
+def test_code_that_has_nothing_to_say_is_not_asked(repository: Repository, root: Path) -> None:
+    def refuse(path: Path, config: str) -> str:
+        raise InvalidArgument("asked")
+
+    repository.allow_python(refuse)
+    put(root, {"m/1/model.py": "class TritonPythonModel: ...", "m/config.pbtxt": TENSORS})
+    assert repository.read("m").config.is_code
+    put(root, {"m/1/model.py": "def auto_complete_config(config): ..."})
+    assert refusal(repository) == "m/config.pbtxt: asked"
+
+
+def test_whoever_may_load_models_does_not_say_what_is_code(repository: Repository, root: Path) -> None:
+    put(root, {"m/1/model.py": "", "m/config.pbtxt": TENSORS})
+    repository.allow_python(lambda _, config: config)
+    assert repository.read("m").config.is_code
+    override = {"config": '{"backend": "python", "default_model_filename": "../config.pbtxt"}'}
+    assert "is loaded as its config.pbtxt says and not by an override" in refusal(repository, "m", override)
+
+
+def test_only_code_is_decoupled(repository: Repository, root: Path) -> None:
+    decoupled = TENSORS + "model_transaction_policy { decoupled: true }"
+    put(root, {"m/1/model.py": "", "m/config.pbtxt": decoupled, "n/1/model.onnx": "", "n/config.pbtxt": decoupled})
+    repository.allow_python(lambda _, config: config)
+    assert repository.read("m").config.decoupled
+    assert "Only models of backend 'python' can be" in refusal(repository, "n")

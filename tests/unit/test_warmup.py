@@ -1,13 +1,15 @@
 """Warm-up: what is run before an instance is ready, and what a sample that cannot run says."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gateway import errors
 from gateway.config.model import Warmup, WarmupInput
-from gateway.types import BatchResult, DataType, Tensor
+from gateway.types import Answer, BatchResult, DataType, Tensor
+from gateway.worker.probe import measurable
 from gateway.worker.warmup import warm_up
 from tests.support import model_config, tensor_config
 
@@ -148,3 +150,19 @@ async def test_a_sample_that_fails_fails_the_load(tmp_path):
     with pytest.raises(errors.Internal) as caught:
         await warm_up(Recorder(fails=True), model_config(warmup=(sample("zero"),)), tmp_path, (1,))
     assert caught.value.message == "model_warmup sample 's' failed: index out of range"
+
+
+async def test_code_is_run_on_its_own_samples_only_and_one_that_it_refuses_is_an_error(tmp_path):
+    class Refusing(Recorder):
+        async def run(self, batch):
+            self.runs.append(batch.requests)
+            yield BatchResult({}, *[time.monotonic_ns()] * 3, [Answer(0, None, errors.InvalidArgument("not this"))])
+
+    engine = Refusing()
+    config = replace(model_config(), backend="python")
+    assert not measurable(config)
+    assert await warm_up(engine, config, tmp_path, (1,)) is None
+    assert engine.runs == []
+    with pytest.raises(errors.Internal, match="sample 's' failed: not this"):
+        await warm_up(engine, replace(config, warmup=(sample("zero"),)), tmp_path, (1,))
+    assert len(engine.runs[0]) == 1

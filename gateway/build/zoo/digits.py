@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "digits"
 HELD_OUT = 540
+CALIBRATION = 128  # training digits that `gateway build` may learn ranges from
 SAMPLE_ROWS = 10
 SEED = 0
 EPOCHS = 25
@@ -49,6 +50,7 @@ def build() -> tuple[list[Model], str]:
         "labels.txt": "".join(f"{digit}\n" for digit in range(10)).encode(),
         "sample_request.json": infer_body("digits sample", {"image": pixels[:SAMPLE_ROWS]}, ["logits"]),
         "held_out.npz": _npz(images=held_images, labels=held_labels),
+        "calibration.npz": _npz(images=images[:CALIBRATION]),
     }
     report = f"{right}/{HELD_OUT} held-out digits right ({right / HELD_OUT:.4f}), ONNX = torch to {difference:.1g}"
     return [Model(NAME, content, CONFIG, beside)], report

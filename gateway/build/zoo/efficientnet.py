@@ -31,6 +31,9 @@ max_batch_size: 32
 input [ {{ name: "image" data_type: TYPE_FP32 format: FORMAT_NCHW dims: [ 3, 224, 224 ] }} ]
 output [ {{ name: "logits" data_type: TYPE_FP32 dims: [ 1000 ] label_filename: "labels.txt" }} ]
 dynamic_batching {{ }}
+parameters {{ key: "preprocess" value {{ string_value: "crop=0.875 resize=bicubic mean=127 std=128" }} }}
+parameters {{ key: "gate.top1_agreement" value {{ string_value: "0.94" }} }}
+parameters {{ key: "gate.accuracy_loss" value {{ string_value: "0.025" }} }}
 """
 
 

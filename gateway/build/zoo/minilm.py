@@ -117,7 +117,7 @@ def _noise(batch: int, length: int) -> dict[str, NDArray[np.int64]]:
 
 
 def _compare(full: Callable[..., Any], small: Callable[..., Any], tokenizer_file: Path) -> str:
-    texts = _sentences()
+    texts = sentences()
     batches = [tokens(tokenizer_file, texts[start : start + 16]) for start in range(0, len(texts), 16)]
     expected, found = (np.concatenate([run(batch) for batch in batches]) for run in (full, small))
     alone = np.concatenate([small(tokens(tokenizer_file, (text,))) for text in texts])
@@ -131,7 +131,7 @@ def _compare(full: Callable[..., Any], small: Callable[..., Any], tokenizer_file
     )
 
 
-def _sentences() -> tuple[str, ...]:
+def sentences() -> tuple[str, ...]:
     """Real sentences that are installed anyway: the first line of each of SciPy's public docstrings."""
     found: dict[str, None] = {}
     for name in REPORT_MODULES:

@@ -127,6 +127,7 @@ class Tender:
     async def run(self, changed: Callable[[], None]) -> None:
         """See `FallbackEngine.tend`."""
         self._changed = changed
+        self.counted()  # warm-up is nobody's request
         while True:
             self._wake.clear()
             if self._wanted:

@@ -19,6 +19,7 @@ from typing import cast
 import msgspec
 
 from gateway import errors
+from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.frames import CHUNK, Abandoned, Ask, Frame, Frames, GiveUp, Message, Reply, pack
 from gateway.message import BadMessage, pack_error, pack_request, pack_response, unpack_error, unpack_request
 from gateway.message import unpack_response as read_response
@@ -26,6 +27,7 @@ from gateway.telemetry import log_event
 from gateway.types import Buffer, Infer, InferRequest, InferResponse
 
 _MOST_CALLS = 256  # open at once, of one instance
+_LARGE = 1 << 16  # bytes
 _decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply | Abandoned).decode
 
@@ -33,8 +35,11 @@ _decode_reply = msgspec.msgpack.Decoder(Reply | Abandoned).decode
 class ChildCalls:
     """The `Channel` of an instance; a thread of its own hands the replies out."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, line: socket.socket, area: Area | None = None) -> None:
+        """What is large goes through `area`, where there is one and no other call has it."""
         self._socket = line
+        self._area = area
+        self._area_lock = threading.Lock()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._open: dict[int, SimpleQueue[tuple[Reply, Buffer] | None]] = {}
@@ -53,8 +58,9 @@ class ChildCalls:
         replies: SimpleQueue[tuple[Reply, Buffer] | None] = SimpleQueue()
         self._open[number] = replies
         ended = False
+        shared = self._share(parts)
         try:
-            self._send(Ask(number, header, request.deadline), parts)
+            self._send(Ask(number, header, request.deadline, shared), [] if shared else parts)
             while not ended:
                 reply = None if self._gone else replies.get()
                 if reply is None:
@@ -69,18 +75,34 @@ class ChildCalls:
             del self._open[number]
             if not ended:
                 self._send(GiveUp(number), [])
+            if shared:
+                self._area_lock.release()
 
     def cancelled(self, request: InferRequest) -> bool:
         """See `Channel.cancelled`."""
         late = request.deadline is not None and time.monotonic() > request.deadline
         return self._abandoned or self._gone or late
 
+    def _share(self, parts: list[Buffer]) -> int:
+        """Put them where the gateway finds them; how many bytes there are then, 0 when they must go by the line."""
+        size = sum(map(len, parts))
+        if self._area is None or size < _LARGE or not self._area_lock.acquire(blocking=False):
+            return 0
+        try:
+            block, at = self._area.room(size), 0
+        except OSError:
+            self._area_lock.release()
+            return 0
+        for part in parts:
+            block[at : at + len(part)] = part
+            at += len(part)
+        return size
+
     def _send(self, message: Message, parts: list[Buffer]) -> None:
+        data = b"".join([pack(message, sum(map(len, parts))), *parts])
         try:
             with self._lock:
-                self._socket.sendall(pack(message, sum(map(len, parts))))
-                for part in parts:
-                    self._socket.sendall(part)
+                self._socket.sendall(data)
         except OSError:
             self._gone = True
 
@@ -106,10 +128,11 @@ class ChildCalls:
 
 
 class CallServer(asyncio.Protocol):
-    """Answers the calls of one instance with `infer`; a task of `tasks` for each."""
+    """Answers the calls of one instance with `infer`; a task of `tasks` for each. What is large comes through `area`."""
 
-    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup, area: Area | None) -> None:
         self._infer = infer
+        self._area = area
         self._tasks = tasks
         self._frames = Frames()
         self._open: dict[int, asyncio.Task[None]] = {}
@@ -132,6 +155,13 @@ class CallServer(asyncio.Protocol):
         """Part of asyncio.Protocol. What runs for the instance is given up."""
         for task in self._open.values():
             task.cancel()
+        if self._area is not None:
+            self._area.close()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the model waits for others."""
+        return bool(self._open)
 
     def abandon(self) -> None:
         """Tell the model that the batch it runs has been given up."""
@@ -155,7 +185,7 @@ class CallServer(asyncio.Protocol):
 
     async def _answer(self, asked: Ask, payload: Buffer) -> None:
         try:
-            request = unpack_request(asked.header, payload)
+            request = unpack_request(asked.header, self._shared(asked.shared) if asked.shared else payload)
             request.deadline = asked.deadline
             async with aclosing(self._infer(request)) as responses:
                 async for response in responses:
@@ -170,6 +200,11 @@ class CallServer(asyncio.Protocol):
             log_event("call_failed", logging.ERROR, problem)
             error = errors.Internal("the call failed; the server's log has the details")
         self._send(Reply(asked.call, b"", pack_error(error), True), [])
+
+    def _shared(self, size: int) -> Buffer:
+        if self._area is None:
+            raise BadMessage("a call is said to be in shared memory, and there is none")
+        return memoryview(self._area.seen(size))[:size]
 
     def _send(self, message: Message, parts: list[Buffer]) -> None:
         if not self._line.is_closing():

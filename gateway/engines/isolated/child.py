@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import logging
+import os
 import pickle
 import socket
 import threading
@@ -22,7 +24,7 @@ import msgspec
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from gateway import errors
-from gateway.engines.base import EngineSpec
+from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.isolated import limits
 from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.calls import ChildCalls
@@ -45,10 +47,12 @@ from gateway.engines.isolated.frames import (
 from gateway.engines.isolated.layout import lay_out, read, read_form
 from gateway.engines.isolated.line import ChildLine
 from gateway.message import pack_error
+from gateway.telemetry import log_event
 from gateway.types import Answer, Array, Batch, InferRequest, RequestedOutput
 
 _PACKET = 1 << 16
-_MOST_DESCRIPTORS = 4
+_MOST_DESCRIPTORS = 5
+_DEVICE_LOST = 75  # exit status: sysexits.h has it for what may go well the next time
 _decode_packet = msgspec.msgpack.Decoder(Host | Beat).decode
 _decode = msgspec.msgpack.Decoder(ToChild).decode
 
@@ -75,7 +79,10 @@ class Instance:
         self._line = ChildLine(socket.socket(fileno=rest.pop(0)))
         self._inputs = Area(rest.pop(0)) if host.areas else None
         self._outputs = Area(rest.pop(0)) if host.areas else None
-        self._calls = ChildCalls(socket.socket(fileno=rest.pop(0))) if host.calls else None
+        self._calls: ChildCalls | None = None
+        if host.calls:
+            line = socket.socket(fileno=rest.pop(0))
+            self._calls = ChildCalls(line, Area(rest.pop(0)) if host.areas else None)
         self._model: Any = None  # `Loaded` or `Answering`
 
     def serve(self) -> None:
@@ -97,10 +104,11 @@ class Instance:
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except BrokenPipeError:
-            return  # the gateway is gone, and the line says so next
         except errors.GatewayError as error:
             self._line.send(Failed(pack_error(error)))
+        except EngineCrashed as problem:  # its device works again in a new process, and in no other way
+            log_event("device_lost", logging.ERROR, reason=str(problem))
+            os._exit(_DEVICE_LOST)
         except BaseException as problem:  # noqa: BLE001 - a model may raise anything, and the gateway must hear of it
             self._line.send(_told(problem))
 

@@ -24,13 +24,12 @@ from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
 from gateway.engines.isolated.life import Backend, Life, Origin, WrongAnswer
 from gateway.engines.isolated.link import NeverSeen
+from gateway.engines.isolated.patience import Patience
 from gateway.engines.threads import EngineThread
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult, Infer, InferRequest, Responses
 
-_FIRST_RUN = 60.0  # seconds that a run may take while none has succeeded
-_TIMES = 10  # as long as it was expected to take
 _FAREWELL = 4.0  # seconds that a model has to finish
 _A_MOMENT = 1.0  # seconds
 _FROM_OUTSIDE = ("killed", "silent")
@@ -73,7 +72,7 @@ class IsolatedEngine:
         self._origin = origin
         self._children = children
         self._tasks: asyncio.TaskGroup = children.tasks
-        self._patience = limits.patience(config)
+        self._patience = Patience(limits.patience(config))
         self._shares = origin.backend.shares and origin.spec.device == "cpu" and not limits.limited(config)
         self._alone = False  # lost its last process while others were at work there too
         self._turn = asyncio.Lock()
@@ -81,7 +80,6 @@ class IsolatedEngine:
         self._life: Life | None = None
         self._working: Life | None = None
         self._batch: Batch | None = None  # that runs now, or ran last
-        self._longest: float | None = None  # seconds of a run that went well
         self._changed = asyncio.Event()
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
@@ -111,6 +109,7 @@ class IsolatedEngine:
                 async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
                     async for result in results:
                         yield result
+                        self._learn(batch, result)
             else:
                 yield await self._computed(life, batch)
             self._breaker.succeeded()
@@ -154,12 +153,10 @@ class IsolatedEngine:
                 self._alone = True
                 life = await self._begin()
                 continue
-            seconds = (result.finished_ns - result.stacked_ns) / 1e9
-            if self._longest is None or seconds > self._longest:
-                self._longest = seconds
+            self._learn(batch, result)
             golden = self._origin.golden
             if golden.inputs is None and not golden.varies:
-                await life.keep_golden(batch, result, self._limit(None))
+                await life.keep_golden(batch, result, self._limit(batch))
             return result
 
     async def _explained(self, crash: EngineCrashed) -> Exception:
@@ -202,14 +199,20 @@ class IsolatedEngine:
             life.home.at_work.discard(self.name)
         self._turn.release()
 
-    def _limit(self, batch: Batch | None) -> float:
-        """Seconds after which a run is taken for hung."""
-        expected = self._longest if batch is None or batch.predicted is None else batch.predicted
-        return max(_FIRST_RUN if self._longest is None else 0.0, _TIMES * (expected or 0.0), self._patience)
+    def _limit(self, batch: Batch) -> float:
+        return self._patience.limit(batch.rows, batch.predicted)
+
+    def _learn(self, batch: Batch, result: BatchResult) -> None:
+        self._patience.learn(batch.rows, (result.finished_ns - result.stacked_ns) / 1e9)
 
     def _hung(self) -> None:
-        if self._life is not None:
-            self._life.home.kill("hang", self.name)
+        life = self._life
+        if life is None:
+            return
+        if life.calls is not None and life.calls.waiting:  # for models that have watchdogs of their own
+            life.link.be_patient(self._patience.least)
+        else:
+            life.home.kill("hang", self.name)
 
     # --- its process
 
@@ -243,12 +246,12 @@ class IsolatedEngine:
         life = Life(origin, home, self._lost)
         infer = origin.spec.infer if origin.backend.calls else None
         try:
-            seconds = await life.begin(infer and partial(self._call, infer), self._limit(None))
+            seconds = await life.begin(infer and partial(self._call, infer), self._patience.limit())
         except OSError as problem:
             raise errors.Unavailable(f"the process for the model is gone: {problem}") from problem
         self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
         if seconds is not None:
-            self._longest = max(self._longest or 0.0, seconds)
+            self._patience.learn(1, seconds)
         self._breaker.started()
         self._life = life
         self._tell()

@@ -115,11 +115,12 @@ FromChild: TypeAlias = Ready | Done | Answered | Finished | Failed
 
 
 class Ask(Message, tag="ask"):
-    """Run the request that `header` and the payload pack."""
+    """Run the request that `header` and the payload pack, which is in shared memory where `shared` says how long it is."""
 
     call: int
     header: bytes
     deadline: float | None
+    shared: Annotated[int, msgspec.Meta(ge=0, le=MOST)] = 0
 
 
 class GiveUp(Message, tag="give_up"):
@@ -173,7 +174,9 @@ class Exited(Message, tag="exited"):
 
 
 class Host(Message, tag="host"):
-    """Take in an instance: its line, its two areas where there are any and, with `calls`, a line for its calls."""
+    """Take in an instance: its line, its two areas where there are any and, with `calls`, a line for its calls and, where
+    there are areas, one for them.
+    """
 
     name: str
     areas: bool

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.calls import CallServer
 from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.frames import Ready
@@ -71,19 +72,22 @@ class Life:
         Returns how many seconds the test ran, None without one. The model calls others by `infer`.
         """
         origin = self._origin
+        self.home.at_work.add(origin.name)  # a load may keep the interpreter to itself, and the heartbeat waiting
         try:
             await self._move_in(infer)
             async with asyncio.timeout(_LOAD):
                 self.ready = await self.link.load(origin.spec, origin.backend.module, origin.backend.install)
-            if self.ready.answers:
-                return None
-            async with origin.golden.lock:
-                return await self._test(patience)
+            seconds = None
+            if not self.ready.answers:
+                async with origin.golden.lock:
+                    seconds = await self._test(patience)
         except BaseException:
             if hasattr(self, "link") and self.link.running:
                 self.home.kill("start", origin.name)
             self.end()
             raise
+        self.home.at_work.discard(origin.name)
+        return seconds
 
     def end(self) -> None:
         """Have it end, if it has not, and give back all it had."""
@@ -113,9 +117,12 @@ class Life:
         try:
             if infer is not None:
                 callers, called = socket.socketpair()
-                given.append(called.fileno())
+                area = None if memory.areas is None else Area.create()
+                given += [called.fileno(), *([] if area is None else [area.descriptor])]
                 loop = asyncio.get_running_loop()
-                _, self.calls = await loop.create_connection(lambda: CallServer(infer, children.tasks), sock=callers)
+                _, self.calls = await loop.create_connection(
+                    lambda: CallServer(infer, children.tasks, area), sock=callers
+                )
             self.home.host(name, given, areas=memory.areas is not None, calls=called is not None)
         finally:
             theirs.close()

@@ -335,6 +335,11 @@ class Link:
 
     # --- the watchdog
 
+    def be_patient(self, seconds: float) -> None:
+        """The run has not hung: ask again in so many seconds."""
+        assert self._hung is not None
+        self._watch(seconds, self._hung)
+
     def _watch(self, patience: float, hung: Callable[[], None]) -> None:
         """One timer for many runs, because to set one and take it back for each costs more than the rest of this."""
         self._due = self._loop.time() + patience

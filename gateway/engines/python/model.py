@@ -208,8 +208,10 @@ def import_model(folder: Path, filename: str) -> Any:
     for path in (str(folder.parent), str(folder)):
         if path not in sys.path:
             sys.path.append(path)
-    # A package named by the version, so that `from . import` works.
-    module = importlib.import_module(f"{folder.name}.{Path(filename).stem}")
+    # In a package named by the version, so that `from . import` works; and anew, because `pb_utils` is each model's own.
+    name = f"{folder.name}.{Path(filename).stem}"
+    sys.modules.pop(name, None)
+    module = importlib.import_module(name)
     kind = getattr(module, "TritonPythonModel", None)
     if kind is None:
         raise TritonModelException(f"{filename} has no class TritonPythonModel; name the model's class so")

@@ -6,13 +6,12 @@ Shared by all engines of a version on a device. Refuses, in words, what this bac
 from __future__ import annotations
 
 import math
-import re
-from collections import deque
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from gateway import errors
+from gateway.engines.tensorrt.log import ErrorLog
 from gateway.engines.tensorrt.packages import Package
 from gateway.engines.tensorrt.profiles import Profile, Range, Shape
 from gateway.types import DataType, ModelIO, TensorSpec
@@ -27,7 +26,6 @@ _DATATYPES = {
     "UINT8": DataType.UINT8,
     "BOOL": DataType.BOOL,
 }
-_PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
 
 
 class LoadedPlan:
@@ -36,9 +34,8 @@ class LoadedPlan:
     def __init__(self, package: Package, plan: bytes, label: str) -> None:
         """Raises `Unavailable` for a plan that TensorRT does not take, `Unsupported` for one that we cannot run."""
         self._trt = trt = package.api()
-        self._log: deque[str] = deque(maxlen=5)
-        self._logger = _logger(trt, self._log)  # must outlive all that is made with it
-        self._runtime = trt.Runtime(self._logger)
+        self._log = ErrorLog(trt)
+        self._runtime = trt.Runtime(self._log.logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise errors.Unavailable(
@@ -91,7 +88,7 @@ class LoadedPlan:
 
     def last_errors(self) -> str:
         """What TensorRT said went wrong, without paths; empty for nothing."""
-        return "; ".join(_PATH.sub("<path>", " ".join(text.split())) for text in self._log)[:500]
+        return str(self._log)
 
     def _spec(self, name: str) -> TensorSpec:
         if self._engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
@@ -143,18 +140,3 @@ class LoadedPlan:
                 )
             sizes[spec.name] = size
         return sizes
-
-
-def _logger(trt: Any, log: deque[str]) -> Any:
-    """TensorRT's logger that keeps the last errors; its class is one of TensorRT's, so it is made when that is there."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            """Part of trt.ILogger."""
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                log.append(msg)
-
-    return Logger()

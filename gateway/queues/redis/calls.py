@@ -174,7 +174,7 @@ class Calls:
         if sum(map(len, parts)) > INLINE:
             self._link.start(self._send_large(call, header, parts), "payload")
         else:
-            payload = parts[0] if len(parts) == 1 else b"".join(parts)
+            payload = b"".join(parts)  # which copies nothing where it is one piece of bytes
             self._add(call, header, wire.PAYLOAD, payload, (payload,))
 
     async def _send_large(self, call: RedisCall, header: bytes, parts: Sequence[Buffer]) -> None:

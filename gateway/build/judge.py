@@ -1,0 +1,105 @@
+"""Has each file answer the held-out rows and race FP32, on its own device or, where that is not here, simulated.
+
+A run is timed with as many cores as it has in a loaded server: one, unless the model's instance groups say less instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from gateway import artefacts, errors, placement
+from gateway.artefacts import Artefact, Measured
+from gateway.build import measure
+from gateway.build.data import Row
+from gateway.build.gate import Gate, drift, gate
+from gateway.build.measure import Runner
+from gateway.build.recipes import Recipe
+from gateway.build.source import Source
+
+Phase = Callable[[str], None]
+
+
+class Judge:
+    """The gate of one model, with FP32's answers to the held-out rows. Raises `Unavailable` when FP32 does not run."""
+
+    def __init__(self, source: Source, rows: Sequence[Row]) -> None:
+        self._source = source
+        self._rows = rows
+        # As many as a run gets when the server is loaded: what is asked is throughput.
+        self._threads = placement.plan(source.config, placement.devices())[0].threads
+        self._references = {"cpu": measure.load(source.file, threads=self._threads)}
+        self._present: dict[str, bool] = {}
+        self._expected = measure.answers(self._references["cpu"], rows)
+        labels = np.array([row.label for row in rows])
+        self.labelled = int((labels >= 0).sum())
+        self._labels = labels if self.labelled == len(rows) else None
+        self.gate: Gate = gate(source.config, self._expected, labelled=self._labels is not None)
+
+    def device(self, target: str) -> str:
+        """The kind of device that a target's files are judged on here; empty where there is none."""
+        return artefacts.device_kind("cpu" if target == "cpu" else "gpu:0") if self._here(target) else ""
+
+    def artefact(self, recipe: Recipe, file: Path, phase: Phase) -> Artefact:
+        """What the gate says of a file of the version."""
+        made = Artefact(
+            recipe.name,
+            file.relative_to(self._source.version).as_posix(),
+            recipe.backend,
+            recipe.precision,
+            artefacts.sha256(file),
+            file.stat().st_size,
+            self.device(recipe.target),
+        )
+        return self._judged(made, recipe, file, phase)
+
+    def _judged(self, made: Artefact, recipe: Recipe, file: Path, phase: Phase) -> Artefact:
+        here = self._here(recipe.target)
+        phase("comparing" if here else "comparing, simulated")
+        try:
+            runner = self._runner(recipe, file, here=here)
+            found = measure.answers(runner, self._rows)
+        except Exception as problem:  # noqa: BLE001 - whatever ONNX Runtime raises, it is the file that is at fault
+            text = problem.message if isinstance(problem, errors.GatewayError) else str(problem)[:300]
+            if here:
+                return msgspec.structs.replace(made, verdict="failed", reasons=(text,))
+            return msgspec.structs.replace(made, reasons=(f"not simulated: {text}; {_prove(recipe.target)}",))
+        accuracy = self.gate.compare(self._expected, found, self._labels)
+        if here and self._source.batched and "non_finite" not in accuracy:
+            accuracy["batch_drift"] = self._drift(runner)
+        speed = self._speed(runner, recipe.target, phase) if here else ()
+        absent = "" if here else f"answers were simulated in floating point; {_prove(recipe.target)}"
+        verdict, reasons = self.gate.judge(accuracy, speed, len(self._rows), absent)
+        limits = self.gate.thresholds(accuracy, timed=bool(speed))
+        return msgspec.structs.replace(
+            made, verdict=verdict, accuracy=accuracy, thresholds=limits, speed=speed, reasons=reasons
+        )
+
+    def _runner(self, recipe: Recipe, file: Path, *, here: bool) -> Runner:
+        if here:
+            return measure.load(file, target=recipe.target, threads=self._threads)
+        model = recipe.simulate(self._source) if recipe.simulate else file
+        return measure.load(model, simulated=True)
+
+    def _drift(self, runner: Runner) -> float:
+        rows = measure.companions(self._rows)
+        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows))
+
+    def _speed(self, runner: Runner, target: str, phase: Phase) -> tuple[Measured, ...]:
+        phase("timing")
+        if target not in self._references:
+            self._references[target] = measure.load(self._source.file, target=target, threads=self._threads)
+        most = self._source.config.max_batch_size
+        return tuple(measure.turns(self._references[target], runner, self._rows, most))
+
+    def _here(self, target: str) -> bool:
+        if target not in self._present:
+            self._present[target] = measure.present(target)
+        return self._present[target]
+
+
+def _prove(target: str) -> str:
+    return f"there is no {target} device here, so run `gateway build --prove` where there is"
