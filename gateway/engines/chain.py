@@ -8,9 +8,11 @@ says otherwise: "none" leaves the first link alone, a list such as "remote,cpu-i
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from gateway import errors
@@ -60,7 +62,24 @@ def read(spec: EngineSpec, backends: Collection[str]) -> Chain:
             problem = problem or nothing
     if problem is not None and not any(chosen.values()):
         raise problem
-    return links(spec, chosen["gpu"], chosen["cpu"], backends)
+    beside = _beside(spec)
+    on_cpu = [*chosen["cpu"], *(each for each in beside if not _quantized(spec.path / each.file))]
+    return links(spec, [*chosen["gpu"], *beside], on_cpu, backends)
+
+
+def _beside(spec: EngineSpec) -> list[Artefact]:
+    """The ONNX file of a model for TensorRT, which ONNX Runtime can run while there is no plan."""
+    given = spec.config.default_model_filename
+    name = given if given.endswith(".onnx") else "model.onnx"
+    if spec.config.backend != _NATIVE or not (spec.path / name).is_file():
+        return []
+    return [Artefact("fp32", name, "onnxruntime", "FP32", verdict="passed")]
+
+
+def _quantized(file: Path) -> bool:
+    """Whether an ONNX file is in INT8: one made for TensorRT has other answers from a CPU's integer kernels."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"QuantizeLinear") >= 0
 
 
 def _artefacts(spec: EngineSpec, device: str) -> list[Artefact]:

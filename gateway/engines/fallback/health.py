@@ -82,6 +82,11 @@ class Health:
         soon = now - self._recovered_at < _STEADY
         return min(2 * self._pause, self._longest) if soon else _FIRST
 
+    def mended(self, now: float) -> None:
+        """What was wrong is put right, by all that is known: probe it at once."""
+        if self.trouble:
+            self.retry_at = now
+
     def refused(self, reason: str, text: str, now: float) -> None:
         """A probe failed."""
         if self.trouble:

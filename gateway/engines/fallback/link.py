@@ -16,6 +16,7 @@ from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.chain import Link
 from gateway.engines.fallback.health import Health, Room, Times
 from gateway.engines.fallback.parts import Part, cut, joined, told
+from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult
 
@@ -37,6 +38,8 @@ class LiveLink:
         self.engines: Sequence[Engine] = ()  # none: not loaded
         self.health = Health(_PAUSES.get(self.config.backend, _PAUSE))
         self.times = Times()
+        self.keeper = PlanKeeper(link.spec) if self.config.backend == "tensorrt" else None
+        self.refused = asyncio.Event()  # by its backend, when it was to be loaded
         self._spec = link.spec
         self._count = count
         self._start = start
@@ -52,7 +55,11 @@ class LiveLink:
         """Have the engines there. Raises what their backend does."""
         async with self._loading:
             if not self.engines:
-                self.engines = await self._start(self._spec, self._count)
+                try:
+                    self.engines = await self._start(self._spec, self._count)
+                except Exception:
+                    self.refused.set()
+                    raise
                 self.times.forget()
 
     async def unload(self) -> None:

@@ -17,6 +17,7 @@ from gateway import errors
 from gateway.engines.fallback.health import REASONS
 from gateway.engines.fallback.link import LiveLink
 from gateway.engines.fallback.sample import Sample
+from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 
 PRELOAD = "fallback.preload"
@@ -128,6 +129,26 @@ class Tender:
         """See `FallbackEngine.tend`."""
         self._changed = changed
         self.counted()  # warm-up is nobody's request
+        async with asyncio.TaskGroup() as tasks:
+            for link in self.links:
+                if link.keeper is not None:
+                    tasks.create_task(self._keep_plan(link, link.keeper))
+            await self._probe_when_due()
+
+    async def _keep_plan(self, link: LiveLink, keeper: PlanKeeper) -> None:
+        """Whenever a link to TensorRT does not load for want of a plan, have one built, and try it then."""
+        while True:
+            await link.refused.wait()
+            link.refused.clear()
+            try:
+                built = await keeper.prepare()
+            except errors.Unavailable:
+                continue  # the keeper has told why
+            if built:
+                link.health.mended(time.monotonic())
+                self._wake.set()
+
+    async def _probe_when_due(self) -> None:
         while True:
             self._wake.clear()
             if self._wanted:
