@@ -36,7 +36,8 @@ class Judge:
         self._threads = placement.plan(source.config, placement.devices())[0].threads
         self._references = {"cpu": measure.load(source.file, threads=self._threads)}
         self._present: dict[str, bool] = {}
-        self._expected = measure.answers(self._references["cpu"], rows)
+        self._batch = source.rows(measure.BATCH)
+        self._expected = measure.answers(self._references["cpu"], rows, self._batch)
         labels = np.array([row.label for row in rows])
         self.labelled = int((labels >= 0).sum())
         self._labels = labels if self.labelled == len(rows) else None
@@ -63,7 +64,7 @@ class Judge:
         try:
             runner, here = self._opened(made, recipe, file)
             phase("comparing" if here else "comparing, simulated")
-            found = measure.answers(runner, self._rows)
+            found = measure.answers(runner, self._rows, self._batch)
         except Exception as problem:  # noqa: BLE001 - whatever ONNX Runtime raises, it is the file that is at fault
             return self._silent(made, recipe, problem)
         accuracy = self.gate.compare(self._expected, found, self._labels)
@@ -98,7 +99,7 @@ class Judge:
 
     def _drift(self, runner: Runner) -> float:
         rows = measure.companions(self._rows)
-        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows))
+        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows, self._batch))
 
     def _speed(self, runner: Runner, target: str, phase: Phase) -> tuple[Measured, ...]:
         phase("timing")

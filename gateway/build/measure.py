@@ -111,7 +111,7 @@ def present(target: str) -> bool:
     return True
 
 
-def answers(runner: Runner, rows: Sequence[Row], size: int = BATCH) -> list[Array]:
+def answers(runner: Runner, rows: Sequence[Row], size: int) -> list[Array]:
     """The outputs for all rows, each row's first axis put together again."""
     found = [runner.run(batch) for batch in batches(rows, size)]
     return [_joined([each[index] for each in found]) for index in range(len(runner.outputs))]

@@ -379,7 +379,7 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
         nonlocal looks
         looks += 1
         look(engine)
-        if looks == 3:
+        if looks >= 3:
             answered.set()
 
     async def infer(asked):
@@ -399,7 +399,7 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
     async with opened(spec) as (engine,):
         result = await run_arrays(engine, {"IN": asked.inputs["IN"].array}, requests=(asked,))
     assert result.answers[0].outputs["OUT"].tolist() == [[1, 1]]
-    assert looks == 3
+    assert looks >= 3
     assert crashes(home) == {}
 
 
