@@ -44,6 +44,8 @@ bench: .venv/test.done  ## The benchmarks; needs wrk and h2load (apt-get install
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),bench]'
 	$(BIN)/python -m loadtest.photo --out photo.local.json
 	$(BIN)/python -m loadtest.bench --out bench.local.json
+	$(BIN)/python -m loadtest.isolation --out isolation.local.json
+	$(BIN)/python -m loadtest.isolation --crashes 200 --out crashes.local.json
 	$(BIN)/python -m loadtest.fleet_bench --out fleet.local.json --plot fleet.local.png
 
 models: .venv/models.done  ## Rebuild every model of model_repo/ from its packages

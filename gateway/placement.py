@@ -58,15 +58,15 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     run of a Python model has one core. In place of a GPU that is not there it is the CPU, where the model may fall back
     to it; else `Unavailable` is raised.
     """
+    cpu = max((device.cores for device in available if device.kind == "cpu"), default=1)
     if config.backend == "remote":
-        return [Placement(REMOTE, 1, 1, 1)]
+        return [Placement(REMOTE, 1, 1, 1, cpu)]
     counts: dict[tuple[Device, str], int] = {}
     for group in config.instance_groups or (InstanceGroup(),):
         for device, missing in _devices_of(group, config, available):
             on_cpu = device.kind == "cpu" and not missing
             count = group.count or (device.cores if on_cpu else 1)
             counts[device, missing] = counts.get((device, missing), 0) + count
-    cpu = max((device.cores for device in available if device.kind == "cpu"), default=1)
     return [
         Placement(
             device, count, _threads(device.cores, count, config), device.cores, _threads(cpu, count, config), missing

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from loadtest.engine_images import ImageClient, Pictures
-from loadtest.engine_rig import FLOATS, GROWTH, IMAGES, IN_FLIGHT, SLACK, VALUES, Outcome, Rig, Told
-from loadtest.fleet import wait_until
+from loadtest.engine_rig import FIRST_TAG, FLOATS, GROWTH, IMAGES, IN_FLIGHT, SLACK, VALUES, Outcome, Rig, Told
+from loadtest.fleet import FleetError, wait_until
 from loadtest.history import check
 from loadtest.record import provenance
 
@@ -177,7 +177,7 @@ def nan(rig: Rig, pace: Pace) -> Outcome:
             time.sleep(pace.between)
             told = rig.send(VALUES["nan"], tag, FLOATS)
             rows = np.frombuffer(told.body[-16:], "<f8")
-            right = told.status == 200 and np.isnan(rows[0]) and rows[1] == tag
+            right = told.status == 200 and np.isnan(rows[0]) and rows[1] == FIRST_TAG + tag
             outcome.require(right, f"NaN in its own row and the other as it was, not {told.status} {rows}")
     outcome.require(not outcome.deaths, f"no process ends of it: {outcome.deaths}")
     return outcome.judge(RECOVERY)
@@ -211,27 +211,31 @@ def killed_from_outside(rig: Rig, pace: Pace) -> Outcome:
 def classifier(rig: Rig, pace: Pace) -> Outcome:
     """The image classifier on ONNX Runtime: its process is killed, made to fault and to abort, and stopped for good."""
     deadline_ms = 30_000.0
-    with _pictures(rig, deadline_ms) as outcome:
-        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT) * max(1, pace.kills // 5):
-            time.sleep(10 * pace.between)
+    with _pictures(rig, deadline_ms) as (client, outcome):
+        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT) * max(1, pace.kills // 5) + (signal.SIGSTOP,):
+            _await_answers(client)
+            ends = len(rig.deaths())
             rig.strike(number, IMAGES)
-        time.sleep(10 * pace.between)
-        ends = len(rig.deaths())
-        rig.strike(signal.SIGSTOP, IMAGES)
-        wait_until(lambda: len(rig.deaths()) > ends, "the process that stands still is replaced")
-        time.sleep(10 * pace.between)
+            wait_until(lambda ends=ends: len(rig.deaths()) > ends, "the process has ended")  # type: ignore[misc]
+        _await_answers(client)
     return outcome.judge(RECOVERY if pace.timed else math.inf)
 
 
+def _await_answers(client: ImageClient) -> None:
+    """Wait until each of those in flight has had its answer."""
+    there = len(client.history.records)
+    wait_until(lambda: len(client.history.records) >= there + IN_FLIGHT, "the requests in flight are answered")
+
+
 @contextmanager
-def _pictures(rig: Rig, deadline_ms: float) -> Iterator[Outcome]:
+def _pictures(rig: Rig, deadline_ms: float) -> Iterator[tuple[ImageClient, Outcome]]:
     outcome = Outcome()
     before = len(rig.deaths())
     client = ImageClient(rig.ports.http, Pictures(IMAGES, deadline_ms), deadline_ms, IN_FLIGHT)
     thread = threading.Thread(target=lambda: asyncio.run(client.run()), name="pictures")
     thread.start()
     try:
-        yield outcome
+        yield client, outcome
     finally:
         client.stop()
         thread.join()
@@ -280,7 +284,11 @@ def carry_out(name: str, pace: Pace) -> Outcome:
     each = FAULTS[name]
     more = {"watchdog_ms": str(pace.patience_ms)} if pace.patience_ms else {}
     with Rig(**each.rig, **more) as rig:
-        return each.run(rig, pace)
+        try:
+            return each.run(rig, pace)
+        except FleetError as problem:
+            message = f"{problem}\n{rig.process.tail()}"
+            raise FleetError(message) from None
 
 
 _COLUMNS = ("requests", "slowest_ms", "gap_ms", "deaths", "most_crashes", "recovery_ms", "poison_ms")

@@ -32,6 +32,7 @@ from loadtest.record import ROOT
 FLOATS = "floats"
 IMAGES = "efficientnet_lite0"
 IN_FLIGHT = 32
+FIRST_TAG = 1000  # of our own requests: no value that breaks a model
 GROWTH, SLACK = 0.03, 8 << 20  # of resident memory: a share of it, and bytes
 VALUES = {  # a number that makes the fake model do this
     "segfault": 13, "abort": 14, "exit": 15, "kill": 16, "sticky": 17, "hang": 18, "hang_gil": 19, "poison": 20, "oom": 21,
@@ -127,7 +128,7 @@ class Rig:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockgate-engines-")))
             models = self.folder / "models"
             faults = {name: str(value) for name, value in VALUES.items()}
-            given = {"isolation": "process", **faults, **self._more}
+            given = faults | self._more
             for name, datatype in ((MODEL, "INT64"), (FLOATS, "FP64")):
                 write_model(models, name, base_us=self._base_us, datatype=datatype, **given)
             if self._images:
@@ -135,7 +136,9 @@ class Rig:
             self.ports = servers.Ports(*servers.free_ports(3))
             listen = [f"--{kind}-port={port}" for kind, port in asdict(self.ports).items()]
             command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(models), *listen]
-            self.process = Process([*command, "--log-format", "json"], self.folder / "gateway.log")
+            self.process = Process(
+                [*command, "--isolation", "process", "--log-format", "json"], self.folder / "gateway.log"
+            )
             self.process.start()
             stack.callback(self.process.stop)
             try:
@@ -193,7 +196,7 @@ class Rig:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports.http, timeout=120)
         began = time.monotonic()
         try:
-            body = head + np.array([value, tag], values).tobytes()
+            body = head + np.array([value, FIRST_TAG + tag], values).tobytes()
             connection.request("POST", f"/v2/models/{model}/infer", body, headers)
             response = connection.getresponse()
             return Told(response.status, response.read(), time.monotonic() - began)

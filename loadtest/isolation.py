@@ -105,6 +105,8 @@ def judge(runs: list[Run]) -> dict[str, float]:
     found = {}
     if images := pairs(IMAGES):
         found["throughput_ratio"] = statistics.median(each["process"].rps / each["thread"].rps for each in images)
+        # On a machine that others use, this says more.
+        found["image_cpu_ratio"] = statistics.median(each["process"].cpu_us / each["thread"].cpu_us for each in images)
     if tiny := pairs(TINY):
         found["cpu_us_more"] = statistics.median(each["process"].cpu_us - each["thread"].cpu_us for each in tiny)
     return found

@@ -42,11 +42,16 @@ def add_sub(path: Path) -> bytes:
 
 
 def spec(version: Path, text: str = "", filename: str = "model.plan", **changes: Any) -> EngineSpec:
-    """A spec of the model add_sub, in a folder, for the fake package unless `text` names another."""
+    """A spec of the model add_sub, in a folder, for the fake package unless `text` names another.
+
+    A plan is run by TensorRT or not at all; an ONNX file by whatever can.
+    """
     package = (
         "" if "tensorrt_package" in text else "parameters { key: 'tensorrt_package' value { string_value: 'fake' } }"
     )
     config = f"platform: 'tensorrt_plan' backend: 'tensorrt' name: 'm' {ADD_SUB} {package} {text}"
+    if filename == "model.plan":
+        config += " parameters { key: 'fallback' value { string_value: 'none' } }"
     if "max_batch_size" not in text:
         config += " max_batch_size: 8"
     source = Source("m/config.pbtxt", f"{config} default_model_filename: '{filename}'")

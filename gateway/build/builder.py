@@ -44,8 +44,8 @@ class Rows:
     note: str
 
 
-def rows(source: Source, given: Data) -> Rows:
-    """Read the data. Raises `InvalidArgument` when there is none, or a row is in both sets."""
+def rows(source: Source, given: Data, *, calibrated: bool) -> Rows:
+    """Read the data; only where a recipe is to be `calibrated` is a lone set divided. Raises `InvalidArgument` when there is none, or a row is in both sets."""
     calibration = _read(source, given.calibration, "calibration", given.calibration_rows)
     held_out = _read(source, given.held_out, "held_out", given.held_out_rows)
     if calibration and held_out:
@@ -57,6 +57,8 @@ def rows(source: Source, given: Data) -> Rows:
             f"model '{source.config.name}' has no data to be judged by; give real inputs with --held-out (and "
             "--calibration), or put them beside the model as held_out.npz and calibration.npz"
         )
+    if not calibrated:
+        return Rows([], found, "nothing was calibrated")
     return Rows(
         *data.split(found, given.calibration_rows), "one set of data was divided into calibration and held-out rows"
     )
@@ -98,7 +100,7 @@ class Build:
     def run(self, recipes: Sequence[Recipe], skipped: dict[str, str]) -> int:
         """Make, judge, report. Raises `Unavailable` when a recipe that was named cannot be made here."""
         with workshop.workshop(self.source.version) as work:
-            names, found = [], []
+            found = []
             for recipe in recipes:
                 self.progress.begin(recipe.name)
                 try:
@@ -109,18 +111,14 @@ class Build:
                     skipped[recipe.name] = problem.message
                     self.progress.end(f"left out: {problem.message}")
                     continue
-                artefact = self.judge.artefact(recipe, file, self.progress.step)
-                self.progress.end(told(artefact))
-                names.append(file.name)
-                found.append(artefact)
+                found.append(self.judge.artefact(recipe, file, self.progress.step))
+                self.progress.end(told(found[-1]))
             work.record.skipped = skipped
             work.record.kind = f"{self.judge.gate.kind} ({self.judge.gate.why})"
             work.record.notes = [self.rows.note]
-            number = work.finish(names)
-            folder = artefacts.build_folder(self.source.version, number)
+            number = work.finish([Path(artefact.file).name for artefact in found])
             report = self._report([_moved(artefact, number) for artefact in found])
             publish(self.source.version, number, report, work.record)
-            assert folder.is_dir()
             return number
 
     def _made(self, work: Workshop, recipe: Recipe) -> Path:
@@ -145,7 +143,12 @@ class Build:
             lambda count: self.progress.tick(count / total),
             self.modelopt_python,
         )
-        recipe.make(job)
+        try:
+            recipe.make(job)
+        except (errors.GatewayError, ModuleNotFoundError):
+            raise
+        except Exception as problem:  # quantizers raise anything for a graph that they do not know
+            raise errors.Unsupported(f"it could not be made: {type(problem).__name__}: {problem}") from problem
         file = work.keep(name, key, unfinished)
         if file.suffix == ".onnx":
             self.progress.step("looking at its layers")
@@ -169,22 +172,26 @@ class Build:
         )
 
 
-def prove(source: Source, judge: Judge, number: int, progress: Callable[[int], Progress]) -> list[Artefact]:
-    """Judge the files of a build on this machine's devices, and put the verdicts in its report; returns them.
+def prove(
+    source: Source, given: Data, number: int, progress: Callable[[int], Progress], backend: str = ""
+) -> list[Artefact]:
+    """Judge the files of a build, or those for a backend, on this machine's devices, and put the verdicts in its report.
 
-    A file that was judged on another kind of device is listed for both. Raises `InvalidArgument` when a file is
+    Returns them. A file that was judged on another kind of device is listed for both. Raises `InvalidArgument` when a file is
     not the one that was built.
     """
     report = artefacts.read(source.version, number)
     assert report is not None
     if report.source_sha256 != source.sha256:
         raise errors.InvalidArgument(f"build {number} is of another '{source.file.name}'; run `gateway build` again")
+    calibrated = any(each.name in CATALOGUE and CATALOGUE[each.name].calibrated for each in report.artefacts)
+    judge = Judge(source, rows(source, given, calibrated=calibrated).held_out)
     bar = progress(len({each.file for each in report.artefacts}))
     entries, proven = list(report.artefacts), []
     for name, artefact in {each.file: each for each in report.artefacts}.items():
         recipe = CATALOGUE.get(artefact.name)
         device = judge.device(recipe.target) if recipe else ""
-        if recipe is None or not device:
+        if recipe is None or not device or backend not in ("", recipe.backend):
             continue
         file = source.version / name
         if not file.is_file() or artefacts.sha256(file) != artefact.sha256:

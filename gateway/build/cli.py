@@ -48,9 +48,13 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     if not recipes:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise errors.Unsupported(f"nothing can be made of model '{source.config.name}': {reasons}")
-    rows = builder.rows(source, _data(options))
+    progress = Progress(sys.stderr, len(recipes))
+    progress.begin(source.file.name)
+    progress.step("reading data")
+    rows = builder.rows(source, _data(options), calibrated=any(recipe.calibrated for recipe in recipes))
+    progress.step(f"answering {len(rows.held_out)} held-out rows")
     judge = Judge(source, rows.held_out)
-    build = Build(source, rows, judge, Progress(sys.stderr, len(recipes)), options.recipe, options.modelopt_python)
+    build = Build(source, rows, judge, progress, options.recipe, options.modelopt_python)
     number = build.run(recipes, skipped)
     report = artefacts.read(source.version, number)
     assert report is not None
@@ -59,6 +63,10 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     for name, why in skipped.items():
         sys.stdout.write(f"  not made: {name}: {why}\n")
     _compile_made(options, source, rows.calibration or rows.held_out, number)
+    if judge.device("tensorrt") and any(each.backend == "tensorrt" for each in report.artefacts):
+        found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files), "tensorrt")
+        sys.stdout.write(f"{_table(found)}\n")
+        report = artefacts.read(source.version, number) or report
     if any(each.verdict == "passed" for each in report.artefacts):
         sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
     return list(report.artefacts)
@@ -100,8 +108,7 @@ def _prove(options: argparse.Namespace) -> list[Artefact]:
     number = options.build or max(artefacts.builds(source.version), default=0)
     if not number:
         raise errors.NotFound(f"model '{source.config.name}' has no build to prove; run `gateway build` first")
-    judge = Judge(source, builder.rows(source, _data(options)).held_out)
-    found = builder.prove(source, judge, number, lambda files: Progress(sys.stderr, files))
+    found = builder.prove(source, _data(options), number, lambda files: Progress(sys.stderr, files))
     if not found:
         raise errors.Unavailable(f"none of build {number}'s artefacts is for a device of this machine")
     sys.stdout.write(f"{_table(found)}\n")
@@ -127,13 +134,19 @@ def _model(options: argparse.Namespace) -> tuple[ModelConfig, Path]:
     repository = Repository(
         options.model_repository, engines.describe, config_name=options.model_config_name, gpus=range(_MOST_GPUS)
     )
-    found = repository.read(options.model)
+    found = repository.read(options.model, _override(options.config))
     version = options.version or max(found.versions)
     if version not in found.versions:
         raise errors.NotFound(
             f"model '{options.model}' has no version {version}; there are: {', '.join(map(str, found.versions))}"
         )
     return found.config, found.versions[version]
+
+
+def _override(file: str) -> dict[str, str]:
+    if not file:
+        return {}
+    return {"config": sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")}
 
 
 def _data(options: argparse.Namespace) -> Data:
@@ -164,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL")
     add("--model-repository", type=Path, action="append", required=True, metavar="DIR", help="as for gateway serve")
     add("--model-config-name", default="", metavar="NAME", help="as for gateway serve")
+    add("--config", default="", metavar="FILE", help="JSON in place of config.pbtxt; - for standard input")
     add("--version", type=_count, metavar="N", help="of the model (default: the newest)")
     add("--target", action="append", choices=TARGETS, help="what to build for; may be repeated (default: cpu)")
     add("--recipe", action="append", default=[], metavar="NAME", help="only this one; may be repeated")

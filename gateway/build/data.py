@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -142,18 +143,15 @@ class _Reader:
             yield Row(self._preprocess.read(file), label)
         elif kind in (".npy", ".npz"):
             try:
-                loaded = np.load(file, allow_pickle=False)
-                arrays = dict(loaded) if kind == ".npz" else {"": loaded}
+                arrays = _load(file)
             except (OSError, ValueError) as problem:
                 raise errors.InvalidArgument(f"'{file.name}' cannot be read as arrays: {problem}") from None
             yield from self._rows(arrays, file.name)
 
     def _recording(self, file: Path) -> Iterator[Row]:
-        lines = file.read_text("utf-8").splitlines()[1:]
-        for arrival in sorted(map(json.loads, lines), key=lambda each: each["t"]):
+        for arrival in _arrivals(file):
             if arrival["model"] == self._config.name and "inputs" in arrival:
-                with np.load(file.parent / arrival["inputs"], allow_pickle=False) as loaded:
-                    arrays = dict(loaded)
+                arrays = _load(file.parent / arrival["inputs"])
                 for name, shape in arrival["strings"].items():
                     elements = decode_bytes(arrays[name].tobytes(), int(np.prod(shape)))
                     arrays[name] = elements.reshape(shape)
@@ -164,17 +162,7 @@ class _Reader:
 
     def _rows(self, arrays: dict[str, Array], where: str) -> Iterator[Row]:
         labels = next((arrays.pop(name) for name in _LABELS if name in arrays and name not in self._inputs), None)
-        if len(arrays) == len(self._inputs) == 1:
-            arrays = dict(zip(self._inputs, arrays.values(), strict=True))
-        missing = [name for name, tensor in self._inputs.items() if name not in arrays and not tensor.optional]
-        if missing:
-            raise errors.InvalidArgument(
-                f"'{where}' has no array '{missing[0]}'; it has {', '.join(arrays)}, and the model takes "
-                f"{', '.join(self._inputs)}"
-            )
-        fitting = {
-            name: self._fit(arrays[name], tensor, where) for name, tensor in self._inputs.items() if name in arrays
-        }
+        fitting = self._inputs_of(arrays, where)
         if not self._batched:
             yield Row(fitting)
             return
@@ -184,6 +172,17 @@ class _Reader:
         for index in range(counts.pop()):
             inputs = {name: array[index : index + 1] for name, array in fitting.items()}
             yield Row(inputs, int(labels[index]) if labels is not None else -1)
+
+    def _inputs_of(self, arrays: dict[str, Array], where: str) -> dict[str, Array]:
+        if len(arrays) == len(self._inputs) == 1:
+            arrays = dict(zip(self._inputs, arrays.values(), strict=True))
+        missing = [name for name, tensor in self._inputs.items() if name not in arrays and not tensor.optional]
+        if missing:
+            raise errors.InvalidArgument(
+                f"'{where}' has no array '{missing[0]}'; it has {', '.join(arrays)}, and the model takes "
+                f"{', '.join(self._inputs)}"
+            )
+        return {name: self._fit(arrays[name], self._inputs[name], where) for name in self._inputs if name in arrays}
 
     def _fit(self, array: Array, tensor: TensorConfig, where: str) -> Array:
         dims = (-1, *tensor.dims) if self._batched else tensor.dims
@@ -204,3 +203,21 @@ class _Reader:
         raise errors.InvalidArgument(
             f"'{where}' has {array.dtype} for input '{tensor.name}', which takes {tensor.datatype.name}; convert it"
         )
+
+
+def _load(file: Path) -> dict[str, Array]:
+    """The arrays of a file by name; that of a .npy file has none."""
+    loaded = np.load(file, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return {"": loaded}
+    with loaded:
+        return dict(loaded)
+
+
+def _arrivals(file: Path) -> list[dict[str, Any]]:
+    """The requests of a recording by their time; the line that a killed server left half written is no request."""
+    lines = file.read_text("utf-8").split("\n")[1:-1]
+    try:
+        return sorted(map(json.loads, lines), key=lambda arrival: float(arrival["t"]))
+    except (ValueError, KeyError, TypeError) as problem:
+        raise errors.InvalidArgument(f"'{file.name}' is not a recording of this version: {problem!r}") from None

@@ -6,6 +6,7 @@ A run is timed with as many cores as it has in a loaded server: one, unless the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,8 @@ from gateway.build.gate import Gate, drift, gate
 from gateway.build.measure import Runner
 from gateway.build.recipes import Recipe
 from gateway.build.source import Source
+from gateway.engines.base import EngineSpec
+from gateway.engines.tensorrt.plan import PlanMissing
 
 Phase = Callable[[str], None]
 
@@ -33,7 +36,8 @@ class Judge:
         self._threads = placement.plan(source.config, placement.devices())[0].threads
         self._references = {"cpu": measure.load(source.file, threads=self._threads)}
         self._present: dict[str, bool] = {}
-        self._expected = measure.answers(self._references["cpu"], rows)
+        self._batch = source.rows(measure.BATCH)
+        self._expected = measure.answers(self._references["cpu"], rows, self._batch)
         labels = np.array([row.label for row in rows])
         self.labelled = int((labels >= 0).sum())
         self._labels = labels if self.labelled == len(rows) else None
@@ -57,16 +61,12 @@ class Judge:
         return self._judged(made, recipe, file, phase)
 
     def _judged(self, made: Artefact, recipe: Recipe, file: Path, phase: Phase) -> Artefact:
-        here = self._here(recipe.target)
-        phase("comparing" if here else "comparing, simulated")
         try:
-            runner = self._runner(recipe, file, here=here)
-            found = measure.answers(runner, self._rows)
+            runner, here = self._opened(made, recipe, file)
+            phase("comparing" if here else "comparing, simulated")
+            found = measure.answers(runner, self._rows, self._batch)
         except Exception as problem:  # noqa: BLE001 - whatever ONNX Runtime raises, it is the file that is at fault
-            text = problem.message if isinstance(problem, errors.GatewayError) else str(problem)[:300]
-            if here:
-                return msgspec.structs.replace(made, verdict="failed", reasons=(text,))
-            return msgspec.structs.replace(made, reasons=(f"not simulated: {text}; {_prove(recipe.target)}",))
+            return self._silent(made, recipe, problem)
         accuracy = self.gate.compare(self._expected, found, self._labels)
         if here and self._source.batched and "non_finite" not in accuracy:
             accuracy["batch_drift"] = self._drift(runner)
@@ -78,22 +78,37 @@ class Judge:
             made, verdict=verdict, accuracy=accuracy, thresholds=limits, speed=speed, reasons=reasons
         )
 
-    def _runner(self, recipe: Recipe, file: Path, *, here: bool) -> Runner:
-        if here:
-            return measure.load(file, target=recipe.target, threads=self._threads)
+    def _silent(self, made: Artefact, recipe: Recipe, problem: Exception) -> Artefact:
+        """The verdict of a file that gives no answers."""
+        why = problem.message if isinstance(problem, errors.GatewayError) else str(problem)[:300]
+        if self._here(recipe.target):
+            return msgspec.structs.replace(made, verdict="failed", reasons=(why,))
+        return msgspec.structs.replace(made, reasons=(f"not simulated: {why}; {_prove(recipe.target)}",))
+
+    def _opened(self, made: Artefact, recipe: Recipe, file: Path) -> tuple[Runner, bool]:
+        """The file on its own device and True, else simulated; what TensorRT has not compiled yet is not there."""
+        if self._here(recipe.target):
+            if recipe.backend != "tensorrt":
+                return measure.load(file, target=recipe.target, threads=self._threads), True
+            version = self._source.version
+            spec = EngineSpec(self._source.config, version.name, version, "gpu:0", artefact=made)
+            with suppress(PlanMissing):
+                return measure.compiled(spec, self._references["cpu"].outputs), True
         model = recipe.simulate(self._source) if recipe.simulate else file
-        return measure.load(model, simulated=True)
+        return measure.load(model, simulated=True), False
 
     def _drift(self, runner: Runner) -> float:
         rows = measure.companions(self._rows)
-        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows))
+        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows, self._batch))
 
     def _speed(self, runner: Runner, target: str, phase: Phase) -> tuple[Measured, ...]:
         phase("timing")
-        if target not in self._references:
-            self._references[target] = measure.load(self._source.file, target=target, threads=self._threads)
+        # TensorRT too is held against FP32 in ONNX Runtime, which would answer in its place.
+        at = "gpu" if target != "cpu" and self._here("gpu") else "cpu"
+        if at not in self._references:
+            self._references[at] = measure.load(self._source.file, target=at, threads=self._threads)
         most = self._source.config.max_batch_size
-        return tuple(measure.turns(self._references[target], runner, self._rows, most))
+        return tuple(measure.turns(self._references[at], runner, self._rows, most))
 
     def _here(self, target: str) -> bool:
         if target not in self._present:
@@ -102,4 +117,4 @@ class Judge:
 
 
 def _prove(target: str) -> str:
-    return f"there is no {target} device here, so run `gateway build --prove` where there is"
+    return f"run `gateway build --prove` where there is a {'CUDA' if target == 'gpu' else 'TensorRT'} device"

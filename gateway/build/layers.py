@@ -34,22 +34,46 @@ def worst(source: Source, file: Path, rows: Sequence[Row]) -> Layers:
     import onnx
 
     reference, candidate = source.load(), onnx.load(file)
-    there = {name for node in candidate.graph.node for name in node.output}
-    names = [node.output[0] for node in reference.graph.node if node.op_type in _LAYERS and node.output[0] in there]
-    if not names:
+    pairs = _pairs(reference, {name for node in candidate.graph.node for name in node.output})
+    if not pairs:
         return ()
+    names = [name for name, _ in pairs]
     try:
-        runners = [measure.load(_opened(model, names), names, simulated=True) for model in (reference, candidate)]
+        runners = [
+            measure.load(_opened(model, values), values, simulated=True)
+            for model, values in ((reference, names), (candidate, [name for _, name in pairs]))
+        ]
     except errors.Unavailable:
         return ()
     difference, size = np.zeros(len(names)), np.zeros(len(names))
-    for batch in batches(rows[:: max(1, len(rows) // ROWS)][:ROWS], _AT_ONCE):
+    for batch in batches(rows[:: max(1, len(rows) // ROWS)][:ROWS], source.rows(_AT_ONCE)):
         for index, (expected, found) in enumerate(zip(*(runner.run(batch) for runner in runners), strict=True)):
             difference[index] += _squares(expected - found)
             size[index] += _squares(expected)
     share = np.sqrt(difference / np.maximum(size, 1e-24))
     order = np.argsort(-share, kind="stable")[:_WORST]
     return tuple((names[index], float(share[index])) for index in order)
+
+
+def _pairs(reference: Any, there: set[str]) -> list[tuple[str, str]]:
+    """For each layer the value to look at in FP32, and what it is called in the other graph."""
+    activation = {
+        node.input[0]: node.output[0]
+        for node in reference.graph.node
+        if node.op_type in ("Relu", "Clip") and node.input
+    }
+    pairs = []
+    for node in reference.graph.node:
+        if node.op_type not in _LAYERS:
+            continue
+        name = node.output[0]
+        # A quantizer drops a Relu that the range of its values stands for; what it is after that has a name of its own.
+        after = activation.get(name, name)
+        for pair in ((name, name), (after, f"{after}_DequantizeLinear_Output")):
+            if pair[1] in there:
+                pairs.append(pair)
+                break
+    return pairs
 
 
 def _opened(model: Any, names: Sequence[str]) -> bytes:

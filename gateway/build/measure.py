@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from gateway import errors, placement
+from gateway import artefacts, errors, placement
 from gateway.artefacts import Measured
 from gateway.build.data import Row, batches, together
-from gateway.types import Array
+from gateway.engines.base import EngineSpec
+from gateway.engines.threads import Loaded
+from gateway.telemetry import log_event
+from gateway.types import Array, Batch
 
 CPU = "CPUExecutionProvider"
-PROVIDERS = {"cpu": CPU, "gpu": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+PROVIDERS = {"cpu": CPU, "gpu": "CUDAExecutionProvider"}
 BATCH = 16  # rows of a run whose answers are compared
 _SIZES = (1, 8, 32, 128)
 _BURST = 0.005  # seconds: shorter runs are timed several at once
@@ -72,23 +75,43 @@ def load(
     return Runner(session, provider, names)
 
 
+def compiled(spec: EngineSpec, outputs: Sequence[str]) -> Runner:
+    """A TensorRT artefact by the engine that serves it. Raises `PlanMissing` when it is not compiled for this GPU."""
+    from gateway.engines.tensorrt import backend
+
+    (model,) = backend.load(spec, 1)
+    return Runner(_Plan(model), model.provider, tuple(outputs))
+
+
+class _Plan:
+    """What TensorRT loaded, used as a session is."""
+
+    def __init__(self, model: Loaded) -> None:
+        self._model = model
+
+    def run(self, names: Sequence[str], inputs: dict[str, Array]) -> list[Array]:
+        rows = len(next(iter(inputs.values())))
+        found = self._model.compute(inputs, Batch(rows, lambda: inputs, tuple(names)))
+        return [found[name] for name in names]
+
+
 def present(target: str) -> bool:
     """Whether what a target's artefacts run on is in this machine."""
-    import onnxruntime as ort
-
     if target == "cpu":
         return True
-    if PROVIDERS[target] not in ort.get_available_providers():
+    if artefacts.device_kind("gpu:0").endswith("unknown"):
         return False
+    if target == "tensorrt":
+        return True
     try:
         load(_identity(), target=target)
     except errors.Unavailable as problem:
-        logging.getLogger(__name__).debug("no %s: %s", target, problem)
+        log_event("device_not_usable", logging.WARNING, reason=problem.message)
         return False
     return True
 
 
-def answers(runner: Runner, rows: Sequence[Row], size: int = BATCH) -> list[Array]:
+def answers(runner: Runner, rows: Sequence[Row], size: int) -> list[Array]:
     """The outputs for all rows, each row's first axis put together again."""
     found = [runner.run(batch) for batch in batches(rows, size)]
     return [_joined([each[index] for each in found]) for index in range(len(runner.outputs))]

@@ -78,7 +78,9 @@ class Workshop:
         self.record.made = {name: self.record.made[name] for name in names}
         write_record(self.folder, self.record)
         for path in self.folder.iterdir():
-            if path.name not in (*names, _RECORD):
+            if path.is_dir():  # what a killed build left
+                shutil.rmtree(path)
+            elif path.name not in (*names, _RECORD):
                 path.unlink()
         number = artefacts.next_build(self._version)
         self.folder.rename(artefacts.build_folder(self._version, number))

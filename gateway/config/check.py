@@ -38,6 +38,7 @@ def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
     _check_priorities(proto, source)
     _check_ordering(proto, source)
     for group in proto.instance_group:
+        _check_profile(group, proto.backend, source)
         _check_group(group, gpus, source, may_leave=may_leave_gpu(proto.backend, _fallback(proto)))
     accelerators = proto.optimization.execution_accelerators
     for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
@@ -217,12 +218,17 @@ def _fallback(proto: ModelConfigProto) -> str:
     return str(proto.parameters["fallback"].string_value) if "fallback" in proto.parameters else ""
 
 
+def _check_profile(group: Any, backend: str, source: Source) -> None:
+    if group.profile and backend != "tensorrt":
+        raise source.error(
+            f"instance group {group.name} has a profile, which is only supported for TensorRT models", "profile"
+        )
+
+
 def _check_group(group: Any, gpus: Sequence[int], source: Source, *, may_leave: bool) -> None:
     head = f"instance group {group.name}"
     if group.count < 0:
         raise source.error(f"{head} has a negative count; leave it out or use 1 or more", "instance_group", "count")
-    if group.profile:
-        raise source.error(f"{head} has a profile, which is only supported for TensorRT models", "profile")
     if group.kind == group.KIND_GPU and not may_leave:
         if not gpus:
             raise source.error(

@@ -109,6 +109,9 @@ _WITHOUT_EFFECT = (
         ("dynamic_batching", "priority_levels"),
         "Set it to the number of levels; without it all requests have the same priority",
     ),
+    Gap(
+        _groups("profile"), ("instance_group", "profile"), "Of a plan's profiles the one is taken that fits the request"
+    ),
     Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
     Gap(
         _groups("passive", "secondary_devices", "host_policy"),

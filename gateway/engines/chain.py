@@ -8,9 +8,11 @@ says otherwise: "none" leaves the first link alone, a list such as "remote,cpu-i
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from gateway import errors
@@ -22,6 +24,10 @@ FILES = ("onnxruntime", "tensorrt")
 """The backends that run files which `gateway build` makes."""
 
 CPU = "CPUExecutionProvider"
+
+PRELOAD = "fallback.preload"
+"""The parameter: "true" loads every link at once in the background, "false" each when it is needed. Without it links are
+loaded as soon as the one before shows trouble, and at once behind a remote one, whose trouble is expected."""
 
 _NATIVE = "tensorrt"
 _ON_GPU = {"TensorrtExecutionProvider": "tensorrt-ep", "CUDAExecutionProvider": "cuda"}
@@ -60,7 +66,24 @@ def read(spec: EngineSpec, backends: Collection[str]) -> Chain:
             problem = problem or nothing
     if problem is not None and not any(chosen.values()):
         raise problem
-    return links(spec, chosen["gpu"], chosen["cpu"], backends)
+    beside = _beside(spec)
+    on_cpu = [*chosen["cpu"], *(each for each in beside if not _quantized(spec.path / each.file))]
+    return links(spec, [*chosen["gpu"], *beside], on_cpu, backends)
+
+
+def _beside(spec: EngineSpec) -> list[Artefact]:
+    """The ONNX file of a model for TensorRT, which ONNX Runtime can run while there is no plan."""
+    given = spec.config.default_model_filename
+    name = given if given.endswith(".onnx") else "model.onnx"
+    if spec.config.backend != _NATIVE or not (spec.path / name).is_file():
+        return []
+    return [Artefact("fp32", name, "onnxruntime", "FP32", verdict="passed")]
+
+
+def _quantized(file: Path) -> bool:
+    """Whether an ONNX file is in INT8: one made for TensorRT has other answers from a CPU's integer kernels."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(b"QuantizeLinear") >= 0
 
 
 def _artefacts(spec: EngineSpec, device: str) -> list[Artefact]:
@@ -72,8 +95,13 @@ def _artefacts(spec: EngineSpec, device: str) -> list[Artefact]:
 def links(spec: EngineSpec, on_gpu: Sequence[Artefact], on_cpu: Sequence[Artefact], backends: Collection[str]) -> Chain:
     """The chain of a version. `on_gpu` and `on_cpu` are what may be run there, best first (`artefacts.choose`).
 
-    Raises `InvalidArgument` for a name in `fallback` that means nothing, `Unavailable` when nothing is left to run.
+    Raises `InvalidArgument` for a parameter that means nothing, `Unavailable` when nothing is left to run.
     """
+    if (preload := spec.config.parameters.get(PRELOAD, "true")) not in ("true", "false"):
+        raise errors.InvalidArgument(
+            f"parameter '{PRELOAD}' of model '{spec.config.name}' must be true or false, got '{preload}'; correct it in "
+            "config.pbtxt, or leave it out"
+        )
     known = _known(spec, on_gpu, on_cpu)
     names = _named(spec)
     if not names or names == ["none"]:
@@ -133,7 +161,7 @@ def _known(spec: EngineSpec, on_gpu: Sequence[Artefact], on_cpu: Sequence[Artefa
     known = {} if own in FILES else {own: [_link(own, spec, own)]}
     there = replace(spec, device=_gpu(spec))
     here = spec
-    if spec.device.startswith("gpu:"):
+    if spec.device != "cpu":
         here = replace(spec, device="cpu", threads=spec.cpu_cores, cores=spec.cpu_cores)
     plans = [each for each in (*on_gpu, *on_cpu) if each.backend == "tensorrt"]
     known[_NATIVE] = [

@@ -90,7 +90,7 @@ class Driver(msgspec.Struct, frozen=True):
 
 @functools.cache
 def probe() -> Driver:
-    """The driver of this machine. Blocking: 60 ms without a driver, and up to 20 s with one that does not answer.
+    """The driver of this machine. Blocking: about 0.1 s without a driver, and up to 20 s with one that does not answer.
 
     Raises `Unavailable` in words for the operator when there is none, or it does not work.
     """

@@ -29,7 +29,7 @@ CLOSED = {
     "share": "the rest was left to the other instances or the next run",
     "shape": "what else waited had another shape",
     "preferred": "a preferred_batch_size was reached",
-    "retry": "a batch had failed; its halves ran, and theirs, until what failed was alone",
+    "retry": "a batch had failed; parts of it ran, down to single requests",
     "delay": "max_queue_delay_microseconds or a deadline ran out",
 }
 """Why batches closed, in words."""

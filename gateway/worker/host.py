@@ -100,6 +100,7 @@ class Host:
         self._stopped = asyncio.Event()
         self._working: Sequence[tuple[Engine, Placement]] = ()  # those that the scheduler counts on
         self._moved = asyncio.Event()
+        self._mixed = False  # what was learned of batch times is of more than one engine
         self.changed: Callable[[], None] = lambda: None  # called when `instances` are others
 
     async def load(self, placements: Sequence[Placement]) -> None:
@@ -217,6 +218,7 @@ class Host:
 
     def _move(self) -> None:
         """An engine runs on something else now."""
+        self._mixed = True
         self.instances = tuple(starmap(state, self._engines))
         self._open_places(self._working)
         self._moved.set()
@@ -305,7 +307,9 @@ class Host:
         return await self._priors.read()
 
     def _learned(self) -> dict[str, Prior]:
-        """What is worth keeping: of one or two runs it is not."""
+        """What is worth keeping: of one or two runs it is not, nor where it is of several engines."""
+        if self._mixed:
+            return {}
         models = {place.device: self._slots.scheduler.latency(self, place.device) for place in self._places}
         return {device: model.to_prior() for device, model in models.items() if model.batches >= _FEW}
 

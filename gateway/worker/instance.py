@@ -93,7 +93,7 @@ class Instance:
             if len(jobs) > 1 and not is_machines(problem):
                 log_event(
                     "batch_failed", logging.WARNING, model=self._config.name, version=self._version,
-                    requests=len(jobs), reason=str(problem), action="running its parts",
+                    requests=len(jobs), reason=str(problem), action="running it in parts",
                 )  # fmt: skip
             await isolate(part, problem, partial(self._again, Terms("retry", cores, run.predicted)), self._end)
             return False

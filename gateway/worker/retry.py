@@ -1,15 +1,20 @@
-"""Runs a batch that failed again in halves, until each of its requests is answered or has failed alone.
+"""Runs a batch that failed again in parts, until each of its requests is answered or has failed alone.
 
-The largest parts go first, so that most neighbours of a poison request are answered after one more failure. A request is in
-one part of each size, and a part that crashes the engine surely has one to blame in it: `p` such requests in a batch of `B`
-crash it at most `p * (ceil(log2(B)) + 1)` times, the first included. Nobody is blamed for one crash, because a process may die
-of what was done to it before: a request that was by itself from the start runs once more, and until it was in `UNSURE`
-crashes where they may have come from outside. What the machine is to blame for ends all of it at once. This module knows
-neither engines nor clocks; jobs that nobody waits for any more are left out.
+A failure that cost nothing but the run is followed by halves. One that cost the engine's process is dear, a hang most of all,
+so the first is followed by parts of the square root of the batch, and the next by single requests: `p` requests that surely
+crash the engine do so `2p + 1` times at most, which is never more than `p * (log2(B) + 1)` in a batch of `B > 1`, and where
+halves would take 6 crashes in a batch of 32 it takes 3, at 2 more runs. The largest parts go first: after one more crash most
+neighbours are answered.
+
+Nobody is blamed for one crash, because a process may die of what was done to it before: a request that was by itself from
+the start runs once more, and until it was in `UNSURE` crashes where they may have come from outside. What the machine is to
+blame for ends all of it at once. This module knows neither engines nor clocks; jobs that nobody waits for any more are left
+out.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -63,8 +68,8 @@ def _parts(part: Part, problem: Exception, end: End) -> list[Part]:
         for place in part.begun:
             end(part.jobs[place], problem, begun=True)  # its answers would come twice
         left = [job for job in part.jobs if not job.done]
-        middle = (len(left) + 1) // 2
-        return [Part(half, crashes) for half in (left[:middle], left[middle:]) if half]
+        size = max(_size(len(left), problem, crashes), 1)
+        return [Part(left[at : at + size], crashes) for at in range(0, len(left), size)]
     (job,) = part.jobs
     final = job.done or bool(part.begun)  # it is not run again
     blamed = isinstance(problem, EngineCrashed) and _is_blamed(problem, crashes, final=final)
@@ -73,6 +78,13 @@ def _parts(part: Part, problem: Exception, end: End) -> list[Part]:
     # Though nobody may wait for it any more: who asks again must not crash the engine again.
     end(job, problem, blamed=blamed, begun=bool(part.begun))
     return []
+
+
+def _size(jobs: int, problem: Exception, crashes: int) -> int:
+    """How many of the jobs of a part that failed are run together next, at most."""
+    if not (isinstance(problem, EngineCrashed) and problem.sure):
+        return (jobs + 1) // 2
+    return math.isqrt(jobs) if crashes == 1 else 1
 
 
 def _is_blamed(crash: EngineCrashed, crashes: int, *, final: bool) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from gateway import engines, errors
 from gateway.app import Gateway, running
 from gateway.config.settings import Settings
+from gateway.engines import remote
 from gateway.engines.base import EngineSpec
 from gateway.repository import Repository
 from gateway.types import InferRequest, InferResponse
@@ -310,6 +311,18 @@ async def test_what_the_configuration_leaves_out_is_asked_for(scheme: str, tmp_p
         await asyncio.to_thread(repository.read, "m")
 
 
+def test_answers_of_another_server_are_not_cached(tmp_path: Path) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    url = 'response_cache { enable: true } parameters { key: "remote.url" value { string_value: "http://far" } }'
+    for backend in ("remote", "fake"):
+        (tmp_path / "m" / "config.pbtxt").write_text(CONFIG.format(backend=backend) + url)
+        repository = Repository([tmp_path], engines.describe, caches=True)
+        repository.allow_remote(engines.remote_configuration)
+        source = repository.read("m")
+        assert source.digests == {}
+        assert "response_cache has no effect on a model of another server" in source.warnings[0]
+
+
 @pytest.mark.parametrize("given", ['"backend": "remote"', '"parameters": {"remote.url": {"string_value": "http://x"}}'])
 def test_no_server_is_named_by_a_load_request(tmp_path: Path, given: str) -> None:
     (tmp_path / "m" / "1").mkdir(parents=True)
@@ -399,7 +412,7 @@ async def test_it_leaves_the_next_engine_the_time_to_answer(scheme: str) -> None
     script = Script(scheme)
     async with script.serving():
         followed = replace(config(script.url), parameters={"remote.url": script.url, "fallback": "remote,cpu"})
-        (engine,) = await engines.create(EngineSpec(followed, "1", Path(), "remote"), 1)
+        (engine,) = await remote.create(EngineSpec(followed, "1", Path(), "remote"), 1)
         try:
             await ask(engine)
             script.release.clear()

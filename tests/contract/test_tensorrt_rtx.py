@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.trtrtx
+from gateway.engines import driver
+
+pytestmark = [pytest.mark.trtrtx, pytest.mark.slow, pytest.mark.timeout(120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "model_repo/digits/1/model.onnx"
@@ -143,3 +145,75 @@ def test_gpus_that_it_does_not_build_for_are_named(compiled) -> None:
     assert compiled(sm="90")["error"].startswith(
         "TensorRT-RTX does not build for compute capability 90; it does for: 75, 80, 86, 89, 120"
     )
+
+
+INTERFACE = """
+import json, sys
+from gateway import errors
+from gateway.engines.tensorrt import cuda, packages
+from gateway.engines.tensorrt.fakes import api
+from gateway.engines.tensorrt.fakes import cuda as fake_runtime
+
+trt, runtime = packages.RTX.api(), packages.RTX.cuda()
+lacking = []
+for owner, names in json.loads(sys.argv[1]).items():
+    for name in names.split():
+        for module in (trt, api):
+            holder = getattr(module, owner, None) if owner else module
+            if not hasattr(holder, name):
+                lacking.append(f"{module.__name__}.{owner}.{name}")
+for name in dir(fake_runtime):
+    if name.startswith("cuda"):
+        if not hasattr(runtime, name):
+            lacking.append(name)
+        members = getattr(getattr(fake_runtime, name), "__members__", {})
+        lacking += [f"{name}.{key}" for key, value in members.items() if int(getattr(getattr(runtime, name), key)) != value]
+device = cuda.Cuda(runtime, 0)
+raised = []
+for call, arguments in (("select", ()), ("stream", ()), ("allocate", (64,)), ("pin", (64,))):
+    try:
+        getattr(device, call)(*arguments)
+    except errors.Internal as problem:
+        raised.append(problem.message)
+print("ANSWER", json.dumps({"lacking": lacking, "raised": raised}))
+"""
+
+USED = {
+    "": "Runtime Builder OnnxParser ILogger IProgressMonitor TensorIOMode TensorLocation MemoryPoolType",
+    "ILogger": "ERROR INTERNAL_ERROR",
+    "TensorIOMode": "INPUT",
+    "TensorLocation": "DEVICE",
+    "MemoryPoolType": "WORKSPACE",
+    "ExecutionContextAllocationStrategy": "USER_MANAGED",
+    "NetworkDefinitionCreationFlag": "STRONGLY_TYPED",
+    "DataType": "FLOAT HALF BF16 INT8 INT32 INT64 UINT8 BOOL",
+    "Runtime": "deserialize_cuda_engine",
+    "ICudaEngine": "create_execution_context get_tensor_name get_tensor_mode get_tensor_dtype get_tensor_shape "
+    "get_tensor_location get_tensor_profile_shape",
+    "IExecutionContext": "set_device_memory set_tensor_address set_optimization_profile_async set_input_shape "
+    "get_tensor_shape get_max_output_size execute_async_v3",
+    "Builder": "create_network create_builder_config create_optimization_profile build_serialized_network",
+    "IBuilderConfig": "add_optimization_profile create_timing_cache set_timing_cache get_timing_cache "
+    "set_memory_pool_limit",
+    "IOptimizationProfile": "set_shape",
+    "ITimingCache": "serialize",
+    "OnnxParser": "parse_from_file num_errors get_error",
+    "ParserError": "desc node_name node_operator",
+}
+"""What the backend and the builder call."""
+
+
+def test_what_we_call_is_there_and_the_fakes_have_nothing_else(trtrtx_python: str) -> None:
+    done = subprocess.run(
+        [trtrtx_python, "-c", INTERFACE, json.dumps(USED)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    answer = json.loads(done.stdout.partition("ANSWER ")[2])
+    assert answer["lacking"] == []
+    if not driver.present():
+        why = "CUDA driver version is insufficient for CUDA runtime version (CUDA error 35)"
+        calls = ("cudaSetDevice", "cudaStreamCreateWithFlags", "cudaMalloc", "cudaHostAlloc")
+        assert answer["raised"] == [f"{call}: {why}" for call in calls]

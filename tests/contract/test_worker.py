@@ -642,6 +642,66 @@ async def test_a_deadline_is_kept_while_the_model_hangs(rig):
     assert isinstance(error, errors.DeadlineExceeded)
 
 
+async def test_an_instance_whose_engine_is_not_there_leaves_the_work_to_the_other(rig):
+    rig.write(instances=2)
+    await rig.load()
+    host = rig.worker._models["m"].hosts["1"]
+    engine, tried = host._engines[0][0], []
+
+    async def gone(batch):
+        tried.append(batch.rows)
+        raise errors.Unavailable("its process does not start", 0.05)
+        yield
+
+    engine.run = gone
+    capacity = host.capacity
+    while not tried:
+        assert await asyncio.gather(*(rig.infer(float(n)) for n in range(8))) == [float(n) for n in range(8)]
+    assert host._places[0].count == 1
+    assert capacity() is None or capacity().places == 1
+    del engine.run
+    runs = len(engine.loaded.runs)
+    while len(engine.loaded.runs) == runs:  # it is asked again by itself
+        assert await asyncio.gather(*(rig.infer(float(n)) for n in range(8))) == [float(n) for n in range(8)]
+    assert host._places[0].count == 2
+    assert sum(rig.statistics.of("m", "1").failures.values()) == 0
+
+
+async def test_a_model_can_be_unloaded_while_an_instance_is_away(rig):
+    rig.write(instances=2)
+    await rig.load()
+    host = rig.worker._models["m"].hosts["1"]
+
+    async def gone(_):
+        raise errors.Unavailable("its process does not start", 60.0)
+        yield
+
+    host._engines[0][0].run = gone
+    while host._places[0].count == 2:
+        assert await rig.infer(4.0) == 4.0
+    await rig.unload()
+    assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
+    await rig.load()
+    assert await rig.infer(5.0) == 5.0
+
+
+async def test_a_request_that_crashes_its_engine_is_told_so_and_counted(rig):
+    rig.write(lost="13")
+    await rig.load()
+    first, again, other = [await refusal_or(rig.infer(value)) for value in (13.0, 13.0, 4.0)]
+    assert (type(first), type(again), other) == (errors.Crashed, errors.Quarantined, 4.0)
+    assert rig.statistics.of("m", "1").refused == {"crashed": 1, "quarantined": 1}
+
+
+async def test_a_model_that_is_loaded_again_may_try_what_crashed_it(rig):
+    rig.write(lost="13")
+    await rig.load()
+    assert type(await refusal_or(rig.infer(13.0))) is errors.Crashed
+    rig.write()
+    await rig.load()
+    assert await rig.infer(13.0) == 13.0
+
+
 # --- order
 
 

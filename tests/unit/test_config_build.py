@@ -465,6 +465,25 @@ def test_what_only_tunes_is_accepted_with_a_warning(text: str, field: str) -> No
     assert warning.startswith(f"m/config.pbtxt line 2: {field} has no effect in this version. ")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optimization { cuda { graphs: true } }", ()),
+        ("optimization { cuda { graphs: true busy_wait_events: true } }", ("cuda",)),
+        ("optimization { cuda { graph_spec { batch_size: 1 } } }", ("cuda",)),
+        ('instance_group { profile: "1" }', ("profile",)),
+        ("optimization { graph { level: 1 } cuda { graphs: true } }", ("optimization",)),
+    ],
+)
+def test_what_only_tunes_a_tensorrt_model(text: str, expected: tuple[str, ...]) -> None:
+    source = Source("m/config.pbtxt", f"\n{text}{IO_TEXT}")
+    proto = fill_backend(parse_text(source), "m", ["model.plan"])
+    require_supported(proto, {"tensorrt"}, source)
+    found = warnings(proto, source)
+    assert tuple(each.partition(": ")[2].partition(" has no effect")[0] for each in found) == expected
+    assert build(proto, source).backend == "tensorrt"
+
+
 def test_every_field_of_the_schema_is_done_refused_or_warned_of() -> None:
     done = {
         "name", "platform", "backend", "version_policy", "max_batch_size", "input", "output", "instance_group",

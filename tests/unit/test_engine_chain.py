@@ -118,6 +118,13 @@ def test_a_name_that_means_nothing_is_refused_with_those_that_do() -> None:
     )
 
 
+def test_when_to_load_is_true_or_false() -> None:
+    with pytest.raises(
+        errors.InvalidArgument, match=r"'fallback.preload' of model 'm' must be true or false, got 'yes'"
+    ):
+        links(spec(fallback__preload="yes"), [], [FP32], BACKENDS)
+
+
 def test_nothing_left_is_an_error_with_a_remedy() -> None:
     with pytest.raises(errors.Unavailable, match=r"has nothing to run on cpu: link 'cuda-fp16' .* is left out"):
         links(spec(fallback="cuda-fp16"), [], [FP32], BACKENDS)
@@ -138,3 +145,32 @@ def test_artefacts_are_looked_up_where_links_may_run(tmp_path: Path) -> None:
     assert names(read(here(spec(backend="fake")), BACKENDS)) == ["fake"]
     with pytest.raises(errors.Unavailable, match="pinned to precision INT8"):
         read(here(spec(precision="INT8")), BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "expected"),
+    [
+        ("model.onnx", {"model.onnx": b"float"}, ["tensorrt", "cpu"]),
+        ("model.plan", {"model.plan": b"plan", "model.onnx": b"float"}, ["tensorrt", "cpu-fp32"]),
+        ("model.plan", {"model.plan": b"plan"}, ["tensorrt"]),
+        # Made for TensorRT, and another model on a CPU: its integer kernels saturate.
+        ("model.onnx", {"model.onnx": b"... QuantizeLinear ..."}, ["tensorrt"]),
+    ],
+)
+def test_onnx_runtime_stands_in_for_a_model_of_tensorrt_that_has_its_onnx_file(
+    tmp_path: Path, given: str, files: dict[str, bytes], expected: list[str]
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    asked = spec(backend="tensorrt")
+    asked = replace(asked, path=tmp_path, config=replace(asked.config, default_model_filename=given))
+    found = read(asked, BACKENDS)
+    assert names(found) == expected
+    assert [link.spec.config.backend for link in found.links] == ["tensorrt", "onnxruntime"][: len(expected)]
+
+
+def test_on_a_gpu_the_onnx_file_runs_there_too(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"QuantizeLinear")
+    asked = spec("gpu:0", backend="tensorrt", providers=(CUDA, CPU))
+    asked = replace(asked, path=tmp_path, config=replace(asked.config, default_model_filename="model.onnx"))
+    assert names(read(asked, BACKENDS)) == ["tensorrt", "cuda"]

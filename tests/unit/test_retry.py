@@ -65,7 +65,7 @@ class Engine:
 
 def bound(size: int) -> int:
     """The most crashes of one poison request; one that was by itself from the start runs twice."""
-    return max(math.ceil(math.log2(size)) + 1, 2)
+    return max(math.floor(math.log2(size)) + 1, 2)
 
 
 SIZES = st.integers(1, 70)
@@ -78,6 +78,7 @@ async def test_each_poison_costs_at_most_log2_of_the_batch_and_one_crashes(case)
     engine = Engine(dict.fromkeys(poison, EngineCrashed("died")))
     await engine.take(size)
     assert engine.crashes <= len(poison) * bound(size)
+    assert engine.crashes <= 2 * len(poison) + 1
     assert engine.blamed == set(engine.failed) == poison
     assert sorted(engine.answered) == [name for name in range(size) if name not in poison]
 
@@ -88,14 +89,15 @@ async def test_one_poison_of_a_batch_takes_no_more_whatever_its_place(case):
     engine = Engine({place: EngineCrashed("died")})
     await engine.take(size)
     assert engine.crashes <= bound(size)
-    assert len(engine.runs) <= 2 * bound(size) - 1
+    assert len(engine.runs) <= 3 + 2 * math.isqrt(size) + 2
 
 
-@pytest.mark.parametrize("size", [2, 4, 8, 32, 64])
-async def test_the_bound_is_met_with_a_batch_of_a_power_of_two(size):
-    engine = Engine({0: EngineCrashed("died")})
-    await engine.take(size)
-    assert engine.crashes == math.log2(size) + 1
+@pytest.mark.parametrize(("size", "crashes"), [(1, 2), (2, 2), (3, 2), (4, 3), (8, 3), (32, 3), (64, 3), (1024, 3)])
+async def test_how_often_one_request_crashes_the_engine(size, crashes):
+    for place in {0, size // 2, size - 1}:
+        engine = Engine({place: EngineCrashed("died")})
+        await engine.take(size)
+        assert (engine.crashes, engine.blamed) == (crashes, {place})
 
 
 @given(POISONED)
@@ -111,8 +113,20 @@ async def test_an_error_is_isolated_as_a_crash_is_and_nobody_is_blamed(case):
 async def test_most_neighbours_are_answered_before_the_poison_is_found():
     engine = Engine({0: EngineCrashed("died")})
     await engine.take(8)
+    assert [len(run) for run in engine.runs] == [8, 2, 2, 2, 2, 1, 1]
+    assert engine.answered == [2, 3, 4, 5, 6, 7, 1]
+
+
+async def test_what_costs_no_process_is_tried_in_halves():
+    engine = Engine({0: ERROR})
+    await engine.take(8)
     assert [len(run) for run in engine.runs] == [8, 4, 4, 2, 2, 1, 1]
-    assert engine.answered == [4, 5, 6, 7, 2, 3, 1]
+
+
+async def test_what_may_come_from_outside_is_tried_in_halves_and_then_one_by_one():
+    engine = Engine({0: EngineCrashed("died")}, outside={0})
+    await engine.take(8)
+    assert [len(run) for run in engine.runs] == [8, 4, 4, 1, 1, 1, 1]
 
 
 @given(SIZES, st.sets(st.integers(0, 40), max_size=UNSURE - 1))
@@ -148,6 +162,13 @@ async def test_who_gave_up_is_left_out_and_blamed_only_when_alone():
     assert alone.blamed == {0}
 
 
+@pytest.mark.parametrize("problem", [EngineCrashed("died"), ERROR])
+async def test_when_all_gave_up_nothing_is_run(problem):
+    engine = Engine({0: problem}, leaves={0: {0, 1, 2}})
+    await engine.take(3)
+    assert engine.runs == [[0, 1, 2]]
+
+
 async def test_what_is_left_of_a_batch_when_one_gave_up_has_not_run_alone():
     engine = Engine({1: EngineCrashed("died")}, leaves={0: {0}})
     await engine.take(2)
@@ -165,7 +186,7 @@ async def test_what_the_machine_is_to_blame_for_is_not_tried_request_by_request(
 
 async def test_an_engine_that_does_not_come_back_ends_what_still_waits():
     gone = errors.Unavailable("it does not start", 1.0)
-    engine = Engine({0: EngineCrashed("died"), 4: gone})
+    engine = Engine({0: EngineCrashed("died"), 2: gone})
     await engine.take(8)
     assert len(engine.runs) == 3
     assert engine.failed == dict.fromkeys(range(8), gone)

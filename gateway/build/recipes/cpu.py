@@ -84,6 +84,8 @@ def _weights(job: Job, bits: int) -> None:
         )
         big = set(job.source.big_matrices)
         model = job.source.load()
+        for index, node in enumerate(model.graph.node):
+            node.name = node.name or f"node_{index}"  # what is left out is told by its name
         small = [node.name for node in model.graph.node if node.op_type == "MatMul" and not set(node.input) & big]
         quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=small)
         quantizer.process()

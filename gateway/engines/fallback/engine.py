@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from typing import TypeAlias
 
 from gateway import errors
 from gateway.artefacts import Artefact
@@ -27,17 +28,22 @@ from gateway.types import Batch, BatchResult
 _OWN = (errors.InvalidArgument, errors.Unsupported, errors.Cancelled)
 _GONE = (errors.Unavailable, errors.NotFound, errors.Unauthenticated, errors.PermissionDenied)
 _MARGIN = 1.25  # what a run may take more than expected,
-_WAY = 0.002  # and the seconds that it takes to begin
+_WAY = 0.002  # the seconds that it takes to begin,
+_SHARE = 0.9  # and the part of the time left that is not kept for an event loop that is behind
 
 
-async def open_chain(chain: Chain, count: int, start: Start) -> list[FallbackEngine]:
+async def open_chain(links: Chain, count: int, start: Start) -> list[FallbackEngine]:
     """Load the best link that loads, and return `count` engines of the chain.
 
     Raises `Unavailable` with every link's reason when none does.
     """
-    tender = Tender([LiveLink(link, count, start) for link in chain.links])
+    tender = Tender([LiveLink(link, count, start) for link in links.links])
     await tender.begin()
-    return [FallbackEngine(tender, index, chain.warnings) for index in range(count)]
+    return [FallbackEngine(tender, index, links.warnings) for index in range(count)]
+
+
+_Turn: TypeAlias = tuple[LiveLink, float | None]
+"""A link to try, and the seconds after which the next one should have its turn."""
 
 
 class _TooSlow(Exception):
@@ -112,22 +118,26 @@ class FallbackEngine:
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """See `Engine.run`. Raises the last link's error when all failed."""
+        first = self._tender.links[0]
         failed: list[tuple[LiveLink, str]] = []
         problem: Exception = errors.Unavailable("the engine is closed; it takes no more work")
-        for link, limit in self._candidates(batch, failed):
-            given = False
+        candidates: Iterator[_Turn] = self._candidates(batch, failed)
+        while (turn := next(candidates, None)) is not None:
+            (link, limit), begun, given = turn, time.monotonic(), False
             try:
-                async with aclosing(self._attempt(link, batch, limit)) as results:
+                async with aclosing(self._runs(link, batch, limit)) as results:
                     async for result in results:
-                        given = True
-                        if link is not self._tender.links[0]:
+                        if not given:
+                            given = True
+                            link.times.learn(batch.rows, time.monotonic() - begun)
+                        if link is not first:
                             self._sign(result, link, failed)
                         yield result
             except Exception as error:  # an engine may raise anything; what it means is judged
                 if given or self._closed:
                     raise
-                failed.append((link, self._judge(link, batch, error)))
                 problem = error
+                candidates = chain(self._again(turn, batch, error, failed), candidates)
             else:
                 self._tender.answered(link, failed, len(batch.requests))
                 return
@@ -152,8 +162,8 @@ class FallbackEngine:
 
     # --- which links, and for how long
 
-    def _candidates(self, batch: Batch, failed: list[tuple[LiveLink, str]]) -> Iterator[tuple[LiveLink, float | None]]:
-        """The links to try, best first, each with the seconds after which the next one should have its turn.
+    def _candidates(self, batch: Batch, failed: list[tuple[LiveLink, str]]) -> Iterator[_Turn]:
+        """The links to try, best first.
 
         Those that are out of use or too slow come last, the most dependable of them first: they are the only hope left.
         """
@@ -161,10 +171,9 @@ class FallbackEngine:
             return
         links = [link for link in self._tender.links if link.used]
         tried = []
-        deadline = min((each.deadline for each in batch.requests if each.deadline is not None), default=None)
         for link, following in zip_longest(links, links[1:]):
-            limit = None if deadline is None else _limit(following, batch.rows, deadline - time.monotonic())
-            expected = link.times.predict(batch.rows)
+            limit = _limit(following, batch)
+            expected = None if limit is None else link.times.at_least(batch.rows)
             if limit is not None and expected is not None and expected > limit:
                 self._tender.doubt(link)
                 failed.append((link, "deadline"))
@@ -175,30 +184,32 @@ class FallbackEngine:
             if link not in tried:
                 yield link, None
 
-    async def _attempt(self, link: LiveLink, batch: Batch, limit: float | None) -> AsyncGenerator[BatchResult, None]:
+    def _again(
+        self, turn: _Turn, batch: Batch, error: Exception, failed: list[tuple[LiveLink, str]]
+    ) -> Sequence[_Turn]:
+        """What to try next after a turn that failed: the same link in parts, or none but the other links."""
+        link, _ = turn
+        if link.halves(batch, error):
+            return (turn,)
+        failed.append((link, self._judge(link, batch, error)))
+        return ()
+
+    def _runs(self, link: LiveLink, batch: Batch, limit: float | None) -> AsyncGenerator[BatchResult, None]:
         """A run on one link. Raises `_TooSlow` when nothing has come of it after `limit` seconds."""
-        if link is not self._tender.links[0]:
-            batch = replace(batch, predicted=None)
-        sample, ended = self._tender.sample, None
-        if sample.wanted:
-            batch, ended = sample.watch(batch)
-        begun = time.monotonic()
+        if link is not self._tender.links[0] and batch.predicted is not None:
+            batch = replace(batch, predicted=None)  # it is the first link's time
+        if self._tender.sample.wanted:
+            return self._sampled(link, batch)
+        results = link.engines[self._index].run(batch) if link.is_plain else link.run(self._index, batch)
+        return results if limit is None else _in_time(results, limit)
+
+    async def _sampled(self, link: LiveLink, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+        """A run that is kept if it goes well."""
+        batch, ended = self._tender.sample.watch(batch)
         async with aclosing(link.run(self._index, batch)) as results:
-            first: BatchResult | None = None
-            try:
-                async with asyncio.timeout(limit) as clock:
-                    first = await anext(results, None)
-            except TimeoutError:
-                if not clock.expired():
-                    raise
-                raise _TooSlow(time.monotonic() - begun) from None
-            if first is None:
-                return
-            link.times.learn(batch.rows, time.monotonic() - begun)
-            if ended is not None and ended(first):
-                self._tender.sampled()
-            yield first
             async for result in results:
+                if ended(result):
+                    self._tender.sampled()
                 yield result
 
     # --- what a failure means
@@ -218,10 +229,7 @@ class FallbackEngine:
             tender.trip(link, "unavailable", str(error), getattr(error, "retry_after", None) or 0.0)
             return "unavailable"
         if isinstance(error, _TooSlow | errors.DeadlineExceeded):
-            if isinstance(error, _TooSlow):
-                link.times.exceeded(batch.rows, error.seconds)
-            tender.doubt(link)
-            return "deadline"
+            return self._judge_late(link, batch, error)
         tender.prepare(link)
         if isinstance(error, errors.ResourceExhausted):
             return "busy"
@@ -236,17 +244,45 @@ class FallbackEngine:
         if error.sure:
             raise error
 
+    def _judge_late(self, link: LiveLink, batch: Batch, error: Exception) -> str:
+        """Raise it when it is too late for every request."""
+        now = time.monotonic()
+        if batch.requests and all(each.deadline is not None and each.deadline <= now for each in batch.requests):
+            raise errors.deadline_passed() from error
+        if isinstance(error, _TooSlow):
+            link.times.exceeded(batch.rows, error.seconds)
+        self._tender.prepare(link)
+        return "deadline"
+
     def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:
         """Say in an answer which link gave it, and why not the first."""
         told = {**identity(link.engines[self._index]), "link": link.name, "fallback": self._tender.why(failed)}
         result.parameters = {**(result.parameters or {}), **told}
 
 
-def _limit(following: LiveLink | None, rows: int, remaining: float) -> float | None:
+def _limit(following: LiveLink | None, batch: Batch) -> float | None:
     """How long a run may take for the next link to answer in time still; None when that cannot, or nobody knows."""
     if following is None or not following.engines:
         return None
-    expected = following.times.predict(rows)
-    if expected is None or expected * _MARGIN + _WAY > remaining:
+    deadline = min([each.deadline for each in batch.requests if each.deadline is not None], default=None)
+    expected = following.times.predict(batch.rows)
+    if deadline is None or expected is None:
         return None
-    return remaining - expected * _MARGIN - _WAY
+    left = (deadline - time.monotonic()) * _SHARE - expected * _MARGIN - _WAY
+    return left if left > 0 else None
+
+
+async def _in_time(results: AsyncGenerator[BatchResult, None], limit: float) -> AsyncGenerator[BatchResult, None]:
+    """These, if the first comes within `limit` seconds. Raises `_TooSlow` if it does not."""
+    async with aclosing(results):
+        try:
+            async with asyncio.timeout(limit) as clock:
+                first = await anext(results, None)
+        except TimeoutError:
+            if clock.expired():
+                raise _TooSlow(limit) from None
+            raise
+        if first is not None:
+            yield first
+            async for result in results:
+                yield result

@@ -16,13 +16,14 @@ from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.chain import Link
 from gateway.engines.fallback.health import Health, Room, Times
 from gateway.engines.fallback.parts import Part, cut, joined, told
+from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult
 
 Start = Callable[[EngineSpec, int], Awaitable[Sequence[Engine]]]
 """Loads a version as a link says, and returns so many engines that share it."""
 
-_PAUSES = {"remote": 4.0}  # seconds: the longest between probes of what costs nothing to try
+_PAUSES = {"remote": 1.0}  # seconds: the longest between probes of what costs nothing to try
 _PAUSE = 60.0
 _CLOSE_SECONDS = 5.0
 
@@ -37,11 +38,12 @@ class LiveLink:
         self.engines: Sequence[Engine] = ()  # none: not loaded
         self.health = Health(_PAUSES.get(self.config.backend, _PAUSE))
         self.times = Times()
+        self.keeper = PlanKeeper(link.spec) if self.config.backend == "tensorrt" else None
+        self.refused = asyncio.Event()  # by its backend, when it was to be loaded
         self._spec = link.spec
         self._count = count
         self._start = start
         self._loading = asyncio.Lock()
-        self._open: list[asyncio.Semaphore] = []
         self._room = Room()
 
     @property
@@ -53,9 +55,11 @@ class LiveLink:
         """Have the engines there. Raises what their backend does."""
         async with self._loading:
             if not self.engines:
-                engines = await self._start(self._spec, self._count)
-                self._open = [asyncio.Semaphore(engine.concurrency) for engine in engines]
-                self.engines = engines
+                try:
+                    self.engines = await self._start(self._spec, self._count)
+                except Exception:
+                    self.refused.set()
+                    raise
                 self.times.forget()
 
     async def unload(self) -> None:
@@ -70,30 +74,48 @@ class LiveLink:
             if self.engines:
                 await self.engines[instance].close()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its engines can be called as they are: they are there, and batches of any size fit as far as is known."""
+        return bool(self.engines) and not self._room.rows
+
+    def halves(self, batch: Batch, problem: Exception) -> bool:
+        """Whether a batch that an engine was given whole is to be run again, in parts, because it did not fit."""
+        return isinstance(problem, MemoryError) and self.is_plain and bool(self._smaller(Part(batch), problem))
+
     async def run(self, instance: int, batch: Batch) -> AsyncGenerator[BatchResult, None]:
-        """Run a batch on one engine; see `Engine.run`. Raises MemoryError when not even one row fits."""
+        """Run a batch on one engine, loaded if need be, and in parts if it does not fit; see `Engine.run`.
+
+        Raises MemoryError when not even one row fits.
+        """
+        engine = await self._loaded(instance)
+        whole = Part(batch)
+        waiting = deque([whole])
+        done: list[tuple[Part, BatchResult]] = []
+        while waiting:
+            part, began = self._next(waiting), False
+            try:
+                async with aclosing(engine.run(part.batch)) as results:
+                    async for result in results:
+                        if part is not whole and result.answers is None:
+                            done.append((part, result))
+                            continue
+                        began = True
+                        yield result if part is whole else told(part, result)
+            except MemoryError as problem:
+                parts = [] if began else self._smaller(part, problem)
+                if not parts:
+                    raise
+                waiting.extendleft(reversed(parts))
+            else:
+                self._room.fitted(part.batch.rows)
+        if done:
+            yield joined(done)
+
+    async def _loaded(self, instance: int) -> Engine:
         if not self.engines:
             await self.load()
-        whole, engine = Part(batch), self.engines[instance]
-        async with self._open[instance]:
-            waiting = deque([whole])
-            done: list[tuple[Part, BatchResult]] = []
-            while waiting:
-                part, began = self._next(waiting), False
-                try:
-                    async with aclosing(engine.run(part.batch)) as results:
-                        async for result in results:
-                            if part is not whole and result.answers is None:
-                                done.append((part, result))
-                                continue
-                            began = True
-                            yield result if part is whole else told(part, result)
-                except MemoryError as problem:
-                    waiting.extendleft(reversed(self._smaller(part, problem, began=began)))
-                else:
-                    self._room.fitted(part.batch.rows)
-            if done:
-                yield joined(done)
+        return self.engines[instance]
 
     def _next(self, waiting: deque[Part]) -> Part:
         """The next part to run, cut to what fits."""
@@ -104,12 +126,12 @@ class LiveLink:
         waiting.extendleft(reversed(rest))
         return first
 
-    def _smaller(self, part: Part, problem: MemoryError, *, began: bool) -> list[Part]:
-        """The part in halves, because it did not fit. Raises that again where it cannot be halved, or has given answers."""
+    def _smaller(self, part: Part, problem: MemoryError) -> list[Part]:
+        """The part in halves, because it did not fit; none when it cannot be halved."""
+        parts = cut(part, max(1, part.batch.rows // 2))
+        if len(parts) == 1:
+            return []
         rows = self._room.refuse(part.batch.rows)
-        parts = cut(part, rows)
-        if began or len(parts) == 1:
-            raise problem
         log_event(
             "batch_halved", logging.WARNING, model=self.config.name, engine=self.name, rows=part.batch.rows,
             next=rows, reason=str(problem),

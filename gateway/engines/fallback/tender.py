@@ -14,16 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gateway import errors
+from gateway.engines.chain import PRELOAD
 from gateway.engines.fallback.health import REASONS
 from gateway.engines.fallback.link import LiveLink
 from gateway.engines.fallback.sample import Sample
+from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 
-PRELOAD = "fallback.preload"
-"""The parameter: "true" loads every link at once in the background, "false" each when it is needed. Without it links are
-loaded as soon as the one before shows trouble, and at once behind a remote one, whose trouble is expected."""
-
-_TRY_SECONDS = 10.0  # for the sample; a device that hangs is no better than one that is gone
+_TRY_SECONDS = {"remote": 2.0}  # for the sample; a device that hangs is no better than one that is gone
+_TRY_MOST = 10.0
 
 
 class Tender:
@@ -127,6 +126,27 @@ class Tender:
     async def run(self, changed: Callable[[], None]) -> None:
         """See `FallbackEngine.tend`."""
         self._changed = changed
+        self.counted()  # warm-up is nobody's request
+        async with asyncio.TaskGroup() as tasks:
+            for link in self.links:
+                if link.keeper is not None:
+                    tasks.create_task(self._keep_plan(link, link.keeper))
+            await self._probe_when_due()
+
+    async def _keep_plan(self, link: LiveLink, keeper: PlanKeeper) -> None:
+        """Whenever a link to TensorRT does not load for want of a plan, have one built, and try it then."""
+        while True:
+            await link.refused.wait()
+            link.refused.clear()
+            try:
+                built = await keeper.prepare()
+            except errors.Unavailable:
+                continue  # the keeper has told why
+            if built:
+                link.health.mended(time.monotonic())
+                self._wake.set()
+
+    async def _probe_when_due(self) -> None:
         while True:
             self._wake.clear()
             if self._wanted:
@@ -171,12 +191,18 @@ class Tender:
         self._settle()
 
     async def _try(self, link: LiveLink) -> None:
-        async with asyncio.timeout(_TRY_SECONDS):
-            for engine in link.engines:
-                begun = time.monotonic()
-                await self.sample.try_on(engine)
-                if self.sample:
-                    link.times.learn(1, time.monotonic() - begun)
+        seconds = _TRY_SECONDS.get(link.config.backend, _TRY_MOST)
+        try:
+            async with asyncio.timeout(seconds) as clock:
+                for engine in link.engines:
+                    begun = time.monotonic()
+                    await self.sample.try_on(engine)
+                    if self.sample:
+                        link.times.learn(1, time.monotonic() - begun)
+        except TimeoutError:
+            if clock.expired():
+                raise errors.Internal(f"it gave no answer to a request of one row in {seconds:g} s") from None
+            raise
 
     def _settle(self) -> None:
         """The best link that is loaded and in use runs from now on."""

@@ -104,8 +104,6 @@ class Instance:
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
             step()
-        except BrokenPipeError:
-            return  # the gateway is gone, and the line says so next
         except errors.GatewayError as error:
             self._line.send(Failed(pack_error(error)))
         except EngineCrashed as problem:  # its device works again in a new process, and in no other way

@@ -24,13 +24,12 @@ from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
 from gateway.engines.isolated.life import Backend, Life, Origin, WrongAnswer
 from gateway.engines.isolated.link import NeverSeen
+from gateway.engines.isolated.patience import Patience
 from gateway.engines.threads import EngineThread
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult, Infer, InferRequest, Responses
 
-_FIRST_RUN = 60.0  # seconds that a run may take while none has succeeded
-_TIMES = 10  # as long as it was expected to take
 _FAREWELL = 4.0  # seconds that a model has to finish
 _A_MOMENT = 1.0  # seconds
 _FROM_OUTSIDE = ("killed", "silent")
@@ -73,7 +72,7 @@ class IsolatedEngine:
         self._origin = origin
         self._children = children
         self._tasks: asyncio.TaskGroup = children.tasks
-        self._patience = limits.patience(config)
+        self._patience = Patience(limits.patience(config))
         self._shares = origin.backend.shares and origin.spec.device == "cpu" and not limits.limited(config)
         self._alone = False  # lost its last process while others were at work there too
         self._turn = asyncio.Lock()
@@ -81,7 +80,6 @@ class IsolatedEngine:
         self._life: Life | None = None
         self._working: Life | None = None
         self._batch: Batch | None = None  # that runs now, or ran last
-        self._longest: float | None = None  # seconds of a run that went well
         self._changed = asyncio.Event()
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
@@ -91,14 +89,14 @@ class IsolatedEngine:
         self._shares = self._shares and await self._origin.thread.call(self._small)
         tested = self._origin.golden.inputs is not None
         try:
-            await self._start()
+            life = await self._start()
         except EngineCrashed as problem:
             if self._origin.golden.inputs is not None or not tested:
                 raise errors.Unavailable(
                     f"model '{self._origin.spec.config.name}' does not load: {problem}; the server's log has the details"
                 ) from problem
-            await self._start()
-        self._keeper = self._tasks.create_task(self._keep())
+            life = await self._start()
+        self._keeper = self._tasks.create_task(self._keep(life))
         self._children.at_end(self._stop)
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
@@ -110,10 +108,10 @@ class IsolatedEngine:
             if life.ready.answers:
                 async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
                     async for result in results:
+                        self._learn(batch, result)
                         yield result
             else:
                 yield await self._computed(life, batch)
-            self._breaker.succeeded()
         except EngineCrashed as crash:
             raise await self._explained(crash) from None
         finally:
@@ -154,12 +152,10 @@ class IsolatedEngine:
                 self._alone = True
                 life = await self._begin()
                 continue
-            seconds = (result.finished_ns - result.stacked_ns) / 1e9
-            if self._longest is None or seconds > self._longest:
-                self._longest = seconds
+            self._learn(batch, result)
             golden = self._origin.golden
             if golden.inputs is None and not golden.varies:
-                await life.keep_golden(batch, result, self._limit(None))
+                await life.keep_golden(batch, result, self._limit(batch))
             return result
 
     async def _explained(self, crash: EngineCrashed) -> Exception:
@@ -202,25 +198,27 @@ class IsolatedEngine:
             life.home.at_work.discard(self.name)
         self._turn.release()
 
-    def _limit(self, batch: Batch | None) -> float:
-        """Seconds after which a run is taken for hung."""
-        expected = self._longest if batch is None or batch.predicted is None else batch.predicted
-        return max(_FIRST_RUN if self._longest is None else 0.0, _TIMES * (expected or 0.0), self._patience)
+    def _limit(self, batch: Batch) -> float:
+        return self._patience.limit(batch.rows, batch.predicted)
+
+    def _learn(self, batch: Batch, result: BatchResult) -> None:
+        self._breaker.succeeded()
+        self._patience.learn(batch.rows, (result.finished_ns - result.stacked_ns) / 1e9)
 
     def _hung(self) -> None:
         life = self._life
         if life is None:
             return
         if life.calls is not None and life.calls.waiting:  # for models that have watchdogs of their own
-            life.link.be_patient(self._patience)
+            life.link.be_patient(self._patience.least)
         else:
             life.home.kill("hang", self.name)
 
     # --- its process
 
-    async def _keep(self) -> None:
+    async def _keep(self, life: Life) -> None:
         """Start it again and again, until `close`."""
-        while (life := self._life) is not None:
+        while not self._closing:
             why = await asyncio.shield(life.lost)
             ended = time.monotonic()
             try:
@@ -230,7 +228,7 @@ class IsolatedEngine:
             delay = self._breaker.crashed(time.monotonic())
             while not await self._paused(delay):
                 try:
-                    await self._start()
+                    life = await self._start()
                 except Exception as problem:  # noqa: BLE001 - whatever it is, trying again is all there is
                     delay = self._breaker.not_started(time.monotonic())
                     self._count("self_test" if isinstance(problem, WrongAnswer) else "start", str(problem))
@@ -240,7 +238,7 @@ class IsolatedEngine:
                     log_event("engine_restarted", instance=self.name, down_seconds=seconds)
                     break
 
-    async def _start(self) -> None:
+    async def _start(self) -> Life:
         """Have it in a process, loaded and tested. Raises why not."""
         origin = self._origin
         preload = [origin.backend.module] if origin.backend.shares else []
@@ -248,15 +246,19 @@ class IsolatedEngine:
         life = Life(origin, home, self._lost)
         infer = origin.spec.infer if origin.backend.calls else None
         try:
-            seconds = await life.begin(infer and partial(self._call, infer), self._limit(None))
+            seconds = await life.begin(infer and partial(self._call, infer), self._patience.limit())
         except OSError as problem:
             raise errors.Unavailable(f"the process for the model is gone: {problem}") from problem
         self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
         if seconds is not None:
-            self._longest = max(self._longest or 0.0, seconds)
+            self._patience.learn(1, seconds)
+        if life.lost.done():
+            life.end()
+            raise EngineCrashed("the engine's process ended as soon as it had started")
         self._breaker.started()
         self._life = life
         self._tell()
+        return life
 
     def _lost(self, life: Life) -> None:
         if self._life is life:

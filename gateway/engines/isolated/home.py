@@ -12,6 +12,7 @@ from gateway.engines.isolated.frames import Beat, Host, encode
 from gateway.engines.isolated.nursery import ChildProcess, Nursery
 
 _PACKET = 1 << 12
+_A_MOMENT = 2.0  # seconds
 _SIGNALS = {
     signal.SIGSEGV: "segfault",
     signal.SIGBUS: "segfault",
@@ -78,8 +79,12 @@ class Home:
             self._line.close()
 
     async def cause(self) -> str:
-        """Why it ended, in one word; waits until it has."""
-        status = await asyncio.shield(self.child.exited)
+        """Why it ended, in one word; waits until it has. One that let an instance go and lives on is ended."""
+        for _ in range(2):
+            await asyncio.wait([self.child.exited], timeout=_A_MOMENT)
+            if not self.child.exited.done():
+                self.kill("silent")
+        status = self.child.exited.result() if self.child.exited.done() else None
         if self._why:
             return self._why
         if status is None or status >= 0:

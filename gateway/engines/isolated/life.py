@@ -19,7 +19,8 @@ from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.frames import Ready
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
-from gateway.engines.isolated.link import Link, Memory
+from gateway.engines.isolated.link import Link
+from gateway.engines.isolated.memory import Memory
 from gateway.engines.threads import EngineThread
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult, Infer
@@ -72,19 +73,22 @@ class Life:
         Returns how many seconds the test ran, None without one. The model calls others by `infer`.
         """
         origin = self._origin
+        self.home.at_work.add(origin.name)  # a load may keep the interpreter to itself, and the heartbeat waiting
         try:
             await self._move_in(infer)
             async with asyncio.timeout(_LOAD):
                 self.ready = await self.link.load(origin.spec, origin.backend.module, origin.backend.install)
-            if self.ready.answers:
-                return None
-            async with origin.golden.lock:
-                return await self._test(patience)
+            seconds = None
+            if not self.ready.answers:
+                async with origin.golden.lock:
+                    seconds = await self._test(patience)
         except BaseException:
             if hasattr(self, "link") and self.link.running:
                 self.home.kill("start", origin.name)
             self.end()
             raise
+        self.home.at_work.discard(origin.name)
+        return seconds
 
     def end(self) -> None:
         """Have it end, if it has not, and give back all it had."""
@@ -109,18 +113,19 @@ class Life:
         ours, theirs = socket.socketpair()
         memory = Memory(children.short)
         self.link = Link(ours, memory, self._origin.thread, self._end)
-        given = [theirs.fileno(), *(area.descriptor for area in memory.areas or ())]
+        areas = memory.descriptors
+        given = [theirs.fileno(), *areas]
         called: socket.socket | None = None
         try:
             if infer is not None:
                 callers, called = socket.socketpair()
-                area = None if memory.areas is None else Area.create()
+                area = Area.create() if areas else None
                 given += [called.fileno(), *([] if area is None else [area.descriptor])]
                 loop = asyncio.get_running_loop()
                 _, self.calls = await loop.create_connection(
                     lambda: CallServer(infer, children.tasks, area), sock=callers
                 )
-            self.home.host(name, given, areas=memory.areas is not None, calls=called is not None)
+            self.home.host(name, given, areas=bool(areas), calls=called is not None)
         finally:
             theirs.close()
             if called is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
 from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.frames import CHUNK, Frame, Frames, Message, pack
@@ -31,18 +32,22 @@ class ChildLine:
         return frame
 
     def send(self, message: Message) -> None:
-        """Send a message without arrays. Raises BrokenPipeError when nobody is there."""
-        self._socket.sendall(pack(message))
+        """Send a message without arrays."""
+        self._put(pack(message))
 
     def give(self, message: Message, layout: Layout, values: Sequence[Array | bytes], area: Area | None) -> None:
         """Send a message and its arrays, through shared memory if there is enough."""
         if layout.size and not (area is not None and _fits(area, layout, values)):
             payload = bytearray(layout.size)
             write(payload, layout, values)
-            self._socket.sendall(pack(message, layout.size))
-            self._socket.sendall(payload)
+            self._put(pack(message, layout.size))
+            self._put(payload)
         else:
-            self._socket.sendall(pack(message))
+            self._put(pack(message))
+
+    def _put(self, data: bytes | bytearray) -> None:
+        with suppress(OSError):  # nobody is there any more, as `receive` will say
+            self._socket.sendall(data)
 
     def close(self) -> None:
         """Tell the gateway that there is no more."""

@@ -68,6 +68,7 @@ class Execution:
         self._specs = {spec.name: spec for spec in (*plan.io.inputs, *plan.io.outputs)}
         with ExitStack() as resources:
             self._stream = cuda.stream()
+            self._number = int(self._stream)  # as TensorRT takes it
             resources.callback(cuda.end_stream, self._stream)
             self._contexts: list[_Context] = []
             self._activations = cuda.allocate(max(plan.activation_bytes, 1))
@@ -132,7 +133,7 @@ class Execution:
         # TensorRT settles in the first run what a change of shapes puts off; only what follows can be captured.
         self._execute(context)
         self._cuda.synchronize(self._stream)
-        handle = self._cuda.capture(self._stream, lambda: bool(context.trt.execute_async_v3(self._stream)))
+        handle = self._cuda.capture(self._stream, lambda: bool(context.trt.execute_async_v3(self._number)))
         if handle is None:
             return None
         self._resources.callback(self._cuda.end_graph, handle)
@@ -150,7 +151,7 @@ class Execution:
 
     def _give(self, context: _Context, profile: int, shapes: Shapes) -> None:
         if profile != context.profile:
-            if not context.trt.set_optimization_profile_async(profile, self._stream):
+            if not context.trt.set_optimization_profile_async(profile, self._number):
                 raise self._failure(f"TensorRT refused optimization profile {profile}")
             self._cuda.synchronize(self._stream)
             context.profile, context.shapes = profile, ()
@@ -176,7 +177,7 @@ class Execution:
         return view
 
     def _execute(self, context: _Context) -> None:
-        if not context.trt.execute_async_v3(self._stream):
+        if not context.trt.execute_async_v3(self._number):
             raise self._failure("the run failed")
 
     def _buffer(self, size: int, resources: ExitStack) -> _Buffer:

@@ -21,10 +21,14 @@ import numpy as np
 from gateway.engines.tensorrt.fakes.builder import (
     Builder,
     DataType,
+    IBuilderConfig,
+    IOptimizationProfile,
     IProgressMonitor,
+    ITimingCache,
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
     OnnxParser,
+    ParserError,
 )
 from gateway.engines.tensorrt.fakes.cuda import GPU, OK, cudaError_t
 from gateway.engines.tensorrt.fakes.logger import ILogger, Logger
@@ -34,8 +38,9 @@ from gateway.types import Array, element_count
 __version__ = VERSION
 
 __all__ = [
-    "Builder", "DataType", "ExecutionContextAllocationStrategy", "ILogger", "IProgressMonitor", "Logger",
-    "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "Runtime", "TensorIOMode", "TensorLocation",
+    "Builder", "DataType", "ExecutionContextAllocationStrategy", "IBuilderConfig", "ILogger", "IOptimizationProfile",
+    "IProgressMonitor", "ITimingCache", "Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser",
+    "ParserError", "Runtime", "TensorIOMode", "TensorLocation",
 ]  # fmt: skip
 
 
@@ -137,6 +142,8 @@ class ICudaEngine:
         if self._session is None:
             options = ort.SessionOptions()
             options.intra_op_num_threads = 1
+            # Quantized files are computed in floating point: a CPU's integer kernels saturate where a GPU's do not.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             self._session = ort.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
         names = [tensor.name for tensor in self.tensors.values() if not tensor.is_input]
         bf16 = {tensor.name for tensor in self.tensors.values() if tensor.kind == "BF16"}
