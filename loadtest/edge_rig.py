@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +31,8 @@ from loadtest.record import ROOT
 FAR, NEAR = "add_sub", "edge"  # the model's name there and here
 _SIZE = 16  # numbers in each of its inputs
 _LARGEST = 1 << 24  # FP32 has all whole numbers up to here
+_SETTLE = 30.0  # seconds
+_GOOD = 100  # answers in a row of the far gateway
 _PATIENCE = 5.0  # seconds after its deadline until a request counts as unanswered
 _PARAMETERS = {
     "fallback": "remote,cpu",
@@ -91,6 +93,7 @@ class Edge:
         self.proxy: FaultProxy
         self._tags = itertools.count(random.randrange(1, _LARGEST // 2))
         self._stack = AsyncExitStack()
+        self._changed = asyncio.Event()  # there is another answer
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
@@ -107,11 +110,30 @@ class Edge:
                 process.start()
                 stack.push_async_callback(asyncio.to_thread, process.stop)
                 await ready(process, ports.http, model)
+            await self._settle()
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
+
+    async def _settle(self) -> None:
+        """Wait until all engines are loaded and nothing is slow any more because it is done for the first time."""
+        async with self.load():
+            await self.remote(time.monotonic(), _GOOD, _SETTLE)
+        self.answers.clear()
+
+    async def remote(self, since: float, times: int, seconds: float) -> None:
+        """Wait until so many answers in a row were the far gateway's, of requests sent since a moment; no longer than that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self._is_remote(since, times):
+                    self._changed.clear()
+                    await self._changed.wait()
+
+    def _is_remote(self, since: float, times: int) -> bool:
+        last = self.answers[-times:]
+        return len(last) == times and all(each.remote and each.record.sent >= since for each in last)
 
     async def restart_far(self) -> None:
         """Start the far gateway again, and wait until it serves."""
@@ -150,14 +172,17 @@ class Edge:
                 status, answer, engine, error = await connection.ask(_request(tag, self.deadline_ms))
         except (OSError, asyncio.IncompleteReadError):
             connection.close()
-            self.answers.append(Answer(Record(0, tag, sent, time.monotonic(), LOST)))
+            self._note(Record(0, tag, sent, time.monotonic(), LOST))
         except TimeoutError:
             connection.close()
-            self.answers.append(Answer(Record(0, tag, sent, None, UNANSWERED)))
+            self._note(Record(0, tag, sent, None, UNANSWERED))
         else:
             idle.append(connection)
-            record = Record(0, tag, sent, time.monotonic(), status, answer, error=error)
-            self.answers.append(Answer(record, engine))
+            self._note(Record(0, tag, sent, time.monotonic(), status, answer, error=error), engine)
+
+    def _note(self, record: Record, engine: str = "") -> None:
+        self.answers.append(Answer(record, engine))
+        self._changed.set()
 
 
 class _Connection:

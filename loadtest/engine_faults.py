@@ -26,7 +26,7 @@ import numpy as np
 
 from loadtest.engine_images import ImageClient, Pictures
 from loadtest.engine_rig import FIRST_TAG, FLOATS, GROWTH, IMAGES, IN_FLIGHT, SLACK, VALUES, Outcome, Rig, Told
-from loadtest.fleet import wait_until
+from loadtest.fleet import FleetError, wait_until
 from loadtest.history import check
 from loadtest.record import provenance
 
@@ -284,7 +284,11 @@ def carry_out(name: str, pace: Pace) -> Outcome:
     each = FAULTS[name]
     more = {"watchdog_ms": str(pace.patience_ms)} if pace.patience_ms else {}
     with Rig(**each.rig, **more) as rig:
-        return each.run(rig, pace)
+        try:
+            return each.run(rig, pace)
+        except FleetError as problem:
+            message = f"{problem}\n{rig.process.tail()}"
+            raise FleetError(message) from None
 
 
 _COLUMNS = ("requests", "slowest_ms", "gap_ms", "deaths", "most_crashes", "recovery_ms", "poison_ms")

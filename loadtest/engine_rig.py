@@ -128,7 +128,7 @@ class Rig:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockgate-engines-")))
             models = self.folder / "models"
             faults = {name: str(value) for name, value in VALUES.items()}
-            given = {"isolation": "process", **faults, **self._more}
+            given = faults | self._more
             for name, datatype in ((MODEL, "INT64"), (FLOATS, "FP64")):
                 write_model(models, name, base_us=self._base_us, datatype=datatype, **given)
             if self._images:
@@ -136,7 +136,9 @@ class Rig:
             self.ports = servers.Ports(*servers.free_ports(3))
             listen = [f"--{kind}-port={port}" for kind, port in asdict(self.ports).items()]
             command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(models), *listen]
-            self.process = Process([*command, "--log-format", "json"], self.folder / "gateway.log")
+            self.process = Process(
+                [*command, "--isolation", "process", "--log-format", "json"], self.folder / "gateway.log"
+            )
             self.process.start()
             stack.callback(self.process.stop)
             try:

@@ -28,7 +28,7 @@ async def test_an_unknown_backend_names_those_there_are() -> None:
     with pytest.raises(errors.Unsupported) as caught:
         await engines.create(spec("tensorflow"))
     assert caught.value.message == (
-        "there is no backend 'tensorflow'; there are: onnxruntime, tensorrt, fake, python. Change backend in config.pbtxt"
+        "there is no backend 'tensorflow'; there are: onnxruntime, tensorrt, remote, fake, python. Change backend in config.pbtxt"
     )
 
 

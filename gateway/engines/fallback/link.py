@@ -23,7 +23,7 @@ from gateway.types import Batch, BatchResult
 Start = Callable[[EngineSpec, int], Awaitable[Sequence[Engine]]]
 """Loads a version as a link says, and returns so many engines that share it."""
 
-_PAUSES = {"remote": 2.0}  # seconds: the longest between probes of what costs nothing to try
+_PAUSES = {"remote": 1.0}  # seconds: the longest between probes of what costs nothing to try
 _PAUSE = 60.0
 _CLOSE_SECONDS = 5.0
 
