@@ -74,9 +74,11 @@ class Runner:
             () if isinstance(jobs[0], Probe) else requests,
             part.waits,
             part.predicted,
+            lambda place: not jobs[place].done,
         )
         first: BatchResult | None = None  # of those that came request by request, and the last
         last: BatchResult | None = None
+        unended = len(jobs)
         self._statistics.executing += len(jobs)
         try:
             async with aclosing(self._engine.run(batch)) as results:
@@ -86,6 +88,9 @@ class Runner:
                     else:
                         first, last = first or result, result
                         self._answer_each(part, result.answers, batch.rows, result)
+                        unended -= sum([answer.final or answer.error is not None for answer in result.answers])
+                        if unended and all([job.done for job in jobs]):  # noqa: C419 - a list takes half of the time
+                            break  # who has not had the last of its answers does not want it
         finally:
             self._statistics.executing -= len(jobs)
         if first is not None and last is not None:
