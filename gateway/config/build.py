@@ -19,6 +19,7 @@ from gateway.config.model import (
     WarmupInput,
 )
 from gateway.config.parse import Source
+from gateway.config.sequences import check_sequences, read_sequences
 from gateway.types import DataType
 
 
@@ -36,6 +37,7 @@ def build(
     """
     full = normalise(proto, gpus)
     check(full, gpus, source)
+    check_sequences(full, source)
     public = response_cache_public(full, source)
     return ModelConfig(
         name=full.name,
@@ -55,6 +57,7 @@ def build(
         default_deadline_ms=default_deadline_ms(full, source),
         response_cache=ResponseCache(public) if _caches(full) else None,
         accelerators=_accelerators(full),
+        sequences=read_sequences(full) if full.HasField("sequence_batching") else None,
     )
 
 

@@ -259,6 +259,10 @@ def _check_warmup(warmup: Any, proto: ModelConfigProto, source: Source) -> None:
             f"{head} has batch_size {warmup.batch_size}, more than max_batch_size {proto.max_batch_size}", *words
         )
     known = {tensor.name: tensor for tensor in proto.input}
+    if proto.HasField("sequence_batching"):
+        raise source.error(
+            f"{head}: a model of sequences is warmed up by a row of zeros, not by samples. Remove model_warmup", *words
+        )
     for name, sample in warmup.inputs.items():
         if name not in known:
             raise source.error(

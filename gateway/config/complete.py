@@ -79,11 +79,19 @@ def complete(proto: ModelConfigProto, io: ModelIO, default_max_batch_size: int, 
             "max_batch_size",
         )
     batched = result.max_batch_size > 0
+    kept = _kept(result)
     if not result.input:
-        _add(result.input, io.inputs, batched=batched)
+        _add(result.input, [spec for spec in io.inputs if spec.name not in kept], batched=batched)
     if not result.output:
-        _add(result.output, io.outputs, batched=batched)
+        _add(result.output, [spec for spec in io.outputs if spec.name not in kept], batched=batched)
     return result
+
+
+def _kept(proto: ModelConfigProto) -> set[str]:
+    """What is filled in and kept for a model of sequences, and is no business of clients."""
+    sequences = proto.sequence_batching
+    states = {name for state in sequences.state for name in (state.input_name, state.output_name)}
+    return states | {control.name for control in sequences.control_input}
 
 
 def adopt(proto: ModelConfigProto, theirs: ModelConfigProto) -> ModelConfigProto:
@@ -119,6 +127,8 @@ def normalise(proto: ModelConfigProto, gpus: Sequence[int]) -> ModelConfigProto:
     if result.HasField("dynamic_batching") and result.max_batch_size > 0:
         sizes = result.dynamic_batching.preferred_batch_size
         sizes.extend([] if sizes else [result.max_batch_size])
+    if result.HasField("sequence_batching"):
+        _normalise_sequences(result.sequence_batching, result.max_batch_size)
     if not result.optimization.HasField("input_pinned_memory"):
         result.optimization.input_pinned_memory.enable = True
     if not result.optimization.HasField("output_pinned_memory"):
@@ -128,6 +138,13 @@ def normalise(proto: ModelConfigProto, gpus: Sequence[int]) -> ModelConfigProto:
     for index, group in enumerate(result.instance_group):
         _normalise_group(group, f"{result.name}_{index}", result.backend, gpus)
     return result
+
+
+def _normalise_sequences(sequences: Any, max_batch_size: int) -> None:
+    sequences.max_sequence_idle_microseconds = sequences.max_sequence_idle_microseconds or 1_000_000
+    if sequences.HasField("oldest") and max_batch_size > 0:
+        sizes = sequences.oldest.preferred_batch_size
+        sizes.extend([] if sizes else [max_batch_size])
 
 
 def _normalise_group(group: Any, name: str, backend: str, gpus: Sequence[int]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gateway.config.model import ModelConfig, TensorConfig
+from gateway.config.sequences import model_side
 from gateway.errors import InvalidArgument
 from gateway.types import ModelIO, TensorSpec
 
 
 def check_fit(config: ModelConfig, io: ModelIO) -> None:
     """Raise `InvalidArgument` for the first tensor of `config` that the model of `io` does not have."""
+    config = model_side(config)
     for kind, tensors, specs in (("input", config.inputs, io.inputs), ("output", config.outputs, io.outputs)):
         known = {spec.name: spec for spec in specs}
         for tensor in tensors:

@@ -96,6 +96,49 @@ class ResponseCache:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceControl:
+    """An input that the gateway fills in for a model of sequences: `kind` is `start`, `end`, `ready` or `corrid`.
+
+    Its element is `on` where the kind is true of a request and `off` where not; for `corrid` it is the sequence's id.
+    """
+
+    name: str
+    kind: str
+    datatype: DataType
+    off: float = 0
+    on: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceState:
+    """An output that is an input of the sequence's next run. `initial` is what the first has: the name of a file in the
+    model's folder `initial_state`, or empty for zeros of `initial_dims`.
+    """
+
+    input: str
+    output: str
+    datatype: DataType
+    dims: tuple[int, ...]
+    initial: str
+    initial_dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceBatching:
+    """Triton's `sequence_batching`. Without `candidates` it is the direct strategy, where a sequence keeps its row in
+    every batch; with them the oldest, where so many sequences of an instance share batches of any rows.
+    """
+
+    idle_us: int
+    candidates: int = 0
+    preferred_batch_sizes: tuple[int, ...] = ()
+    max_queue_delay_us: int = 0
+    minimum_slot_utilization: float = 0.0
+    controls: tuple[SequenceControl, ...] = ()
+    states: tuple[SequenceState, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's configuration, complete and checked: every field filled, inputs and outputs known."""
 
@@ -116,6 +159,7 @@ class ModelConfig:
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
     response_cache: ResponseCache | None = None
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
+    sequences: SequenceBatching | None = None  # None: no request has anything to do with another
 
     @property
     def is_code(self) -> bool:

@@ -82,7 +82,26 @@ _REFUSED = (
         ("ensemble_scheduling",),
         "Call the models of the ensemble one after the other from the client",
     ),
-    Gap(_has("sequence_batching"), ("sequence_batching",), "Keep the state in the client, as inputs and outputs"),
+    Gap(
+        lambda proto: bool(proto.sequence_batching.iterative_sequence),
+        ("sequence_batching", "iterative_sequence"),
+        "Let the client send each step, or write a decoupled model",
+    ),
+    Gap(
+        lambda proto: bool(proto.sequence_batching.oldest.preserve_ordering),
+        ("sequence_batching", "preserve_ordering"),
+        "Remove it: answers within a sequence keep its order",
+    ),
+    Gap(
+        lambda proto: proto.HasField("sequence_batching") and proto.backend == "remote",
+        ("sequence_batching",),
+        "Its requests would have to reach one server in their order. Send them to that server",
+    ),
+    Gap(
+        lambda proto: bool(proto.sequence_batching.state) and proto.backend == "python",
+        ("sequence_batching", "state"),
+        "As in Triton a Python model keeps its own state, by correlation_id()",
+    ),
     Gap(
         lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",
         ("model_transaction_policy", "decoupled"),
@@ -101,6 +120,14 @@ _REFUSED = (
 )
 
 _WITHOUT_EFFECT = (
+    Gap(
+        lambda proto: any(
+            state.use_same_buffer_for_input_output or state.use_growable_memory
+            for state in proto.sequence_batching.state
+        ),
+        ("sequence_batching", "state"),
+        "Each run gives its states new memory",
+    ),
     Gap(
         lambda proto: (
             not proto.dynamic_batching.priority_levels

@@ -25,6 +25,7 @@ from gateway.types import InferRequest, Responses
 
 EXTENSIONS = (
     "classification",
+    "sequence",
     "model_repository",
     "model_configuration",
     "binary_tensor_data",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -52,9 +52,18 @@ class Runner:
     """Runs batches on one engine."""
 
     def __init__(
-        self, engine: Engine, config: ModelConfig, version: str, statistics: VersionStatistics, digest: str
+        self,
+        engine: Engine,
+        config: ModelConfig,
+        version: str,
+        statistics: VersionStatistics,
+        digest: str,
+        *,
+        run: Callable[[Batch], AsyncGenerator[BatchResult, None]] | None = None,
     ) -> None:
+        """`run` does what the engine's does, where more is to be done than that."""
         self._engine = engine
+        self._run = run or engine.run
         self._config = config
         self._version = version
         self._statistics = statistics
@@ -81,7 +90,7 @@ class Runner:
         unended = len(jobs)
         self._statistics.executing += len(jobs)
         try:
-            async with aclosing(self._engine.run(batch)) as results:
+            async with aclosing(self._run(batch)) as results:
                 async for result in results:
                     if result.answers is None:
                         self._answer_all(part, requests, batch.rows, result)

@@ -20,11 +20,12 @@ from msgspec.structs import replace
 
 from gateway import engines, errors
 from gateway.config.model import ModelConfig
+from gateway.config.sequences import model_side
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.fallback import FallbackEngine
 from gateway.engines.isolated.children import Children
 from gateway.placement import Placement
-from gateway.queues.base import Capacity, Consumer, InstanceState, Lane, Queue
+from gateway.queues.base import Capacity, Consumer, InstanceState, Job, Lane, Queue
 from gateway.scheduling.base import Place
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
@@ -77,6 +78,7 @@ class Host:
         Its engines live in `children`, or all in this process.
         """
         self.source = source
+        self._model = model_side(source.config)
         self.instances: tuple[InstanceState, ...] = ()
         self.warnings: tuple[str, ...] = ()
         self.digest = ""  # see `VersionState`
@@ -113,7 +115,7 @@ class Host:
                     self._engines.append((engine, placement))
             for engine, placement in self._engines:
                 cores = tuple(sorted({placement.threads, placement.cores}))
-                row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
+                row = await warm_up(engine, self._model, self.source.path.parent, cores)
                 if row is not None:
                     rows[where(engine, placement)[0]] = row
             priors = await self._read_priors() if self._persists else {}
@@ -186,11 +188,7 @@ class Host:
                 serving = [tasks.create_task(self._read(self._consumer))]
                 siblings = Siblings(self._place)
                 for engine, placement in self._engines:
-                    source = self.source
-                    instance = Instance(
-                        engine, source.config, source.version, self._statistics, self.digest, siblings=siblings
-                    )
-                    serving.append(tasks.create_task(self._run(instance, placement)))
+                    serving.append(tasks.create_task(self._serve(engine, placement, siblings)))
                     if isinstance(engine, FallbackEngine):
                         serving.append(tasks.create_task(engine.tend(self._move)))
                 # A measurement waits in line like a request, and would count against the model's own limit on that.
@@ -203,11 +201,13 @@ class Host:
             self._stopped.set()
             self.report()
             self._consumer.close()
-            self._slots.close(self)
+            self._close_lane()
             await self._close_engines()
 
-    async def _run(self, instance: Instance, placement: Placement) -> None:
+    async def _serve(self, engine: Engine, placement: Placement, siblings: Siblings[Instance]) -> None:
         """Serve with as many runs at once as the engine allows; a chain may allow more later."""
+        source = self.source
+        instance = Instance(engine, source.config, source.version, self._statistics, self.digest, siblings=siblings)
         async with asyncio.TaskGroup() as tasks:
             seats = 0
             while True:
@@ -250,7 +250,7 @@ class Host:
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.wait([self._measuring])
-        await self._slots.settled(self)
+        await self._settled()
         if self._stopped.is_set():
             return  # by another who waited for the same
         learned = self._learned()
@@ -293,11 +293,22 @@ class Host:
     async def _read(self, consumer: Consumer) -> None:
         while jobs := await consumer.take(_ALL):
             try:
-                self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
+                self._take_in(jobs)
             except Exception:
                 for job in jobs:  # in nobody's hands now, and the fault ends this version
                     job.fail(errors.Internal(f"model '{self.lane.model}' could not take the request"))
                 raise
+
+    def _take_in(self, jobs: list[Job]) -> None:
+        self._slots.add(self, jobs if self._order is None else self._order.enter(jobs))
+
+    async def _settled(self) -> None:
+        """Wait until nothing that was taken waits or runs."""
+        await self._slots.settled(self)
+
+    def _close_lane(self) -> None:
+        """Hand back what was taken and does not run."""
+        self._slots.close(self)
 
     async def _measure(self) -> None:
         instances = len(
@@ -339,7 +350,7 @@ class Host:
 
     def _spec(self, placement: Placement) -> EngineSpec:
         return EngineSpec(
-            config=self.source.config,
+            config=self._model,
             version=self.source.version,
             path=self.source.path,
             device=placement.instead_of or placement.device.name,

@@ -16,6 +16,7 @@ from functools import partial
 import msgspec
 
 from gateway import errors
+from gateway.config.model import ModelConfig
 from gateway.engines.isolated.children import Children
 from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
@@ -24,6 +25,7 @@ from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.host import Host, Source
+from gateway.worker.sequence_host import SequenceHost
 from gateway.worker.slots import Slots
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
@@ -67,6 +69,7 @@ class Worker:
             DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
         )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
+        self.alone = True  # no other worker takes from the queue; set before anything is loaded
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
@@ -163,7 +166,8 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(
+        kind = Host if source.config.sequences is None else SequenceHost
+        host = kind(
             source,
             self._queue,
             self._statistics,
@@ -174,6 +178,7 @@ class Worker:
         )
         predecessor = model.hosts.get(source.version)
         try:
+            self._require_alone(source.config)
             async with self._loading:
                 await host.load(plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
@@ -187,6 +192,13 @@ class Worker:
         self._open(model, host)
         if predecessor is not None:
             await predecessor.retire()
+
+    def _require_alone(self, config: ModelConfig) -> None:
+        if config.sequences is not None and not self.alone:
+            raise errors.Unsupported(
+                f"sequence_batching of model '{config.name}' needs a worker of its own: workers that share a queue in "
+                "Redis take each other's requests. Serve it by a gateway with --queue memory"
+            )
 
     def _open(self, model: _Model, host: Host) -> None:
         assert self._tasks is not None

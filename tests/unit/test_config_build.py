@@ -414,7 +414,10 @@ def test_gpus_must_exist() -> None:
     [
         ("ensemble_scheduling { step { model_name: 'a' } }", "ensemble_scheduling"),
         ('platform: "ensemble"', "ensemble_scheduling"),
-        ("sequence_batching { }", "sequence_batching"),
+        ("sequence_batching { iterative_sequence: true }", "iterative_sequence"),
+        ("sequence_batching { oldest { preserve_ordering: true } }", "preserve_ordering"),
+        ('sequence_batching { } backend: "remote"', "sequence_batching"),
+        ('sequence_batching { state { input_name: "a" } } backend: "python"', "state"),
         ("model_transaction_policy { decoupled: true }", "decoupled"),
         ("batch_input { kind: BATCH_ELEMENT_COUNT }", "batch_input"),
         ("batch_output { }", "batch_output"),
