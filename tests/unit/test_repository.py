@@ -149,7 +149,10 @@ def test_a_backend_without_files_needs_its_tensors_in_the_configuration(reposito
             '\nbackend: "python"',
             "m/config.pbtxt line 2: backend 'python' runs the code in 'model.py', which is not allowed",
         ),
-        ("sequence_batching { iterative_sequence: true }", "m/config.pbtxt line 1: iterative_sequence is not supported"),
+        (
+            "sequence_batching { iterative_sequence: true }",
+            "m/config.pbtxt line 1: iterative_sequence is not supported",
+        ),
         (
             '\ndefault_model_filename: "a.onnx" backend: "onnxruntime"',
             "m/config.pbtxt line 2: 'm/1/a.onnx' is not there",
