@@ -17,7 +17,7 @@ from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
 from gateway.scheduling.sequences import Item, Placed, Sequence, SequenceId, Sequences
-from gateway.types import DataType, InferRequest, InferResponse, Parameter
+from gateway.types import DataType, InferRequest, InferResponse
 from gateway.worker.slots import Slots
 
 
@@ -73,13 +73,13 @@ class SequenceLine:
         request = job.request
         if request.rows > 1:
             raise errors.sequence_of_one_row(self._model)
-        id_ = _id(request.parameters.get("sequence_id", 0))
+        id_ = _id(request)
         if not id_:
             raise errors.no_sequence_id(self._model)
         if self._id_type is not None and isinstance(id_, str) is not (self._id_type is DataType.BYTES):
             raise errors.wrong_sequence_id(self._model, expected="a number" if isinstance(id_, str) else "a string")
-        start, end = (request.parameters.get(key) is True for key in ("sequence_start", "sequence_end"))
-        if not self._sequences.add(id_, Item(job, start, end), time.monotonic()):
+        item = Item(job, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
+        if not self._sequences.add(id_, item, time.monotonic()):
             raise errors.sequence_not_started(id_, self._model)
 
     def take(self, instance: int) -> list[Placed[Job]]:
@@ -150,7 +150,17 @@ class SequenceLine:
                 job.fail(errors.sequence_broken(id_, self._model))
 
 
-def _id(given: Parameter) -> SequenceId:
+def _id(request: InferRequest) -> SequenceId:
+    given = request.parameters.get("sequence_id", 0)
     if isinstance(given, int) and not isinstance(given, bool):
         return given & ((1 << 64) - 1)
-    return given if isinstance(given, str) else 0
+    if isinstance(given, str):
+        return given
+    raise errors.InvalidArgument("Unable to parse 'sequence_id': it must be a number or a string")
+
+
+def _flag(request: InferRequest, key: str) -> bool:
+    given = request.parameters.get(key, False)
+    if not isinstance(given, bool):
+        raise errors.InvalidArgument(f"Unable to parse '{key}': it must be true or false")
+    return given

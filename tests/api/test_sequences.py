@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import tritonclient.grpc
 import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from tests.python_support import write
 from tests.sequence_support import accumulator, controls, named
 from tests.system.process import GatewayProcess, started
 
@@ -25,7 +27,36 @@ OLDEST = "oldest { max_candidate_sequences: 2 }"
 FROM_FILE = 'initial_state: { data_type: TYPE_FP32 dims: [ 1 ] data_file: "hundred" name: "hundred" }'
 
 
+CODE = """
+def initialize(self, args):
+    self.sums = {}
+
+def execute(self, requests):
+    responses = []
+    for request in requests:
+        ready = pb_utils.get_input_tensor_by_name(request, "READY").as_numpy().all()
+        value = pb_utils.get_input_tensor_by_name(request, "IN").as_numpy()
+        of = request.correlation_id()
+        if request.flags() & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START:
+            self.sums[of] = 0
+        if ready:
+            self.sums[of] += value
+        total = pb_utils.Tensor("OUT", self.sums.get(of, value).astype(np.float32))
+        responses.append(pb_utils.InferenceResponse([total]))
+    return responses
+"""
+CODE_CONFIG = """
+backend: "python" max_batch_size: 4
+input { name: "IN" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "OUT" data_type: TYPE_FP32 dims: [ 1 ] }
+sequence_batching { direct {} control_input [ {
+  name: "READY" control [ { kind: CONTROL_SEQUENCE_READY bool_false_true: [ false, true ] } ]
+} ] }
+"""
+
+
 def repository(folder: Path) -> None:
+    write(folder / "code", CODE, CODE_CONFIG)
     accumulator(folder, "direct", "direct {}", more=ONE)
     accumulator(folder, "oldest", OLDEST, more="instance_group { kind: KIND_CPU count: 2 }")
     accumulator(folder, "plain", "", more=ONE)
@@ -45,7 +76,7 @@ def repository(folder: Path) -> None:
 def gateway() -> Iterator[GatewayProcess]:
     with tempfile.TemporaryDirectory(prefix="gw") as folder:
         repository(Path(folder))
-        with started("--model-repository", folder) as process:
+        with started("--model-repository", folder, "--allow-python-models") as process:
             process.wait_ready()
             yield process
 
@@ -75,7 +106,7 @@ def ask(wire: tuple[Any, Any], model: str, value: float, of: int | str, **flags:
 START, END = {"sequence_start": True}, {"sequence_end": True}
 
 
-@pytest.mark.parametrize("model", ["direct", "oldest", "plain"])
+@pytest.mark.parametrize("model", ["direct", "oldest", "plain", "code"])
 def test_each_sequence_has_its_own_state(wire, model):
     for value, of in ((1, 7), (10, 8), (100, "a"), (1000, "7")):
         if model == "oldest" or of in (7, 8):
@@ -155,6 +186,17 @@ def test_refusals_are_in_tritons_words(wire, model, of, flags, text):
     assert caught.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
 
 
+def test_parameters_of_a_wrong_kind_are_refused_on_http(gateway):
+    url = gateway.url("/v2/models/direct/infer")
+    body = {"inputs": [{"name": "IN", "datatype": "FP32", "shape": [1, 1], "data": [1]}]}
+    for parameters, text in (
+        ({"sequence_id": 1.5}, "Unable to parse 'sequence_id': it must be a number or a string"),
+        ({"sequence_id": 1, "sequence_start": 1}, "Unable to parse 'sequence_start': it must be true or false"),
+    ):
+        answer = requests.post(url, json={**body, "parameters": parameters}, timeout=20)
+        assert (answer.status_code, answer.json()) == (400, {"error": text})
+
+
 def test_a_request_of_several_rows_is_refused(wire):
     library, client = wire
     with pytest.raises(InferenceServerException) as caught:
@@ -193,15 +235,16 @@ def test_a_stream_keeps_the_order_of_each_of_its_sequences(gateway):
         assert found[str(of)] == total.tolist()
 
 
-def test_sequences_share_batches(gateway):
-    """Thirty clients at once: more than there are slots, so that some wait for a place."""
+@pytest.mark.parametrize("model", ["direct", "oldest", "code"])
+def test_sequences_share_batches(gateway, model):
+    """Twelve clients at once: more than there are slots, so that some wait for a place."""
 
     def client(of: int) -> list[float]:
         with tritonclient.grpc.InferenceServerClient(f"127.0.0.1:{gateway.ports['grpc']}") as each:
             barrier.wait()
             wire = (tritonclient.grpc, each)
             return [
-                ask(wire, "direct", of, of, sequence_start=step == 0, sequence_end=step == 4)[0][0] for step in range(5)
+                ask(wire, model, of, of, sequence_start=step == 0, sequence_end=step == 4)[0][0] for step in range(5)
             ]
 
     barrier = threading.Barrier(12)
