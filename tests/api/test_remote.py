@@ -369,6 +369,33 @@ async def test_tls_and_tokens(scheme: str, tmp_path: Path) -> None:
             assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
 
 
+async def test_a_server_that_asks_for_certificates_gets_ours(tmp_path: Path) -> None:
+    def certificate(name: str) -> str:
+        return (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost -keyout {tmp_path}/{name}.key -out {tmp_path}/{name}.pem"
+        )
+
+    for name in ("server", "edge"):
+        await asyncio.to_thread(subprocess.run, certificate(name).split(), check=True, capture_output=True)
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.pbtxt").write_text(CONFIG.format(backend="fake"))
+    settings = Settings(
+        model_repository=(tmp_path / "models",), allow_http=False, grpc_port=0, allow_metrics=False, grpc_use_ssl=True,
+        grpc_server_cert=tmp_path / "server.pem", grpc_server_key=tmp_path / "server.key",
+        grpc_use_ssl_mutual=True, grpc_root_cert=tmp_path / "edge.pem",
+    )  # fmt: skip
+    trusted = {"ca_file": str(tmp_path / "server.pem"), "connect_timeout_ms": "10000"}
+    ours = {"cert_file": str(tmp_path / "edge.pem"), "key_file": str(tmp_path / "edge.key")}
+    async with running(settings) as gateway:
+        await gateway.loaded.wait()
+        url = f"grpcs://localhost:{gateway.ports['grpc']}"
+        async with asking(url, **trusted, **ours) as engine:
+            await ask(engine, request())
+        async with asking(url, **{**trusted, "connect_timeout_ms": "500"}) as engine:
+            assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
+
+
 @both
 async def test_a_model_of_another_gateway_is_served_as_ones_own(scheme: str, tmp_path: Path) -> None:
     async def infer(gateway: Gateway, asked: InferRequest) -> InferResponse:

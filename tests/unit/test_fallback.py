@@ -253,6 +253,22 @@ async def test_a_lost_device_is_loaded_anew(fault: Fault) -> None:
         assert told(await run(engine)) == (None, None)
 
 
+async def test_when_everything_is_lost_it_still_says_what_it_is_and_comes_back(fault: Fault) -> None:
+    async with chain(fault_file=str(fault.path)) as (engine, _):
+        await run(engine)
+        fault("lost")
+        for _ in range(3):
+            with pytest.raises(EngineCrashed):
+                await run(engine)
+        links = engine._tender.links
+        assert [link.used for link in links] == [False, False]
+        await until(lambda: not any(link.engines for link in links))
+        assert (engine.provider, engine.widest, engine.concurrency) == ("Fake", 1, 1)
+        fault.mend()
+        await until(lambda: engine.link == FIRST and links[0].used)
+        assert told(await run(engine)) == (None, None)
+
+
 # --- memory
 
 

@@ -65,10 +65,14 @@ class FallbackEngine:
         self._index = index
         self._warnings = warnings
         self._closed = False
+        self._latest = tender.current.engines[index]
 
     @property
     def _engine(self) -> Engine:
-        return self._tender.current.engines[self._index]
+        """What runs now; where nothing does, what ran last."""
+        if self._tender.current.engines:
+            self._latest = self._tender.current.engines[self._index]
+        return self._latest
 
     @property
     def link(self) -> str:
@@ -256,8 +260,9 @@ class FallbackEngine:
 
     def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:
         """Say in an answer which link gave it, and why not the first."""
-        told = {**identity(link.engines[self._index]), "link": link.name, "fallback": self._tender.why(failed)}
-        result.parameters = {**(result.parameters or {}), **told}
+        which = identity(link.engines[self._index]) if link.engines else {}  # closed meanwhile
+        told = {**which, "link": link.name, "fallback": self._tender.why(failed)}
+        result.parameters = {**told, **(result.parameters or {})}
 
 
 def _limit(following: LiveLink | None, batch: Batch) -> float | None:
