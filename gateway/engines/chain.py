@@ -186,6 +186,8 @@ def _link(name: str, spec: EngineSpec, backend: str) -> Link:
     own = f"{name}."
     mine = {key.removeprefix(own): value for key, value in spec.config.parameters.items() if key.startswith(own)}
     config = replace(spec.config, backend=backend, parameters={**spec.config.parameters, **mine})
+    if backend == "remote":  # another machine: its runs take none of the cores here
+        spec = replace(spec, device="remote", threads=1, cores=1)
     return Link(name, replace(spec, config=config))
 
 

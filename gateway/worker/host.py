@@ -35,9 +35,9 @@ from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
 from gateway.worker.probe import measurable, measure
-from gateway.worker.running import count, digest, state
+from gateway.worker.running import count, digest, state, where
 from gateway.worker.siblings import Siblings
-from gateway.worker.slots import Slots
+from gateway.worker.slots import Seat, Slots
 from gateway.worker.warmup import warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
@@ -99,6 +99,7 @@ class Host:
         self._measuring: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         self._working: Sequence[tuple[Engine, Placement]] = ()  # those that the scheduler counts on
+        self._seats: list[tuple[Seat, Engine, Placement]] = []
         self._moved = asyncio.Event()
         self._mixed = False  # what was learned of batch times is of more than one engine
         self.changed: Callable[[], None] = lambda: None  # called when `instances` are others
@@ -114,7 +115,7 @@ class Host:
                 cores = tuple(sorted({placement.threads, placement.cores}))
                 row = await warm_up(engine, self.source.config, self.source.path.parent, cores)
                 if row is not None:
-                    rows[placement.device.name] = row
+                    rows[where(engine, placement)[0]] = row
             priors = await self._read_priors() if self._persists else {}
         except BaseException:
             await self._close_engines()
@@ -212,7 +213,9 @@ class Host:
             while True:
                 self._moved.clear()
                 for _ in range(seats, instance.engine.concurrency):
-                    tasks.create_task(instance.serve(self._slots.seat(self, placement.device.name)))
+                    seat = self._slots.seat(self, where(instance.engine, placement)[0])
+                    self._seats.append((seat, instance.engine, placement))
+                    tasks.create_task(instance.serve(seat))
                 seats = max(seats, instance.engine.concurrency)
                 await self._moved.wait()
 
@@ -221,8 +224,19 @@ class Host:
         self._mixed = True
         self.instances = tuple(starmap(state, self._engines))
         self._open_places(self._working)
+        for seat, engine, placement in self._seats:
+            self._slots.move(seat, where(engine, placement)[0])
+        for engine, placement in self._working:
+            self._foresee(engine, placement)
         self._moved.set()
         self.changed()
+
+    def _foresee(self, engine: Engine, placement: Placement) -> None:
+        """Begin with what a chain knows of its link, where nothing has been learned of it on its device."""
+        device, _ = where(engine, placement)
+        seconds = engine.seconds if isinstance(engine, FallbackEngine) else None
+        if seconds is not None and not self._slots.scheduler.latency(self, device).known:
+            self._slots.scheduler.warmed(self, device, 1, seconds)
 
     async def drain(self) -> None:
         """Answer all that was accepted, then stop. The caller has stopped gateways from sending more."""
@@ -297,7 +311,7 @@ class Host:
     async def _read_priors(self) -> Mapping[str, Prior]:
         def opened() -> Priors:
             runtime, files = engines.runtime(self.source.config.backend), self.source.fingerprint
-            on = {placement.device: engine for engine, placement in self._engines}
+            on = {p.device: engine for engine, p in self._engines if where(engine, p)[0] == p.device.name}
             return Priors(
                 self.source.path,
                 {device.name: key(device, e.provider, runtime, files, e.artefact) for device, e in on.items()},

@@ -9,6 +9,7 @@ from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine
 from gateway.placement import Placement
 from gateway.scheduling.base import Limits, Place, QueuePolicy
+from gateway.worker.running import where
 
 
 def limits(config: ModelConfig) -> Limits:
@@ -34,9 +35,9 @@ def places(engines: Sequence[tuple[Engine, Placement]]) -> list[Place]:
     """Where these engines run, one entry a device."""
     found: dict[str, Place] = {}
     for engine, placement in engines:
-        name = placement.device.name
-        count = engine.concurrency + (found[name].count if name in found else 0)
-        found[name] = Place(name, count, placement.threads, engine.widest)
+        name, threads = where(engine, placement)
+        known = found.get(name, Place(name, 0, threads))
+        found[name] = Place(name, known.count + engine.concurrency, min(threads, known.threads), engine.widest)
     return list(found.values())
 
 

@@ -13,12 +13,19 @@ from gateway.queues.base import InstanceState
 from gateway.statistics import VersionStatistics
 
 
+def where(engine: Engine, placement: Placement) -> tuple[str, int]:
+    """The device whose slots an engine's runs take now, and how many cores each when it is loaded."""
+    if isinstance(engine, FallbackEngine) and engine.device != placement.device.name:
+        return engine.device, engine.threads
+    return placement.device.name, placement.threads
+
+
 def state(engine: Engine, placement: Placement) -> InstanceState:
     """One instance as gateways are told of it."""
     artefact = engine.artefact
     made = ("", "") if artefact is None else (artefact.precision, artefact.name)
     link = (engine.link, engine.reason) if isinstance(engine, FallbackEngine) else ("", "")
-    return InstanceState(placement.device.name, engine.provider, *made, *link)
+    return InstanceState(where(engine, placement)[0], engine.provider, *made, *link)
 
 
 def count(engines: Iterable[Engine], statistics: VersionStatistics) -> None:

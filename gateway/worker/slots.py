@@ -81,9 +81,12 @@ class Slots:
     # --- lanes
 
     def open(self, lane: LaneKey, limits: Limits, places: Sequence[Place]) -> None:
-        """A version serves: see `Scheduler.open`."""
+        """A version serves: see `Scheduler.open`. Move seats that are on other devices at once."""
         self.scheduler.open(lane, limits, places)
-        self._devices[lane] = tuple(dict.fromkeys(place.device for place in places))
+        self._devices[lane] = devices = tuple(dict.fromkeys(place.device for place in places))
+        for place in [place for place in self._early if place[0] == lane and place[1] not in devices]:
+            for run in self._early.pop(place):
+                self.give_back(run)
 
     def close(self, lane: LaneKey) -> None:
         """The version serves no more: every job of it that does not run goes back to the queue, in order."""
@@ -101,6 +104,17 @@ class Slots:
     def seat(self, lane: LaneKey, device: str) -> Seat:
         """A place for one open run of an instance of the lane."""
         return Seat(self, lane, device)
+
+    def move(self, seat: Seat, device: str) -> None:
+        """Have an instance take its runs on another device from now on."""
+        if seat.place[1] == device:
+            return
+        waits = seat in self._idle.get(seat.place, ())
+        self.leave(seat)
+        seat.place = (seat.place[0], device)
+        if waits:
+            self._idle.setdefault(seat.place, deque()).append(seat)
+            self._wake(device)
 
     def add(self, lane: LaneKey, jobs: Sequence[Job]) -> None:
         """Jobs have come out of the queue, and wait from now on."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import time
+import weakref
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from gateway.repository import Repository
 from gateway.types import InferRequest, InferResponse
 from loadtest.fault_proxy import FaultProxy
 from tests.remote_support import CONFIG, SCHEMES, Refusal, Script, ask, asking, config
-from tests.support import request
+from tests.support import request, settle
 
 both = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -158,6 +160,28 @@ async def test_a_client_mistake_is_not_sent_again(scheme: str) -> None:
     async with scripted(scheme, Refusal(400), Refusal(400)) as (script, engine):
         await refused(ask(engine, request()))
         assert len(script.got) == 1
+
+
+@both
+async def test_an_error_is_gone_when_it_was_told(scheme: str) -> None:
+    """Else each would stay until a garbage collection, with all of its request."""
+    async with scripted(scheme, *[Refusal(status) for status in (400, 500, 503, 503)]) as (script, engine):
+        left: list[weakref.ref[errors.GatewayError]] = []
+        gc.disable()
+        try:
+            for number in range(5):
+                if number == 4:
+                    script.release.clear()
+                try:
+                    await ask(engine, request(deadline=time.monotonic() + (0.1 if number == 4 else 5.0)))
+                except errors.GatewayError as error:
+                    left.append(weakref.ref(error))
+            await settle()
+            assert [type(each()) for each in left if each() is not None] == []
+            assert len(left) >= 4
+        finally:
+            gc.enable()
+            script.release.set()
 
 
 @both

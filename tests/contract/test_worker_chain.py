@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gateway import engines
+from gateway import engines, errors
 from gateway.artefacts import Artefact
 from gateway.engines.base import EngineSpec
 from gateway.engines.fallback import FallbackEngine
@@ -41,7 +41,7 @@ class Rig:
         named = {"fallback": "fake,fake:b", "fake.fault_file": str(self.fault)} | parameters
         self.queue = MemoryQueue()
         self.statistics = Statistics()
-        self.slots = Slots(DeadlineScheduler({"cpu": 4}, max_bytes=1 << 30))
+        self.slots = Slots(DeadlineScheduler({"cpu": 4, "remote": 1 << 16}, max_bytes=1 << 30))
         source = Source(model_config(parameters=named), "1", folder / "1", "x", "files")
         self.host = Host(source, self.queue, self.statistics, self.slots, measures=False, persists=False)
         self.host.changed = self.publish
@@ -149,6 +149,52 @@ async def test_a_link_that_comes_back_gets_as_many_runs_at_once_as_it_can_have(t
             remote.go.set()
             answers = await asyncio.gather(*asked)
         assert sorted(each.outputs["OUT"].array[0, 0] for each in answers) == [0.0, 1.0, 2.0]
+        await rig.host.retire()
+
+
+async def test_an_instance_takes_the_slots_of_the_device_that_its_link_runs_on(tmp_path: Path, monkeypatch) -> None:
+    """When a server or a GPU is gone, its work competes for the cores of the CPU, and no more when it is back."""
+    away, remote, started = asyncio.Event(), Wide(3), engines._start
+
+    class Remote(Wide):
+        async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+            if away.is_set():
+                raise errors.Unavailable("the link is cut")
+            async with aclosing(remote.run(batch)) as results:
+                async for result in results:
+                    yield result
+
+    async def start(spec: EngineSpec, count: int):
+        return [Remote(3)] if spec.config.backend == "remote" else await started(spec, count)
+
+    monkeypatch.setattr(engines, "_start", start)
+    rig = Rig(tmp_path, fallback="remote,fake")
+    await rig.start()
+    remote.go.set()
+
+    def places() -> list[tuple[str, int]]:
+        return [(place.device, place.count) for place in rig.host._places]
+
+    async with background(rig.host.serve()):
+        assert (rig.host.instances[0].device, places()) == ("remote", [("remote", 3)])
+        await ask(rig.queue, request(1.0))
+        away.set()
+        answer = await ask(rig.queue, request(2.0))
+        assert answer.parameters["link"] == "fake"
+        assert (rig.host.instances[0].device, places()) == ("cpu", [("cpu", 1)])
+        for number in range(5):  # idle seats have moved with it
+            assert (await ask(rig.queue, request(float(number)))).parameters["link"] == "fake"
+        assert rig.host.explain(0.0)["devices"]["cpu"]["batches_seen"] >= 5
+        away.clear()
+        await until(lambda: rig.published[-1] == "remote")
+        assert (rig.host.instances[0].device, places()) == ("remote", [("remote", 3)])
+        remote.go.clear()
+        async with background(*(ask(rig.queue, request(float(n), rows=8)) for n in range(3))) as asked:
+            await until(lambda: remote.running == 3)
+            away.set()  # while all its runs are busy
+            remote.go.set()
+            assert [dict(each.parameters) for each in await asyncio.gather(*asked)] == [{}] * 3
+        assert (await ask(rig.queue, request(9.0))).parameters["link"] == "fake"
         await rig.host.retire()
 
 

@@ -94,6 +94,14 @@ def test_a_gpu_link_of_a_model_on_the_cpu_is_on_the_first_gpu() -> None:
     assert [(link.spec.threads, link.spec.cores) for link in found.links] == [(2, 4)] * 2
 
 
+def test_a_remote_link_is_on_a_device_of_its_own_and_the_cpu_has_its_cores() -> None:
+    for asked in (spec(fallback="remote,cpu"), spec("remote", backend="remote", fallback="remote,cpu")):
+        remote, cpu = links(asked, [], [FP32], BACKENDS).links
+        assert (remote.spec.device, remote.spec.threads, remote.spec.cores) == ("remote", 1, 1)
+        assert (cpu.spec.device, cpu.spec.artefact) == ("cpu", FP32)
+        assert (cpu.spec.threads, cpu.spec.cores) == ((2, 4) if asked.device == "cpu" else (8, 8))
+
+
 def test_a_parameter_may_be_one_links_own() -> None:
     asked = spec(backend="fake", fallback="fake,fake:slow", a_us="1", fake__a_us="2", fake__b_us="3")
     first, second = links(asked, [], [], BACKENDS).links

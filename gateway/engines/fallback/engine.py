@@ -85,6 +85,21 @@ class FallbackEngine:
         return self._tender.reason
 
     @property
+    def device(self) -> str:
+        """The device that it runs on now, and its runs compete for."""
+        return self._tender.current.device
+
+    @property
+    def threads(self) -> int:
+        """How many cores of that a run takes when it is loaded."""
+        return self._tender.current.threads
+
+    @property
+    def seconds(self) -> float | None:
+        """How long a run of one row takes now, where that is known."""
+        return self._tender.current.times.at_least(1)
+
+    @property
     def provider(self) -> str:
         """What it runs on now."""
         return self._engine.provider

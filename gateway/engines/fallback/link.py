@@ -35,6 +35,7 @@ class LiveLink:
         self.name = link.name
         self.config = link.spec.config
         self.artefact = link.spec.artefact
+        self.device, self.threads = link.spec.device, link.spec.threads
         self.engines: Sequence[Engine] = ()  # none: not loaded
         self.health = Health(_PAUSES.get(self.config.backend, _PAUSE))
         self.times = Times()
