@@ -100,7 +100,7 @@ def test_code_of_equal_names_is_told_apart(tmp_path):
     for name in ("a", "b"):
         path = write(tmp_path / name, "from .beside import NAME\ndef execute(self, requests): pass")
         (path / "beside.py").write_text(f"NAME = {name!r}")
-        assert import_model(path, "model.py").NAME == name
+        assert name == import_model(path, "model.py").NAME
 
 
 def test_strings_are_bytes_both_ways(tmp_path):
