@@ -265,7 +265,7 @@ class FallbackEngine:
             raise errors.deadline_passed() from error
         if isinstance(error, _TooSlow):
             link.times.exceeded(batch.rows, error.seconds)
-        self._tender.prepare(link)
+        self._tender.doubt(link)  # an engine that knows itself to be too slow does not even try
         return "deadline"
 
     def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:
