@@ -296,7 +296,8 @@ class Batch:
     `cores` is how many cores this run may use. With `hurry` the event loop has much to do, and the engine should begin
     before it does that. `requests` are what the batch is made of, in row order, for an engine that must tell them
     apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
-    need its cores: from then on it has none. It may be told again. `predicted` is how many seconds the run is expected
+    need its cores: from then on it has none. It may be told again. `wanted` says whether somebody still waits for the
+    request at this place. `predicted` is how many seconds the run is expected
     to take, None when nothing is known: from it follows when it has hung.
     """
 
@@ -307,6 +308,7 @@ class Batch:
     hurry: bool = False
     requests: Sequence[InferRequest] = ()
     waits: Callable[[], None] = lambda: None
+    wanted: Callable[[int], bool] = lambda _: True
     predicted: float | None = None
 
 

@@ -83,6 +83,13 @@ def worker_killed_in_a_batch(rig: Rig, pace: Pace) -> Outcome:
     return _worker_dies(rig, pace, rig.fleet.workers[0].kill, rate=60, deadline_ms=20_000)
 
 
+@fault(base_us=400_000.0, isolation="process")
+def worker_killed_in_long_runs(rig: Rig, pace: Pace) -> Outcome:
+    """kill -9 of one worker of two, both of which run batches of 0.4 s all the time, as models do by default: in child
+    processes."""
+    return _worker_dies(rig, pace, rig.fleet.workers[0].kill, rate=60, deadline_ms=20_000)
+
+
 @fault()
 def worker_stopped(rig: Rig, pace: Pace) -> Outcome:
     """SIGTERM of one worker of two."""

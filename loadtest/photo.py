@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loadtest.bench import servers
-from loadtest.bench.meter import Meter
+from loadtest.bench.meter import Meter, wait_quiet
 from loadtest.record import ROOT, provenance
 
 BAR_MS = 10.0
@@ -116,11 +116,10 @@ def summary(milliseconds: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def start(command: str) -> tuple[servers.Server, int]:
+def start(command: str, repository: Path) -> tuple[servers.Server, int]:
     """A gateway with both models, and its HTTP port."""
     http, grpc, metrics = servers.free_ports(3)
-    repositories = [ROOT / "model_repo", ROOT / "model_repo" / "_python"]
-    flags = [text for path in repositories for text in ("--model-repository", str(path))]
+    flags = [text for path in (repository, repository / "_python") for text in ("--model-repository", str(path))]
     chosen = ["--model-control-mode", "explicit", "--load-model", CLASSIFIER, "--load-model", PHOTO]
     listen = ["--http-port", str(http), "--grpc-port", str(grpc), "--metrics-port", str(metrics)]
     line = [*shlex.split(command), "serve", *flags, *chosen, "--allow-python-models", *listen]
@@ -132,11 +131,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--gateway", default=f"{shlex.quote(sys.executable)} -m gateway", help="the gateway's command")
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repo", help="with a repository _python in it")
+    parser.add_argument(
+        "--wait-quiet", type=float, default=0.0, metavar="SECONDS", help="for others to leave the cores"
+    )
     parser.add_argument("--bar", type=float, default=BAR_MS, help="ms that the median may take")
     parser.add_argument("--out", type=Path, help="JSON result file")
     options = parser.parse_args()
-    server, port = start(options.gateway)
+    server, port = start(options.gateway, options.repository.resolve())
     with server:
+        wait_quiet(options.wait_quiet)
         meter = Meter(server.cpu_seconds)
         found = measure(port, options.requests)
         _, _, others = meter.read()

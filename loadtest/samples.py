@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway import artefacts
 from loadtest.record import ROOT
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -82,11 +83,11 @@ def sample(model: str) -> Sample:
 
 
 def model_file(repository: Path, model: str) -> Path:
-    """The ONNX file of the highest version of a model: what the baselines run."""
+    """The ONNX file that a gateway on this machine runs the highest version of a model from: what the baselines run too."""
     versions = sorted((int(d.name), d) for d in (repository / model).iterdir() if d.name.isdigit())
     for _, folder in reversed(versions):
         if (folder / "model.onnx").is_file():
-            return folder / "model.onnx"
+            return folder / artefacts.choose(folder, artefacts.device_kind("cpu"))[0].file
     message = f"no model.onnx in any version of {model!r} under {repository}"
     raise FileNotFoundError(message)
 

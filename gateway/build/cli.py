@@ -68,7 +68,10 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
         sys.stdout.write(f"{_table(found)}\n")
         report = artefacts.read(source.version, number) or report
     if any(each.verdict == "passed" for each in report.artefacts):
-        sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
+        sys.stdout.write(
+            f"serve it with: gateway promote {source.config.name} --version {source.version.name} "
+            f"--model-repository {source.version.parent.parent}\n"
+        )
     return list(report.artefacts)
 
 

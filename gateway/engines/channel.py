@@ -24,8 +24,8 @@ class Channel(Protocol):
         """
 
     def cancelled(self, request: InferRequest) -> bool:
-        """Whether nobody waits any more for a request of the batch that runs here, one of `Batch.requests`: its deadline
-        has passed, or the whole run was given up.
+        """Whether nobody waits any more for a request of the batch that runs here, one of `Batch.requests`. Asks the
+        gateway, unless it is known that its deadline has passed or the whole run was given up.
         """
 
 

@@ -33,22 +33,19 @@ _ASKED = "engine"  # the request parameter, a boolean; the response has what `id
 
 
 class Part(msgspec.Struct, eq=False):
-    """Jobs that run together."""
+    """Jobs that run together, and how; see `Batch` for what is not said here."""
 
     jobs: list[Job]
     crashes: int = 0  # of the engine, that all of them were in
-    begun: set[int] = set()  # places of those that were given an answer, and not their last
-
-
-class Terms(msgspec.Struct, eq=False):
-    """How a part is run; see `Batch` for what is not said here."""
-
-    reason: str
-    cores: int
+    reason: str = "retry"
+    cores: int = 1
     predicted: float | None = None
     hurry: bool = False
     waits: Callable[[], None] = _nothing
     computed: Callable[[float], None] = _nothing  # told how many seconds the engine was at work, when it is free again
+    # While it runs:
+    began_ns: int = 0
+    begun: set[int] = set()  # places of those that were given an answer, and not their last
 
 
 class Runner:
@@ -63,55 +60,57 @@ class Runner:
         self._statistics = statistics
         self._digest = digest
 
-    async def run(self, part: Part, terms: Terms) -> None:
+    async def run(self, part: Part) -> None:
         """Run the part's jobs as one batch and answer them. Raises whatever the engine does."""
-        begun = time.monotonic_ns()
+        part.began_ns = time.monotonic_ns()
         jobs = part.jobs
         requests = [job.request for job in jobs]
         batch = Batch(
-            rows=sum([request.rows for request in requests]),
-            stack=lambda: batching.stack(requests, self._config),
-            outputs=batching.wanted_outputs(requests),
-            cores=terms.cores,
-            hurry=terms.hurry,
-            requests=() if isinstance(jobs[0], Probe) else requests,
-            waits=terms.waits,
-            predicted=terms.predicted,
+            sum([request.rows for request in requests]),
+            lambda: batching.stack(requests, self._config),
+            batching.wanted_outputs(requests),
+            part.cores,
+            part.hurry,
+            () if isinstance(jobs[0], Probe) else requests,
+            part.waits,
+            lambda place: not jobs[place].done,
+            part.predicted,
         )
         first: BatchResult | None = None  # of those that came request by request, and the last
         last: BatchResult | None = None
+        unended = len(jobs)
         self._statistics.executing += len(jobs)
         try:
             async with aclosing(self._engine.run(batch)) as results:
                 async for result in results:
                     if result.answers is None:
-                        self._answer_all(jobs, batch, begun, result, terms)
+                        self._answer_all(part, requests, batch.rows, result)
                     else:
                         first, last = first or result, result
-                        self._answer_each(part, batch, begun, result, result.answers)
+                        self._answer_each(part, result.answers, batch.rows, result)
+                        unended -= sum([answer.final or answer.error is not None for answer in result.answers])
+                        if unended and all([job.done for job in jobs]):  # noqa: C419 - a list takes half of the time
+                            break  # who has not had the last of its answers does not want it
         finally:
             self._statistics.executing -= len(jobs)
         if first is not None and last is not None:
-            self._note(jobs, batch, first, last, terms)
+            self._note(part, batch.rows, first, last)
         if not all([job.done for job in jobs]):  # noqa: C419 - a list takes half of the time
             self._end_silent(part)
 
-    def _answer_all(self, jobs: list[Job], batch: Batch, begun: int, result: BatchResult, terms: Terms) -> None:
-        requests = [job.request for job in jobs]
+    def _answer_all(self, part: Part, requests: list[InferRequest], rows: int, result: BatchResult) -> None:
         answers = batching.split(result.outputs, requests, self._config)
-        stacked, ran, split = self._note(jobs, batch, result, result, terms)
+        stacked, ran, split = self._note(part, rows, result, result)
         said = result.parameters or NO_PARAMETERS
-        rows, version, digest = batch.rows, self._version, self._digest_of(said)
-        for job, request, outputs in zip(jobs, requests, answers, strict=True):
-            timings = Timings(max(begun - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
+        began, version, digest = part.began_ns, self._version, self._digest_of(said)
+        for job, request, outputs in zip(part.jobs, requests, answers, strict=True):
+            timings = Timings(max(began - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
             parameters = self._told(request, said) if request.parameters else said
             job.reply(
                 InferResponse(request.model_name, version, outputs, request.id, parameters, timings, digest=digest)
             )
 
-    def _answer_each(
-        self, part: Part, batch: Batch, begun: int, result: BatchResult, answers: Sequence[Answer]
-    ) -> None:
+    def _answer_each(self, part: Part, answers: Sequence[Answer], rows: int, result: BatchResult) -> None:
         spent = _spent(result, result)
         for answer in answers:
             job = part.jobs[answer.request]
@@ -126,7 +125,7 @@ class Runner:
                 continue
             if not answer.final:
                 part.begun.add(answer.request)
-            timings = Timings(max(begun - int(job.enqueued * 1e9), 0), *spent, batch.rows)
+            timings = Timings(max(part.began_ns - int(job.enqueued * 1e9), 0), *spent, rows)
             said = {**(result.parameters or {}), **(answer.parameters or {})} or NO_PARAMETERS
             parameters = self._told(request, said)
             job.reply(
@@ -150,18 +149,16 @@ class Runner:
                 what = "stopped in the middle of its answers" if place in part.begun else "ran and gave no answer"
                 job.fail(errors.Internal(f"model '{self._config.name}' {what}"))
 
-    def _note(
-        self, jobs: list[Job], batch: Batch, first: BatchResult, last: BatchResult, terms: Terms
-    ) -> tuple[int, int, int]:
+    def _note(self, part: Part, rows: int, first: BatchResult, last: BatchResult) -> tuple[int, int, int]:
         """Count a run that gave these, first and last; returns its nanoseconds of stacking, running, and since."""
         spent = _spent(first, last)
-        if not isinstance(jobs[0], Probe):
-            self._statistics.record_batch(batch.rows, *spent, terms.reason)
+        if not isinstance(part.jobs[0], Probe):
+            self._statistics.record_batch(rows, *spent, part.reason)
         log_event(
-            "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(jobs),
-            rows=batch.rows, cores=terms.cores, reason=terms.reason, compute_us=sum(spent) // 1000,
+            "batch", logging.DEBUG, model=self._config.name, version=self._version, requests=len(part.jobs),
+            rows=rows, cores=part.cores, reason=part.reason, compute_us=sum(spent) // 1000,
         )  # fmt: skip
-        terms.computed((last.finished_ns - first.started_ns) / 1e9)
+        part.computed((last.finished_ns - first.started_ns) / 1e9)
         return spent
 
 

@@ -19,7 +19,7 @@ from gateway.queues.base import Job
 from gateway.scheduling.base import Run
 from gateway.statistics import VersionStatistics
 from gateway.telemetry import log_event
-from gateway.worker.attempt import Part, Runner, Terms
+from gateway.worker.attempt import Part, Runner
 from gateway.worker.probe import Probe
 from gateway.worker.quarantine import SECONDS
 from gateway.worker.retry import is_machines, isolate
@@ -76,18 +76,18 @@ class Instance:
         jobs = self._wanted(run.jobs)
         if not jobs:
             return True
-        part, cores = Part(jobs), run.cores
-        terms = Terms(
-            run.reason,
-            cores,
-            run.predicted,
+        part = Part(
+            jobs,
+            reason=run.reason,
+            cores=run.cores,
+            predicted=run.predicted,
             # With answers still to be written the event loop would keep the interpreter's lock for milliseconds.
             hurry=not seat.waited and (run.predicted or 0.0) > _WORTH_A_PAUSE,
             waits=partial(seat.lend, run),
             computed=partial(self._computed, run, seat, len(jobs) == len(run.jobs)),
         )
         try:
-            await self._runner.run(part, terms)
+            await self._runner.run(part)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything, and every job must be answered
             self._look(problem)
             if len(jobs) > 1 and not is_machines(problem):
@@ -95,7 +95,7 @@ class Instance:
                     "batch_failed", logging.WARNING, model=self._config.name, version=self._version,
                     requests=len(jobs), reason=str(problem), action="running it in parts",
                 )  # fmt: skip
-            await isolate(part, problem, partial(self._again, Terms("retry", cores, run.predicted)), self._end)
+            await isolate(part, problem, partial(self._again, part), self._end)
             return False
         return True
 
@@ -115,12 +115,13 @@ class Instance:
             whole = False
         seat.release(run, learn=whole, seconds=seconds)
 
-    async def _again(self, terms: Terms, part: Part) -> Exception | None:
+    async def _again(self, whole: Part, part: Part) -> Exception | None:
+        part.cores, part.predicted = whole.cores, whole.predicted
         part.jobs = self._wanted(part.jobs)  # of two that crash the engine alike, one is enough
         if not part.jobs:
             return None
         try:
-            await self._runner.run(part, terms)
+            await self._runner.run(part)
         except Exception as problem:  # noqa: BLE001 - an engine may raise anything; some of these jobs are to blame
             self._look(problem)
             return problem

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import time
+import weakref
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from gateway.repository import Repository
 from gateway.types import InferRequest, InferResponse
 from loadtest.fault_proxy import FaultProxy
 from tests.remote_support import CONFIG, SCHEMES, Refusal, Script, ask, asking, config
-from tests.support import request
+from tests.support import request, settle
 
 both = pytest.mark.parametrize("scheme", SCHEMES)
 
@@ -158,6 +160,28 @@ async def test_a_client_mistake_is_not_sent_again(scheme: str) -> None:
     async with scripted(scheme, Refusal(400), Refusal(400)) as (script, engine):
         await refused(ask(engine, request()))
         assert len(script.got) == 1
+
+
+@both
+async def test_an_error_is_gone_when_it_was_told(scheme: str) -> None:
+    """Else each would stay until a garbage collection, with all of its request."""
+    async with scripted(scheme, *[Refusal(status) for status in (400, 500, 503, 503)]) as (script, engine):
+        left: list[weakref.ref[errors.GatewayError]] = []
+        gc.disable()
+        try:
+            for number in range(5):
+                if number == 4:
+                    script.release.clear()
+                try:
+                    await ask(engine, request(deadline=time.monotonic() + (0.1 if number == 4 else 5.0)))
+                except errors.GatewayError as error:
+                    left.append(weakref.ref(error))
+            await settle()
+            assert [type(each()) for each in left if each() is not None] == []
+            assert len(left) >= 4
+        finally:
+            gc.enable()
+            script.release.set()
 
 
 @both
@@ -366,6 +390,33 @@ async def test_tls_and_tokens(scheme: str, tmp_path: Path) -> None:
             assert isinstance(error, errors.Unavailable)
             assert "token" not in error.message
         async with asking(url, token_file=str(tmp_path / "token")) as engine:
+            assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
+
+
+async def test_a_server_that_asks_for_certificates_gets_ours(tmp_path: Path) -> None:
+    def certificate(name: str) -> str:
+        return (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost -keyout {tmp_path}/{name}.key -out {tmp_path}/{name}.pem"
+        )
+
+    for name in ("server", "edge"):
+        await asyncio.to_thread(subprocess.run, certificate(name).split(), check=True, capture_output=True)
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.pbtxt").write_text(CONFIG.format(backend="fake"))
+    settings = Settings(
+        model_repository=(tmp_path / "models",), allow_http=False, grpc_port=0, allow_metrics=False, grpc_use_ssl=True,
+        grpc_server_cert=tmp_path / "server.pem", grpc_server_key=tmp_path / "server.key",
+        grpc_use_ssl_mutual=True, grpc_root_cert=tmp_path / "edge.pem",
+    )  # fmt: skip
+    trusted = {"ca_file": str(tmp_path / "server.pem"), "connect_timeout_ms": "10000"}
+    ours = {"cert_file": str(tmp_path / "edge.pem"), "key_file": str(tmp_path / "edge.key")}
+    async with running(settings) as gateway:
+        await gateway.loaded.wait()
+        url = f"grpcs://localhost:{gateway.ports['grpc']}"
+        async with asking(url, **trusted, **ours) as engine:
+            await ask(engine, request())
+        async with asking(url, **{**trusted, "connect_timeout_ms": "500"}) as engine:
             assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
 
 

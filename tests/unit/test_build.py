@@ -289,7 +289,7 @@ def test_two_models_are_timed_in_turns(tmp_path: Path):
     (one, eight) = measure.turns(*runners, [row], source(tmp_path, "cnn").config.max_batch_size)
     assert (one.rows, eight.rows) == (1, 8)
     half = len(log) // 2
-    timed = log[6:half]  # after two runs of each to warm up and one to see how long they take
+    timed = log[8:half]  # after four runs of each to warm up and see how long they take
     assert timed == ["A", "B"] * (len(timed) // 2)
     assert len(timed) >= 14
 

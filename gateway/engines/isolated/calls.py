@@ -11,7 +11,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from queue import SimpleQueue
 from typing import cast
@@ -20,7 +20,7 @@ import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.area import Area
-from gateway.engines.isolated.frames import CHUNK, Abandoned, Ask, Frame, Frames, GiveUp, Message, Reply, pack
+from gateway.engines.isolated.frames import CHUNK, Abandoned, Ask, Frame, Frames, GiveUp, Message, Reply, Wanted, pack
 from gateway.message import BadMessage, pack_error, pack_request, pack_response, unpack_error, unpack_request
 from gateway.message import unpack_response as read_response
 from gateway.telemetry import log_event
@@ -28,7 +28,7 @@ from gateway.types import Buffer, Infer, InferRequest, InferResponse
 
 _MOST_CALLS = 256  # open at once, of one instance
 _LARGE = 1 << 16  # bytes
-_decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp).decode
+_decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp | Wanted).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply | Abandoned).decode
 
 
@@ -44,19 +44,19 @@ class ChildCalls:
         self._numbers = itertools.count()
         self._open: dict[int, SimpleQueue[tuple[Reply, Buffer] | None]] = {}
         self._abandoned = False
+        self._batch: Sequence[InferRequest] = ()
         self._gone = False
         threading.Thread(target=self._read, name="calls", daemon=True).start()
 
-    def begin(self) -> None:
-        """A batch begins, which nobody has given up."""
+    def begin(self, requests: Sequence[InferRequest]) -> None:
+        """A batch of these begins, which nobody has given up."""
         self._abandoned = False
+        self._batch = requests
 
     def infer(self, request: InferRequest) -> Iterator[InferResponse]:
         """See `Channel.infer`."""
         header, parts = pack_request(request)
-        number = next(self._numbers)
-        replies: SimpleQueue[tuple[Reply, Buffer] | None] = SimpleQueue()
-        self._open[number] = replies
+        number, replies = self._expect()
         ended = False
         shared = self._share(parts)
         try:
@@ -81,7 +81,21 @@ class ChildCalls:
     def cancelled(self, request: InferRequest) -> bool:
         """See `Channel.cancelled`."""
         late = request.deadline is not None and time.monotonic() > request.deadline
-        return self._abandoned or self._gone or late
+        place = next((place for place, each in enumerate(self._batch) if each is request), None)
+        if self._abandoned or self._gone or late or place is None:
+            return True
+        number, replies = self._expect()
+        try:
+            self._send(Wanted(number, place), [])
+            reply = None if self._gone else replies.get()
+        finally:
+            del self._open[number]
+        return reply is None or bool(reply[0].error)
+
+    def _expect(self) -> tuple[int, SimpleQueue[tuple[Reply, Buffer] | None]]:
+        number = next(self._numbers)
+        self._open[number] = SimpleQueue()
+        return number, self._open[number]
 
     def _share(self, parts: list[Buffer]) -> int:
         """Put them where the gateway finds them; how many bytes there are then, 0 when they must go by the line."""
@@ -128,10 +142,16 @@ class ChildCalls:
 
 
 class CallServer(asyncio.Protocol):
-    """Answers the calls of one instance with `infer`; a task of `tasks` for each. What is large comes through `area`."""
+    """Answers the calls of one instance with `infer`; a task of `tasks` for each. What is large comes through `area`.
 
-    def __init__(self, infer: Infer, tasks: asyncio.TaskGroup, area: Area | None) -> None:
+    `wanted` says whether anybody waits for the request at this place of the batch that runs.
+    """
+
+    def __init__(
+        self, infer: Infer, wanted: Callable[[int], bool], tasks: asyncio.TaskGroup, area: Area | None
+    ) -> None:
         self._infer = infer
+        self._wanted = wanted
         self._area = area
         self._tasks = tasks
         self._frames = Frames()
@@ -176,6 +196,8 @@ class CallServer(asyncio.Protocol):
         if isinstance(message, GiveUp):
             if (task := self._open.get(message.call)) is not None:
                 task.cancel()
+        elif isinstance(message, Wanted):
+            self._send(Reply(message.call, b"", b"" if self._wanted(message.place) else b"no", True), [])
         elif message.call in self._open or len(self._open) >= _MOST_CALLS:
             raise BadMessage(f"call {message.call} is one too many: {len(self._open)} are open")
         else:

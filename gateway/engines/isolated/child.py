@@ -140,7 +140,7 @@ class Instance:
             self._give(outputs, lambda form: Done(finished, form))
             return
         if self._calls is not None:
-            self._calls.begin()
+            self._calls.begin(requests)
         for given in self._model.answer(inputs, batch):
             self._answer(given)
             if self._line.receive() is None:

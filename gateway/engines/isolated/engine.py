@@ -19,6 +19,7 @@ from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.calling import call
 from gateway.engines.isolated import limits
 from gateway.engines.isolated.breaker import Breaker
+from gateway.engines.isolated.calls import CallServer
 from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
@@ -244,9 +245,11 @@ class IsolatedEngine:
         preload = [origin.backend.module] if origin.backend.shares else []
         home = await self._children.home(origin.name, preload, shares=self._shares and not self._alone)
         life = Life(origin, home, self._lost)
-        infer = origin.spec.infer if origin.backend.calls else None
+        calls = None
+        if origin.backend.calls and origin.spec.infer is not None:
+            calls = partial(CallServer, partial(self._call, origin.spec.infer), self._wanted, self._children.tasks)
         try:
-            seconds = await life.begin(infer and partial(self._call, infer), self._patience.limit())
+            seconds = await life.begin(calls, self._patience.limit())
         except OSError as problem:
             raise errors.Unavailable(f"the process for the model is gone: {problem}") from problem
         self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
@@ -290,6 +293,10 @@ class IsolatedEngine:
                 self._children.not_at_end(self._stop)
                 self._keeper.cancel()
             self._tell()
+
+    def _wanted(self, place: int) -> bool:
+        batch = self._batch
+        return batch is not None and place < len(batch.requests) and batch.wanted(place)
 
     def _call(self, infer: Infer, request: InferRequest) -> Responses:
         """Call another model for the one that runs here."""

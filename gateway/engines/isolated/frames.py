@@ -129,6 +129,13 @@ class GiveUp(Message, tag="give_up"):
     call: int
 
 
+class Wanted(Message, tag="wanted"):
+    """Does anybody wait for the request at this place of the batch that runs? The reply is an error if nobody does."""
+
+    call: int
+    place: Annotated[int, msgspec.Meta(ge=0)]
+
+
 class Reply(Message, tag="reply"):
     """A response to a call, packed, or an error; `last` when no more will come."""
 

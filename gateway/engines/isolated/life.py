@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.isolated.area import Area
@@ -23,9 +24,12 @@ from gateway.engines.isolated.link import Link
 from gateway.engines.isolated.memory import Memory
 from gateway.engines.threads import EngineThread
 from gateway.telemetry import log_event
-from gateway.types import Batch, BatchResult, Infer
+from gateway.types import Batch, BatchResult
 
 _LOAD = 600.0  # seconds
+
+
+Calls: TypeAlias = Callable[[Area | None], CallServer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +71,15 @@ class Life:
         self._origin = origin
         self._on_lost = on_lost
 
-    async def begin(self, infer: Infer | None, patience: float) -> float | None:
+    async def begin(self, calls: Calls | None, patience: float) -> float | None:
         """Load the model and test it, each run of that within `patience` seconds. Raises why that failed, ended.
 
-        Returns how many seconds the test ran, None without one. The model calls others by `infer`.
+        Returns how many seconds the test ran, None without one. `calls` answers the model's calls of others.
         """
         origin = self._origin
         self.home.at_work.add(origin.name)  # a load may keep the interpreter to itself, and the heartbeat waiting
         try:
-            await self._move_in(infer)
+            await self._move_in(calls)
             async with asyncio.timeout(_LOAD):
                 self.ready = await self.link.load(origin.spec, origin.backend.module, origin.backend.install)
             seconds = None
@@ -107,7 +111,7 @@ class Life:
             assert again is not None
             await self._test_golden(again, patience)
 
-    async def _move_in(self, infer: Infer | None) -> None:
+    async def _move_in(self, calls: Calls | None) -> None:
         """Have a line, memory and, if need be, a line for calls. Raises OSError when the process is gone."""
         name, children = self._origin.name, self._origin.children
         ours, theirs = socket.socketpair()
@@ -117,14 +121,12 @@ class Life:
         given = [theirs.fileno(), *areas]
         called: socket.socket | None = None
         try:
-            if infer is not None:
+            if calls is not None:
                 callers, called = socket.socketpair()
                 area = Area.create() if areas else None
                 given += [called.fileno(), *([] if area is None else [area.descriptor])]
                 loop = asyncio.get_running_loop()
-                _, self.calls = await loop.create_connection(
-                    lambda: CallServer(infer, children.tasks, area), sock=callers
-                )
+                _, self.calls = await loop.create_connection(lambda: calls(area), sock=callers)
             self.home.host(name, given, areas=bool(areas), calls=called is not None)
         finally:
             theirs.close()

@@ -60,7 +60,7 @@ class RemoteEngine:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     asking = [tasks.create_task(self._ask(asked, part)) for part in parts]
-            except* errors.GatewayError as several:
+            except* errors.GatewayError as several:  # rare enough for a ring of references
                 raise several.exceptions[0] from None
             answers = [task.result() for task in asking]
             server = answers[0][0]

@@ -128,7 +128,7 @@ class HttpClient:
         try:
             yield client
             kept = not self._closed
-        except httpx.TransportError as problem:
+        except httpx.RequestError as problem:
             raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
         finally:
             if kept:

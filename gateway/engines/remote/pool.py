@@ -54,25 +54,37 @@ class Target:
 
     async def _send(self, payload: Payload, end: float) -> Raw:
         sent = time.monotonic()
+        problem: BaseException | None = None
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                async with asyncio.timeout(None) as clock:
+                    watching = tasks.create_task(self._watch(clock))
+                    raw = await self.client.send(payload, end - sent)
+            except (Failure, TimeoutError, asyncio.CancelledError) as raised:
+                problem = (
+                    raised  # and not out of the group, which would hold it in a ring of references with all its frames
+                )
+            watching.cancel()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(self._watch())
-                raw = await self.client.send(payload, end - sent)
-                watching.cancel()
-        except* (Failure, TimeoutError) as problems:
-            raise problems.exceptions[0] from None
+            if isinstance(problem, TimeoutError) and not watching.cancelled():
+                raise unreachable(self._model, watching.result())
+            if problem is not None:
+                raise problem
+        finally:
+            del problem, watching
         self.gate.limit.answered(time.monotonic() - sent, self.gate.open)
         return raw
 
-    async def _watch(self) -> None:
-        """Ask whether the server is there when nothing has come from it for long. Raises `Failure` when it is not."""
+    async def _watch(self, clock: asyncio.Timeout) -> str:
+        """Ask whether the server is there when nothing has come from it for long. Ends the wait, and says why it is not."""
         since = time.monotonic()
         while True:
             quiet = time.monotonic() - max(self.health.heard, since)
             if quiet < (patience := self.health.patience):
                 await asyncio.sleep(patience - quiet)
             elif (reason := await self._ask_whether_there()) is not None:
-                raise unreachable(self._model, reason)
+                clock.reschedule(asyncio.get_running_loop().time())
+                return reason
 
     async def _ask_whether_there(self) -> str | None:
         """Why it is not; None if it is, or if that was not found out. One asks for all who wait."""
@@ -102,7 +114,8 @@ class Target:
             return lambda attempt: self.health.failed(attempt, time.monotonic())
         if failure.kind == "busy":
             self.gate.limit.dropped()
-        return lambda attempt: self.health.declined(attempt, time.monotonic(), failure.error.retry_after or 0.0)
+        retry_after = failure.error.retry_after or 0.0
+        return lambda attempt: self.health.declined(attempt, time.monotonic(), retry_after)
 
 
 class Pool:
@@ -123,19 +136,23 @@ class Pool:
         `urgent` is a deadline that another engine stands by to keep, and is to have the time for.
         """
         self._budget.sent(time.monotonic())
-        failure: Failure | None = None
-        for _ in range(len(self._targets) + 1):
-            if failure is not None and not self._budget.withdraw(time.monotonic()):
-                break
-            target, attempt = self._pick(failure)
-            try:
-                return target, await self._try(target, attempt, payload, self._until(target, attempt, end, urgent))
-            except Failure as problem:
-                failure = problem
-                if failure.kind == "declined":
+        error: errors.GatewayError | None = None
+        try:
+            for _ in range(len(self._targets) + 1):
+                if error is not None and not self._budget.withdraw(time.monotonic()):
                     break
-        assert failure is not None
-        raise failure.error from failure
+                if (picked := self._pick()) is None:
+                    break
+                target, attempt = picked
+                try:
+                    return target, await self._try(target, attempt, payload, self._until(target, attempt, end, urgent))
+                except Failure as failure:
+                    error = failure.error
+                    if failure.kind == "declined":
+                        break
+            raise error or self._nobody()
+        finally:
+            del error  # or it would hold this frame, which holds it
 
     def join(self, user: object) -> None:
         """Somebody asks here from now on."""
@@ -191,7 +208,7 @@ class Pool:
         elif before and not target.health.lost:
             log_event("remote_back", model=self._model, server=target.name)
 
-    def _pick(self, failure: Failure | None) -> tuple[Target, Attempt]:
+    def _pick(self) -> tuple[Target, Attempt] | None:
         """The server to ask: one that is due for a trial, or that with the fewest requests on their way, in turn."""
         now = time.monotonic()
         for target in sorted(
@@ -202,9 +219,10 @@ class Pool:
                 self._targets.remove(target)
                 self._targets.append(target)
                 return target, attempt
-        if failure is not None:
-            raise failure.error from failure
-        again = min(target.health.again_in(now) for target in self._targets)
-        raise errors.Unavailable(
+        return None
+
+    def _nobody(self) -> errors.Unavailable:
+        again = min(target.health.again_in(time.monotonic()) for target in self._targets)
+        return errors.Unavailable(
             f"the remote server of model '{self._model}' cannot be reached; try again later", again
         )
