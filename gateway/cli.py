@@ -35,6 +35,7 @@ commands:
   serve     serve a folder of models over HTTP and gRPC
   worker    run models for gateways that share a queue in Redis; `serve --role worker`
   models    show what a folder of models would serve, and what is wrong with the rest
+  build     make smaller and faster files of a model, and judge them against it
   promote   serve a build of a model, its newest unless told
   rollback  serve what was served before that
   explain   show why a running server batched, refused or was late

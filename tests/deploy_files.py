@@ -20,7 +20,7 @@ KUBERNETES = [*sorted((DEPLOY / "kubernetes").rglob("*.yaml")), *sorted((DEPLOY 
 OVERLAYS = sorted(path.parent for path in (DEPLOY / "kubernetes/overlays").rglob("kustomization.yaml"))
 DOCKERFILES = sorted(DEPLOY.glob("Dockerfile.*"))
 COMPOSE = DEPLOY / "compose.yaml"
-UNIT = DEPLOY / "systemd/lockgate.service"
+UNITS = {path.name: path for path in (DEPLOY / "systemd/lockgate.service", DEPLOY / "edge/lockgate-edge.service")}
 OURS = re.compile(r"lockgate:")
 
 Document = dict[str, Any]
@@ -111,18 +111,18 @@ def stages(path: Path) -> list[list[tuple[str, str]]]:
     return found
 
 
-def unit() -> dict[str, list[str]]:
-    """The unit's settings; one that is given twice has two values."""
+def unit(name: str = "lockgate.service") -> dict[str, list[str]]:
+    """A unit's settings; one that is given twice has two values."""
     found: dict[str, list[str]] = {}
-    for line in UNIT.read_text().splitlines():
+    for line in UNITS[name].read_text().splitlines():
         if "=" in line and not line.startswith("#"):
             name, _, value = line.partition("=")
             found.setdefault(name, []).append(value)
     return found
 
 
-def unit_variables() -> dict[str, str]:
-    lines = (DEPLOY / "systemd/lockgate.env").read_text().splitlines()
+def unit_variables(name: str) -> dict[str, str]:
+    lines = UNITS[name].with_suffix(".env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
@@ -139,12 +139,13 @@ def commands() -> list[Command]:
     for path in DOCKERFILES:
         last = dict(stages(path)[-1])
         found.append(Command(path.name, tuple(json.loads(last["CMD"]))))
-    (line,) = unit()["ExecStart"]
-    variables = unit_variables()
-    for name, value in variables.items():
-        line = line.replace(f"${{{name}}}", value)
-    words = shlex.split(line)
-    found.append(Command("lockgate.service", tuple(words[1:]), variables))
+    for where in UNITS:
+        (line,) = unit(where)["ExecStart"]
+        variables = unit_variables(where)
+        for name, value in variables.items():
+            line = line.replace(f"${{{name}}}", value)
+        words = shlex.split(line)
+        found.append(Command(where, tuple(words[1:]), variables))
     readme = (DEPLOY / "README.md").read_text()
     for block in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():

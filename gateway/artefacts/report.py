@@ -10,7 +10,7 @@ Verdict = Literal["passed", "failed", "unproven"]
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """Seconds of one run of a number of rows, the median of interleaved runs: of the artefact and of the FP32 model."""
+    """Seconds of one run of a number of rows, the best of interleaved runs: of the artefact and of the FP32 model."""
 
     rows: int
     seconds: float

@@ -48,9 +48,13 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
     if not recipes:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items())
         raise errors.Unsupported(f"nothing can be made of model '{source.config.name}': {reasons}")
+    progress = Progress(sys.stderr, len(recipes))
+    progress.begin(source.file.name)
+    progress.step("reading data")
     rows = builder.rows(source, _data(options), calibrated=any(recipe.calibrated for recipe in recipes))
+    progress.step(f"answering {len(rows.held_out)} held-out rows")
     judge = Judge(source, rows.held_out)
-    build = Build(source, rows, judge, Progress(sys.stderr, len(recipes)), options.recipe, options.modelopt_python)
+    build = Build(source, rows, judge, progress, options.recipe, options.modelopt_python)
     number = build.run(recipes, skipped)
     report = artefacts.read(source.version, number)
     assert report is not None
@@ -64,7 +68,10 @@ def _build(options: argparse.Namespace) -> list[Artefact]:
         sys.stdout.write(f"{_table(found)}\n")
         report = artefacts.read(source.version, number) or report
     if any(each.verdict == "passed" for each in report.artefacts):
-        sys.stdout.write(f"serve it with: gateway promote {source.config.name} --version {source.version.name}\n")
+        sys.stdout.write(
+            f"serve it with: gateway promote {source.config.name} --version {source.version.name} "
+            f"--model-repository {source.version.parent.parent}\n"
+        )
     return list(report.artefacts)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from gateway.build.gate import Gate, drift, gate
 from gateway.build.measure import Runner
 from gateway.build.recipes import Recipe
 from gateway.build.source import Source
+from gateway.config.model import InstanceGroup, ModelConfig
 from gateway.engines.base import EngineSpec
 from gateway.engines.tensorrt.plan import PlanMissing
 
@@ -32,11 +34,11 @@ class Judge:
     def __init__(self, source: Source, rows: Sequence[Row]) -> None:
         self._source = source
         self._rows = rows
-        # As many as a run gets when the server is loaded: what is asked is throughput.
-        self._threads = placement.plan(source.config, placement.devices())[0].threads
+        self._threads = _threads(source.config)
         self._references = {"cpu": measure.load(source.file, threads=self._threads)}
         self._present: dict[str, bool] = {}
-        self._expected = measure.answers(self._references["cpu"], rows)
+        self._batch = source.rows(measure.BATCH)
+        self._expected = measure.answers(self._references["cpu"], rows, self._batch)
         labels = np.array([row.label for row in rows])
         self.labelled = int((labels >= 0).sum())
         self._labels = labels if self.labelled == len(rows) else None
@@ -63,7 +65,7 @@ class Judge:
         try:
             runner, here = self._opened(made, recipe, file)
             phase("comparing" if here else "comparing, simulated")
-            found = measure.answers(runner, self._rows)
+            found = measure.answers(runner, self._rows, self._batch)
         except Exception as problem:  # noqa: BLE001 - whatever ONNX Runtime raises, it is the file that is at fault
             return self._silent(made, recipe, problem)
         accuracy = self.gate.compare(self._expected, found, self._labels)
@@ -98,7 +100,7 @@ class Judge:
 
     def _drift(self, runner: Runner) -> float:
         rows = measure.companions(self._rows)
-        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows))
+        return drift(measure.answers(runner, rows, 1), measure.answers(runner, rows, self._batch))
 
     def _speed(self, runner: Runner, target: str, phase: Phase) -> tuple[Measured, ...]:
         phase("timing")
@@ -113,6 +115,12 @@ class Judge:
         if target not in self._present:
             self._present[target] = measure.present(target)
         return self._present[target]
+
+
+def _threads(config: ModelConfig) -> int:
+    """The cores of a run when a server without GPUs is loaded: what is asked is throughput."""
+    groups = tuple(InstanceGroup("cpu", group.count) for group in config.instance_groups[:1])
+    return placement.plan(replace(config, instance_groups=groups), placement.devices())[0].threads
 
 
 def _prove(target: str) -> str:

@@ -46,7 +46,7 @@ def worst(source: Source, file: Path, rows: Sequence[Row]) -> Layers:
     except errors.Unavailable:
         return ()
     difference, size = np.zeros(len(names)), np.zeros(len(names))
-    for batch in batches(rows[:: max(1, len(rows) // ROWS)][:ROWS], _AT_ONCE):
+    for batch in batches(rows[:: max(1, len(rows) // ROWS)][:ROWS], source.rows(_AT_ONCE)):
         for index, (expected, found) in enumerate(zip(*(runner.run(batch) for runner in runners), strict=True)):
             difference[index] += _squares(expected - found)
             size[index] += _squares(expected)

@@ -131,7 +131,7 @@ def _latency(found: Sequence[Artefact]) -> str:
     return (
         plots.bars(groups, series, "", "ms a row")
         + _table(("a run of", *groups), rows)
-        + '<p class="quiet">The table has lower quartiles of runs that alternate with FP32\'s, with the cores that one run has '
+        + '<p class="quiet">The table has the best of runs that alternate with FP32\'s, with the cores that one run has '
         "in a loaded server; in the plot each is scaled by the FP32 of its own turns.</p>"
     )
 

@@ -44,6 +44,10 @@ class Source:
         """Whether rows of several clients may share a run, so that a row must not change another's answer."""
         return self.config.max_batch_size > 1
 
+    def rows(self, wanted: int) -> int:
+        """How many rows may share a run, of those wanted; one where rows cannot be joined."""
+        return min(wanted, max(1, self.config.max_batch_size))
+
     def load(self) -> Any:
         """A copy of the model for a recipe to change, weights included. Raises `Unsupported` when it cannot be read."""
         import onnx

@@ -25,6 +25,10 @@ FILES = ("onnxruntime", "tensorrt")
 
 CPU = "CPUExecutionProvider"
 
+PRELOAD = "fallback.preload"
+"""The parameter: "true" loads every link at once in the background, "false" each when it is needed. Without it links are
+loaded as soon as the one before shows trouble, and at once behind a remote one, whose trouble is expected."""
+
 _NATIVE = "tensorrt"
 _ON_GPU = {"TensorrtExecutionProvider": "tensorrt-ep", "CUDAExecutionProvider": "cuda"}
 _ON_CPU = {"OpenVINOExecutionProvider": "openvino", CPU: "cpu"}
@@ -91,8 +95,13 @@ def _artefacts(spec: EngineSpec, device: str) -> list[Artefact]:
 def links(spec: EngineSpec, on_gpu: Sequence[Artefact], on_cpu: Sequence[Artefact], backends: Collection[str]) -> Chain:
     """The chain of a version. `on_gpu` and `on_cpu` are what may be run there, best first (`artefacts.choose`).
 
-    Raises `InvalidArgument` for a name in `fallback` that means nothing, `Unavailable` when nothing is left to run.
+    Raises `InvalidArgument` for a parameter that means nothing, `Unavailable` when nothing is left to run.
     """
+    if (preload := spec.config.parameters.get(PRELOAD, "true")) not in ("true", "false"):
+        raise errors.InvalidArgument(
+            f"parameter '{PRELOAD}' of model '{spec.config.name}' must be true or false, got '{preload}'; correct it in "
+            "config.pbtxt, or leave it out"
+        )
     known = _known(spec, on_gpu, on_cpu)
     names = _named(spec)
     if not names or names == ["none"]:

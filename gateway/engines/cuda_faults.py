@@ -46,7 +46,7 @@ def fault(code: int, text: str) -> Exception:
     if code == OUT_OF_MEMORY:
         return DeviceOutOfMemory(f"the GPU is out of memory: {text}")
     if code in STICKY:
-        return EngineCrashed(f"the GPU reported {STICKY[code]} (CUDA error {code}): {text}")
+        return _lost(f"the GPU reported {STICKY[code]} (CUDA error {code}): {text}")
     return errors.Internal(f"{text} (CUDA error {code})")
 
 
@@ -57,4 +57,9 @@ def from_text(text: str) -> Exception | None:
         return fault(int(found[1]), text)
     if _MEMORY.search(text):
         return DeviceOutOfMemory(f"the device is out of memory: {text}")
-    return EngineCrashed(f"the GPU failed: {text}") if _LOST.search(text) else None
+    return _lost(f"the GPU failed: {text}") if _LOST.search(text) else None
+
+
+def _lost(text: str) -> EngineCrashed:
+    """Where this is said in a child, the child ends, and what it ran is known; elsewhere a run before this one may be to blame."""
+    return EngineCrashed(text, sure=False)

@@ -129,17 +129,26 @@ class Repository:
         config = self._config(proto, folder, chosen, source)
         texts = [*ignored, *absent, *warnings(proto, source)]
         cached = config.response_cache is not None
-        if cached and not self._caches:
-            text = "response_cache has no effect without --response-cache-bytes. Every request is computed"
-            texts.append(source.describe(text, "response_cache"))
+        if cached and (why := self._uncached(config)):
+            texts.append(
+                source.describe(f"response_cache has no effect {why}. Every request is computed", "response_cache")
+            )
         return ModelSource(
             name=name,
             config=config,
             versions=chosen,
             warnings=tuple(texts),
             fingerprint=fingerprint(folder, numbered, override),
-            digests={number: digest(path, config.proto) for number, path in chosen.items()} if cached else {},
+            digests={number: digest(path, config.proto) for number, path in chosen.items()}
+            if cached and not _is_remote(config)
+            else {},
         )
+
+    def _uncached(self, config: ModelConfig) -> str:
+        """Why nobody keeps the responses of a model that asks for it; empty if they are kept."""
+        if _is_remote(config):
+            return "on a model of another server, which may change there"
+        return "" if self._caches else "without --response-cache-bytes"
 
     def _folder(self, name: str) -> Path:
         found = self.scan().get(name)
@@ -214,6 +223,11 @@ def _override(parameters: Mapping[str, str]) -> str:
         if key != "config":
             raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config'")
     return parameters.get("config", "")
+
+
+def _is_remote(config: ModelConfig) -> bool:
+    """Whether another server computes the answers, or some of them."""
+    return config.backend == "remote" or any(key.endswith("remote.url") for key in config.parameters)
 
 
 def _check_override(proto: ModelConfigProto, source: Source) -> None:

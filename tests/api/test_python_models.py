@@ -180,6 +180,32 @@ async def test_a_decoupled_model_streams_its_responses(tmp_path):
         assert counted[0]["inference_stats"]["success"]["count"] == 7
 
 
+async def test_a_stream_that_is_cancelled_can_be_seen_by_the_model(tmp_path):
+    body = """
+    def execute(self, requests):
+        sender = requests[0].get_response_sender()
+        number = 0
+        while not sender.is_cancelled() and number != requests[0].inputs()[0].as_numpy()[0, 0]:
+            sender.send(pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.full((1, 2), number, np.float32))]))
+            number += 1
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    """
+    write(tmp_path / "counts", body, CONFIG + "model_transaction_policy { decoupled: true }")
+
+    async def forever():
+        yield {"model_name": "counts", "inputs": grpc_input(-1, 0)}
+
+    async with serving(tmp_path) as gateway:
+        async with grpc_client.InferenceServerClient(f"127.0.0.1:{gateway.ports['grpc']}") as client:
+            responses = client.stream_infer(forever())
+            for _ in range(3):
+                await anext(responses)
+            responses.cancel()
+        assert await stream(gateway, (2, 0)) == {"0": [(0, False), (1, False)]}
+        (counted,) = await gateway.service.statistics("counts")
+        assert counted["inference_stats"]["fail"]["count"] == 1
+
+
 async def test_a_model_calls_others_though_all_cores_are_taken(tmp_path):
     write_model(tmp_path, "fake")
     write(tmp_path / "first", CALLS.format(model="second"))

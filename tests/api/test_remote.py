@@ -311,6 +311,18 @@ async def test_what_the_configuration_leaves_out_is_asked_for(scheme: str, tmp_p
         await asyncio.to_thread(repository.read, "m")
 
 
+def test_answers_of_another_server_are_not_cached(tmp_path: Path) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    url = 'response_cache { enable: true } parameters { key: "remote.url" value { string_value: "http://far" } }'
+    for backend in ("remote", "fake"):
+        (tmp_path / "m" / "config.pbtxt").write_text(CONFIG.format(backend=backend) + url)
+        repository = Repository([tmp_path], engines.describe, caches=True)
+        repository.allow_remote(engines.remote_configuration)
+        source = repository.read("m")
+        assert source.digests == {}
+        assert "response_cache has no effect on a model of another server" in source.warnings[0]
+
+
 @pytest.mark.parametrize("given", ['"backend": "remote"', '"parameters": {"remote.url": {"string_value": "http://x"}}'])
 def test_no_server_is_named_by_a_load_request(tmp_path: Path, given: str) -> None:
     (tmp_path / "m" / "1").mkdir(parents=True)
@@ -354,6 +366,33 @@ async def test_tls_and_tokens(scheme: str, tmp_path: Path) -> None:
             assert isinstance(error, errors.Unavailable)
             assert "token" not in error.message
         async with asking(url, token_file=str(tmp_path / "token")) as engine:
+            assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
+
+
+async def test_a_server_that_asks_for_certificates_gets_ours(tmp_path: Path) -> None:
+    def certificate(name: str) -> str:
+        return (
+            "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
+            f"-addext subjectAltName=DNS:localhost -keyout {tmp_path}/{name}.key -out {tmp_path}/{name}.pem"
+        )
+
+    for name in ("server", "edge"):
+        await asyncio.to_thread(subprocess.run, certificate(name).split(), check=True, capture_output=True)
+    (tmp_path / "models" / "m" / "1").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.pbtxt").write_text(CONFIG.format(backend="fake"))
+    settings = Settings(
+        model_repository=(tmp_path / "models",), allow_http=False, grpc_port=0, allow_metrics=False, grpc_use_ssl=True,
+        grpc_server_cert=tmp_path / "server.pem", grpc_server_key=tmp_path / "server.key",
+        grpc_use_ssl_mutual=True, grpc_root_cert=tmp_path / "edge.pem",
+    )  # fmt: skip
+    trusted = {"ca_file": str(tmp_path / "server.pem"), "connect_timeout_ms": "10000"}
+    ours = {"cert_file": str(tmp_path / "edge.pem"), "key_file": str(tmp_path / "edge.key")}
+    async with running(settings) as gateway:
+        await gateway.loaded.wait()
+        url = f"grpcs://localhost:{gateway.ports['grpc']}"
+        async with asking(url, **trusted, **ours) as engine:
+            await ask(engine, request())
+        async with asking(url, **{**trusted, "connect_timeout_ms": "500"}) as engine:
             assert isinstance(await refused(ask(engine, request())), errors.Unavailable)
 
 

@@ -70,7 +70,7 @@ async def test_the_best_that_passed_here_is_run_and_told_everywhere(folder):
         version,
         built(version, made("bf16", "BF16", device=HERE, speedup=1.1), made("int8", device=HERE), files=files),
     )
-    told = {"device": "cpu", "provider": CPU, "precision": "INT8", "artefact": "int8"}
+    told = {"device": "cpu", "provider": CPU, "precision": "INT8", "artefact": "int8", "link": "cpu-int8"}
     async with serving(folder) as gateway, httpx.AsyncClient() as client:
         assert await added(gateway) == 8.0
         assert state(gateway).instances == (InstanceState(**told),)
@@ -254,10 +254,10 @@ async def test_the_fleet_hears_of_artefacts(folder):
     async with serving(folder) as gateway:
         holding = pack_holding(gateway.queue.pools(), [])
     pools, _ = read_holding(holding)
-    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8"),)
+    assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU, "INT8", "int8", "cpu-int8"),)
     # A process of the release before says nothing of them.
     models, names = msgspec.msgpack.decode(holding)
-    models[0][2][0].pop()
+    del models[0][2][0][-2:]
     pools, _ = read_holding(msgspec.msgpack.encode([models, names]))
     assert pools["adder"].versions[0].instances == (InstanceState("cpu", CPU),)
 

@@ -117,7 +117,7 @@ async def test_a_memory_limit_holds_for_the_process_and_not_for_ours(home, tmp_p
     wide = fake_spec(home, tmp_path, dims="-1", memory_limit_mb="64")
     async with opened(wide) as (engine,):
         await run_arrays(engine, {"IN": np.zeros((1, 1 << 20), "<f4")})
-        with pytest.raises((MemoryError, OSError, EngineCrashed)):
+        with pytest.raises(MemoryError):
             await run_arrays(engine, {"IN": np.zeros((1, 1 << 26), "<f4")})
         assert (await run_arrays(engine, {"IN": np.ones((1, 3), "<f4")})).outputs["OUT"].tolist() == [[1, 1, 1]]
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
@@ -379,7 +379,7 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
         nonlocal looks
         looks += 1
         look(engine)
-        if looks == 3:
+        if looks >= 3:
             answered.set()
 
     async def infer(asked):
@@ -399,7 +399,7 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
     async with opened(spec) as (engine,):
         result = await run_arrays(engine, {"IN": asked.inputs["IN"].array}, requests=(asked,))
     assert result.answers[0].outputs["OUT"].tolist() == [[1, 1]]
-    assert looks == 3
+    assert looks >= 3
     assert crashes(home) == {}
 
 

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper
 
 from gateway.engines import driver
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCRIPT = """

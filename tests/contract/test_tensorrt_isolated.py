@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import errors
+from gateway import engines, errors
 from gateway.engines.base import EngineCrashed
 from gateway.engines.isolated.children import Children
 from gateway.statistics import Statistics
@@ -62,3 +62,13 @@ async def test_what_does_not_load_says_why(tmp_path: Path) -> None:
         with pytest.raises(errors.Unavailable, match=r"expecting library version 10\.0 got 9\.3"):
             async with opened(isolated(children, tmp_path, written_by="9.3")):
                 pytest.fail("it loaded")
+
+
+async def test_several_that_do_not_load_say_so_once_and_write_no_trace(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with Children(Statistics()) as children:
+        for _ in range(3):
+            with pytest.raises(errors.Unavailable, match="expecting library version"):
+                await engines.create(isolated(children, tmp_path, written_by="9.3"), 3)
+    assert "Traceback" not in capfd.readouterr().err

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.engines import driver
 
-pytestmark = pytest.mark.trtrtx
+pytestmark = [pytest.mark.trtrtx, pytest.mark.slow, pytest.mark.timeout(120)]
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "model_repo/digits/1/model.onnx"

@@ -50,7 +50,7 @@ def test_each_command_of_the_quickstart_gives_what_it_promises(gateway: GatewayP
     done = subprocess.run(line, check=False, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     if "client.py" in command:
-        assert done.stdout.splitlines()[0] == "espresso 0.95"
+        assert done.stdout.splitlines()[0] in ("espresso 0.94", "espresso 0.95")  # INT8, FP32
     else:
         assert '"model_name":"digits"' in done.stdout
 

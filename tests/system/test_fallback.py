@@ -80,12 +80,21 @@ def ready(gateway: GatewayProcess) -> dict[str, Any]:
     return json.loads(gateway.get("/v2/health/ready"))
 
 
-@pytest.mark.parametrize(("flags", "fault", "reason"), [((), "lost", "crash"), (FLEET, "unavailable", "unavailable")])
+@pytest.mark.parametrize(
+    ("flags", "isolation", "fault", "reason"),
+    [
+        pytest.param((), "thread", "lost", "crash", id="threads"),
+        # A device that is gone for good is no batch's fault: the process ends, and does not start again.
+        pytest.param((), "process", "lost", "unavailable", id="processes"),
+        pytest.param(FLEET, "thread", "unavailable", "unavailable", id="fleet"),
+    ],
+)
 async def test_the_first_link_breaks_under_load_and_comes_back(
-    repository: Path, flags: tuple[str, ...], fault: str, reason: str
+    repository: Path, flags: tuple[str, ...], isolation: str, fault: str, reason: str
 ) -> None:
     file = repository / "fault"
-    write_model(repository / "models", "m", fallback="fake,fake:spare", a_us="1000", **{"fake.fault_file": str(file)})
+    parameters = {"fallback": "fake,fake:spare", "fake.fault_file": str(file), "isolation": isolation}
+    write_model(repository / "models", "m", a_us="1000", **parameters)
     with started("--model-repository", str(repository / "models"), *flags) as gateway:
         if flags:
             gateway.wait_for("ready", gateways=2, workers=2)

@@ -235,6 +235,22 @@ def test_without_data_there_is_no_verdict(tmp_path: Path, capsys: pytest.Capture
     assert "has no data to be judged by; give real inputs with --held-out" in capsys.readouterr().err
 
 
+def test_a_model_that_does_not_batch_takes_its_requests_one_by_one(tmp_path: Path):
+    fixed = classifier()
+    for tensor in (*fixed.graph.input, *fixed.graph.output):
+        tensor.type.tensor_type.shape.dim[0].dim_value = 1
+    folder = put(tmp_path, "cnn", fixed, batch=0, gate_kind="numeric", gate_mean_error="1", gate_speedup="99")
+    for name, seed in (("calibration", 0), ("held_out", 1)):
+        (folder / name).mkdir()
+        for index in range(12):
+            np.save(folder / name / f"{index:02d}.npy", images(1, 100 * seed + index))
+    assert build(tmp_path, "--recipe", "int8") == 1  # whatever its speed, twelve requests prove nothing
+    (int8,) = report(tmp_path).artefacts
+    assert [each.rows for each in int8.speed] == [1]
+    assert {"mean_error", "max_error"} == set(int8.accuracy)
+    assert report(tmp_path).samples["held_out"] == 12
+
+
 def test_a_file_that_does_not_run_fails(repository: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(CATALOGUE, "int8", replaced("int8", lambda job: job.file.write_bytes(b"junk")))
     monkeypatch.setattr(builder.layers, "worst", lambda *_: ())
@@ -273,7 +289,7 @@ def test_two_models_are_timed_in_turns(tmp_path: Path):
     (one, eight) = measure.turns(*runners, [row], source(tmp_path, "cnn").config.max_batch_size)
     assert (one.rows, eight.rows) == (1, 8)
     half = len(log) // 2
-    timed = log[6:half]  # after two runs of each to warm up and one to see how long they take
+    timed = log[8:half]  # after four runs of each to warm up and see how long they take
     assert timed == ["A", "B"] * (len(timed) // 2)
     assert len(timed) >= 14
 

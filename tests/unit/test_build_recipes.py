@@ -48,7 +48,7 @@ def make(name: str, of: Source, **more) -> Path:
 
 
 def answers(model: Path | bytes, rows: list[data.Row], **more) -> np.ndarray:
-    return measure.answers(measure.load(model, **more), rows)[0]
+    return measure.answers(measure.load(model, **more), rows, 16)[0]
 
 
 @pytest.mark.parametrize("name", CNN)

@@ -17,8 +17,15 @@ from typing import Any
 import pytest
 
 from gateway import __version__, cli
+from gateway.artefacts import Artefact
 from gateway.config.arguments import flag, parse_args
+from gateway.config.build import build
+from gateway.config.complete import fill_backend
+from gateway.config.parse import Source, parse_text
 from gateway.config.settings import Settings
+from gateway.engines.base import EngineSpec
+from gateway.engines.chain import links
+from gateway.engines.remote.options import read
 from gateway.redis_client import Keys
 from gateway.redis_client.keys import GROUP
 from gateway.statistics import FAILURE_REASONS
@@ -75,7 +82,8 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_every_place_that_starts_a_gateway_is_found():
     places = {each.where for each in COMMANDS}
-    assert {"compose.yaml gateway-1", "compose.yaml gateway-2", "compose.yaml worker", "lockgate.service"} <= places
+    assert {"compose.yaml gateway-1", "compose.yaml gateway-2", "compose.yaml worker"} <= places
+    assert {"lockgate.service", "lockgate-edge.service"} <= places
     assert {"Dockerfile.cpu", "Dockerfile.gpu"} <= places
     assert {f"kubernetes (written) {role}" for role in ("gateway", "worker")} <= places
     assert {each.words[0] for each in COMMANDS} <= {"serve", "worker"}
@@ -327,12 +335,51 @@ def test_containers_and_the_unit_have_the_time_that_their_drain_may_take(setting
             assert plan(settings(command)) is not None
             # The supervisor ends the gateways and then the workers, and leaves each of them time to close.
             assert int(deploy.unit()["TimeoutStopSec"][0]) >= 2 * (drain + _MARGIN) + MARGIN
+        elif command.where == "lockgate-edge.service":
+            assert not {"GATEWAY_WORKERS", "GATEWAY_HTTP_WORKERS", "GATEWAY_QUEUE"} & command.variables.keys()
+            assert int(deploy.unit(command.where)["TimeoutStopSec"][0]) >= drain + MARGIN
 
 
-def test_the_unit_tells_the_gateway_alone_to_end():
-    unit = deploy.unit()
+@pytest.mark.parametrize("name", deploy.UNITS)
+def test_a_unit_tells_the_gateway_alone_to_end(name: str):
+    unit = deploy.unit(name)
     assert unit["KillMode"] == ["mixed"]
     assert unit["KillSignal"] == ["SIGTERM"]
+
+
+# --- the edge
+
+
+def edge_parameters() -> dict[str, str]:
+    source = Source("config.pbtxt", (DEPLOY / "edge/config.pbtxt").read_text())
+    return {key: value.string_value for key, value in parse_text(source).parameters.items()}
+
+
+def test_the_edge_model_asks_the_far_server_first_and_has_engines_of_its_own(tmp_path: Path):
+    parameters = edge_parameters()
+    source = Source("config.pbtxt", (DEPLOY / "edge/config.pbtxt").read_text())
+    proto = fill_backend(parse_text(source), "classifier", ["model.onnx"])
+    for kind in (proto.input, proto.output):
+        kind.add(name=f"T{len(proto.input)}", data_type="TYPE_FP32", dims=[1])
+    config = build(proto, source)
+    assert config.default_deadline_ms == 500
+    artefact = Artefact("int8", "artefacts/1/int8.onnx", "onnxruntime", "INT8", verdict="passed")
+    given = Artefact("model", "model.onnx", "onnxruntime", "FP32", verdict="passed")
+    spec = EngineSpec(config, "1", tmp_path, "cpu")
+    chain = links(spec, (), (artefact, given), ("onnxruntime", "remote"))
+    assert [link.name for link in chain.links] == ["remote", "cpu-int8", "cpu"]
+    assert parameters["remote.url"].startswith("grpcs://")
+
+
+def test_the_edge_unit_hands_over_the_token_that_the_edge_model_names(tmp_path: Path):
+    parameters = edge_parameters()
+    folder, name = parameters["remote.token_file"].rsplit("/", 1)
+    assert folder == "/run/credentials/lockgate-edge.service"
+    credentials = dict(each.split(":", 1) for each in deploy.unit("lockgate-edge.service")["LoadCredential"])
+    assert {name, "tokens"} == credentials.keys()
+    (tmp_path / name).write_text("t0ken")
+    options = read("classifier", parameters | {"remote.token_file": str(tmp_path / name)})
+    assert (options.model, options.token, options.warnings) == ("efficientnet_lite0", "t0ken", ())
 
 
 # --- images

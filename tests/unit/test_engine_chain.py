@@ -118,6 +118,13 @@ def test_a_name_that_means_nothing_is_refused_with_those_that_do() -> None:
     )
 
 
+def test_when_to_load_is_true_or_false() -> None:
+    with pytest.raises(
+        errors.InvalidArgument, match=r"'fallback.preload' of model 'm' must be true or false, got 'yes'"
+    ):
+        links(spec(fallback__preload="yes"), [], [FP32], BACKENDS)
+
+
 def test_nothing_left_is_an_error_with_a_remedy() -> None:
     with pytest.raises(errors.Unavailable, match=r"has nothing to run on cpu: link 'cuda-fp16' .* is left out"):
         links(spec(fallback="cuda-fp16"), [], [FP32], BACKENDS)

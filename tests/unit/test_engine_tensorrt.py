@@ -209,7 +209,7 @@ async def test_every_call_of_a_run_is_checked_and_the_next_run_is_right(tmp_path
         (
             {"written_by": "9.3"},
             errors.Unavailable,
-            "expecting library version 10.0 got 9.3. Build it on this machine: gateway build --target tensorrt",
+            "expecting library version 10.0 got 9.3. Build it on this machine: gateway build --plan",
         ),
         ({"A": {"location": "HOST"}}, errors.Unsupported, "m/1/model.plan: 'A' is a shape tensor"),
         (

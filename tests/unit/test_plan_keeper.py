@@ -16,6 +16,8 @@ from gateway.engines.tensorrt.fakes.cuda import GPU
 from tests.support import background as working
 from tests.tensorrt_support import add_sub, opened, pair, right, run, spec
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
+
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = "".join(
     f"parameters {{ key: 'trt_profile_{key}_shapes' value {{ string_value: 'A:{shape},B:{shape}' }} }}"

@@ -438,7 +438,7 @@ def test_a_run_that_is_interrupted_ends(tmp_path):
         except errors.Unavailable as problem:
             ended.append(problem)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     model._model.begun.wait()
     model.interrupt()

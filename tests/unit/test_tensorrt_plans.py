@@ -21,7 +21,7 @@ SHAPES = (
     "parameters { key: 'trt_profile_max_shapes' value { string_value: 'A:8x16,B:8x16' } }"
 )
 BOTH = {name: Range((1, 1), (4, 8), (8, 16)) for name in ("A", "B")}
-REMEDY = "Build one here: gateway build m --target tensorrt"
+REMEDY = "Build one here: gateway build m --plan"
 
 
 def write(place: Path, name: str = "a.plan", **changes) -> Path:

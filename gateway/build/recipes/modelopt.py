@@ -34,6 +34,8 @@ def _quantize(job: Job, mode: str) -> None:
     if job.modelopt_python is None:
         raise errors.Unavailable(f"needs NVIDIA's modelopt, which must not share the server's environment; {_REMEDY}")
     alike = [row for row in job.calibration if row.shapes == job.calibration[0].shapes]
+    if job.source.config.max_batch_size == 0:
+        alike = alike[:1]  # modelopt divides an array by its first axis, which is not one of rows here
     with tempfile.TemporaryDirectory(dir=job.folder, prefix=".") as scratch:
         data, written = Path(scratch) / "calibration.npz", Path(scratch) / "quantized.onnx"
         np.savez(data, allow_pickle=False, **together(alike))

@@ -72,6 +72,7 @@ class _Reader:
 
     def __init__(self, job: Job) -> None:
         self._rows: Sequence[Row] = job.calibration
+        self._most = job.source.rows(_CALIBRATION_BATCH)
         self._tick = job.tick
         self._done = 0
 
@@ -81,10 +82,7 @@ class _Reader:
         if start >= len(self._rows):
             return None
         end = start + 1
-        while (
-            end < min(start + _CALIBRATION_BATCH, len(self._rows))
-            and self._rows[end].shapes == self._rows[start].shapes
-        ):
+        while end < min(start + self._most, len(self._rows)) and self._rows[end].shapes == self._rows[start].shapes:
             end += 1
         self._done = end
         self._tick(end)

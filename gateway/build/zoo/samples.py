@@ -31,9 +31,16 @@ CALIBRATION_CROPS = 96
 HELD_OUT_CROPS = 10  # of each picture
 LEAST_AREA = 0.35  # of the picture's square, as in the training of such networks, but not down to a twelfth
 PHOTOGRAPHS = (
-    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
-    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg",
+    (
+        "skimage", "data",
+        ("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
+         "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg",
+         "rocket.jpg"),
+    ),
+    ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+    ("matplotlib", "mpl-data/sample_data", ("grace_hopper.jpg",)),
 )  # fmt: skip
+_INSTALL = "pip install scikit-image scikit-learn matplotlib; pip install --no-deps foolbox"
 CALIBRATION_MODULES = ("linear_model", "cluster", "ensemble", "svm", "metrics", "preprocessing", "decomposition")
 BATCH = 16
 
@@ -82,28 +89,24 @@ def _first_lines(package: str, modules: tuple[str, ...]) -> Iterator[str]:
 
 
 def _photographs() -> Iterator[Any]:
-    import matplotlib as mpl
-    import skimage
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    # Not skimage.data's functions: for a picture that is not in the package they would go to the network.
-    folder = Path(skimage.__file__).parent / "data"
-    for name in PHOTOGRAPHS:
-        yield _open(folder / name)
-    for pixels in load_sample_images().images:
-        yield Image.fromarray(pixels)
-    yield _open(Path(mpl.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+    # By path, not by the packages' functions: for a picture that is not there those would go to the network.
+    for package, folder, names in PHOTOGRAPHS:
+        for name in names:
+            yield _open(_installed(package) / folder / name)
 
 
 def _imagenet() -> list[Path]:
-    package = importlib.util.find_spec("foolbox")
-    if package is None or package.origin is None:
-        raise BuildError("package 'foolbox' is not installed: pip install --no-deps foolbox")
-    files = sorted((Path(package.origin).parent / "data").glob("imagenet_*.jpg"))
+    files = sorted((_installed("foolbox") / "data").glob("imagenet_*.jpg"))
     if not files:
         raise BuildError("this version of package 'foolbox' has no data/imagenet_*.jpg; 3.3.4 has 20")
     return files
+
+
+def _installed(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise BuildError(f"package '{package}' is not installed: {_INSTALL}")
+    return Path(found.origin).parent
 
 
 def _open(file: Path) -> Any:

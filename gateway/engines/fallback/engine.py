@@ -28,7 +28,8 @@ from gateway.types import Batch, BatchResult
 _OWN = (errors.InvalidArgument, errors.Unsupported, errors.Cancelled)
 _GONE = (errors.Unavailable, errors.NotFound, errors.Unauthenticated, errors.PermissionDenied)
 _MARGIN = 1.25  # what a run may take more than expected,
-_WAY = 0.002  # and the seconds that it takes to begin
+_WAY = 0.002  # the seconds that it takes to begin,
+_SHARE = 0.9  # and the part of the time left that is not kept for an event loop that is behind
 
 
 async def open_chain(links: Chain, count: int, start: Start) -> list[FallbackEngine]:
@@ -64,10 +65,14 @@ class FallbackEngine:
         self._index = index
         self._warnings = warnings
         self._closed = False
+        self._latest = tender.current.engines[index]
 
     @property
     def _engine(self) -> Engine:
-        return self._tender.current.engines[self._index]
+        """What runs now; where nothing does, what ran last."""
+        if self._tender.current.engines:
+            self._latest = self._tender.current.engines[self._index]
+        return self._latest
 
     @property
     def link(self) -> str:
@@ -172,7 +177,7 @@ class FallbackEngine:
         tried = []
         for link, following in zip_longest(links, links[1:]):
             limit = _limit(following, batch)
-            expected = None if limit is None else link.times.predict(batch.rows)
+            expected = None if limit is None else link.times.at_least(batch.rows)
             if limit is not None and expected is not None and expected > limit:
                 self._tender.doubt(link)
                 failed.append((link, "deadline"))
@@ -228,10 +233,7 @@ class FallbackEngine:
             tender.trip(link, "unavailable", str(error), getattr(error, "retry_after", None) or 0.0)
             return "unavailable"
         if isinstance(error, _TooSlow | errors.DeadlineExceeded):
-            if isinstance(error, _TooSlow):
-                link.times.exceeded(batch.rows, error.seconds)
-            tender.doubt(link)
-            return "deadline"
+            return self._judge_late(link, batch, error)
         tender.prepare(link)
         if isinstance(error, errors.ResourceExhausted):
             return "busy"
@@ -246,10 +248,21 @@ class FallbackEngine:
         if error.sure:
             raise error
 
+    def _judge_late(self, link: LiveLink, batch: Batch, error: Exception) -> str:
+        """Raise it when it is too late for every request."""
+        now = time.monotonic()
+        if batch.requests and all(each.deadline is not None and each.deadline <= now for each in batch.requests):
+            raise errors.deadline_passed() from error
+        if isinstance(error, _TooSlow):
+            link.times.exceeded(batch.rows, error.seconds)
+        self._tender.prepare(link)
+        return "deadline"
+
     def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:
         """Say in an answer which link gave it, and why not the first."""
-        told = {**identity(link.engines[self._index]), "link": link.name, "fallback": self._tender.why(failed)}
-        result.parameters = {**(result.parameters or {}), **told}
+        which = identity(link.engines[self._index]) if link.engines else {}  # closed meanwhile
+        told = {**which, "link": link.name, "fallback": self._tender.why(failed)}
+        result.parameters = {**told, **(result.parameters or {})}
 
 
 def _limit(following: LiveLink | None, batch: Batch) -> float | None:
@@ -260,7 +273,7 @@ def _limit(following: LiveLink | None, batch: Batch) -> float | None:
     expected = following.times.predict(batch.rows)
     if deadline is None or expected is None:
         return None
-    left = deadline - time.monotonic() - expected * _MARGIN - _WAY
+    left = (deadline - time.monotonic()) * _SHARE - expected * _MARGIN - _WAY
     return left if left > 0 else None
 
 

@@ -115,13 +115,18 @@ class Times:
         self._known[size] = seconds if before is None else before + _SMOOTH * (seconds - before)
 
     def exceeded(self, rows: int, seconds: float) -> None:
-        """A run was given up after so long."""
-        size = max(rows - 1, 0).bit_length()
-        self._known[size] = max(self._known.get(size, 0.0), seconds)
+        """A run was given up after so long. A single one is an accident, several in a row are not."""
+        self.learn(rows, 1.5 * seconds)
 
     def forget(self) -> None:
         """What was known holds no more."""
         self._known.clear()
+
+    def at_least(self, rows: int) -> float | None:
+        """The expected seconds, of a size that has not run those of fewer rows; None when none of these has."""
+        size = max(rows - 1, 0).bit_length()
+        found = max((known for known in self._known if known <= size), default=None)
+        return None if found is None else self._known[found]
 
     def predict(self, rows: int) -> float | None:
         """The expected seconds, on the safe side for a size that has not run; None when none has."""

@@ -14,17 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from gateway import errors
+from gateway.engines.chain import PRELOAD
 from gateway.engines.fallback.health import REASONS
 from gateway.engines.fallback.link import LiveLink
 from gateway.engines.fallback.sample import Sample
 from gateway.engines.tensorrt.background import PlanKeeper
 from gateway.telemetry import log_event
 
-PRELOAD = "fallback.preload"
-"""The parameter: "true" loads every link at once in the background, "false" each when it is needed. Without it links are
-loaded as soon as the one before shows trouble, and at once behind a remote one, whose trouble is expected."""
-
-_TRY_SECONDS = 10.0  # for the sample; a device that hangs is no better than one that is gone
+_TRY_SECONDS = {"remote": 2.0}  # for the sample; a device that hangs is no better than one that is gone
+_TRY_MOST = 10.0
 
 
 class Tender:
@@ -193,12 +191,18 @@ class Tender:
         self._settle()
 
     async def _try(self, link: LiveLink) -> None:
-        async with asyncio.timeout(_TRY_SECONDS):
-            for engine in link.engines:
-                begun = time.monotonic()
-                await self.sample.try_on(engine)
-                if self.sample:
-                    link.times.learn(1, time.monotonic() - begun)
+        seconds = _TRY_SECONDS.get(link.config.backend, _TRY_MOST)
+        try:
+            async with asyncio.timeout(seconds) as clock:
+                for engine in link.engines:
+                    begun = time.monotonic()
+                    await self.sample.try_on(engine)
+                    if self.sample:
+                        link.times.learn(1, time.monotonic() - begun)
+        except TimeoutError:
+            if clock.expired():
+                raise errors.Internal(f"it gave no answer to a request of one row in {seconds:g} s") from None
+            raise
 
     def _settle(self) -> None:
         """The best link that is loaded and in use runs from now on."""

@@ -50,12 +50,17 @@ class Area:
         return self._block
 
     def seen(self, size: int) -> mmap.mmap:
-        """The memory, for its reader. Raises `BadMessage` when it has fewer bytes than the writer says."""
+        """The memory, for its reader. Raises `BadMessage` when it has fewer bytes than the writer says, and MemoryError
+        when this process has no room for it.
+        """
         if self._block is None or size > self._size:
             there = os.fstat(self.descriptor).st_size
             if size > there:
                 raise BadMessage(f"a message of {size} bytes is said to be in {there} bytes of shared memory")
-            return self._map(there)
+            try:
+                return self._map(min(there, _rounded(size)))
+            except OSError as problem:
+                raise MemoryError(f"{size} bytes of shared memory cannot be mapped: {problem.strerror}") from problem
         return self._block
 
     def close(self) -> None:

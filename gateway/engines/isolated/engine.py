@@ -89,14 +89,14 @@ class IsolatedEngine:
         self._shares = self._shares and await self._origin.thread.call(self._small)
         tested = self._origin.golden.inputs is not None
         try:
-            await self._start()
+            life = await self._start()
         except EngineCrashed as problem:
             if self._origin.golden.inputs is not None or not tested:
                 raise errors.Unavailable(
                     f"model '{self._origin.spec.config.name}' does not load: {problem}; the server's log has the details"
                 ) from problem
-            await self._start()
-        self._keeper = self._tasks.create_task(self._keep())
+            life = await self._start()
+        self._keeper = self._tasks.create_task(self._keep(life))
         self._children.at_end(self._stop)
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
@@ -108,11 +108,10 @@ class IsolatedEngine:
             if life.ready.answers:
                 async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
                     async for result in results:
-                        yield result
                         self._learn(batch, result)
+                        yield result
             else:
                 yield await self._computed(life, batch)
-            self._breaker.succeeded()
         except EngineCrashed as crash:
             raise await self._explained(crash) from None
         finally:
@@ -203,6 +202,7 @@ class IsolatedEngine:
         return self._patience.limit(batch.rows, batch.predicted)
 
     def _learn(self, batch: Batch, result: BatchResult) -> None:
+        self._breaker.succeeded()
         self._patience.learn(batch.rows, (result.finished_ns - result.stacked_ns) / 1e9)
 
     def _hung(self) -> None:
@@ -216,9 +216,9 @@ class IsolatedEngine:
 
     # --- its process
 
-    async def _keep(self) -> None:
+    async def _keep(self, life: Life) -> None:
         """Start it again and again, until `close`."""
-        while (life := self._life) is not None:
+        while not self._closing:
             why = await asyncio.shield(life.lost)
             ended = time.monotonic()
             try:
@@ -228,7 +228,7 @@ class IsolatedEngine:
             delay = self._breaker.crashed(time.monotonic())
             while not await self._paused(delay):
                 try:
-                    await self._start()
+                    life = await self._start()
                 except Exception as problem:  # noqa: BLE001 - whatever it is, trying again is all there is
                     delay = self._breaker.not_started(time.monotonic())
                     self._count("self_test" if isinstance(problem, WrongAnswer) else "start", str(problem))
@@ -238,7 +238,7 @@ class IsolatedEngine:
                     log_event("engine_restarted", instance=self.name, down_seconds=seconds)
                     break
 
-    async def _start(self) -> None:
+    async def _start(self) -> Life:
         """Have it in a process, loaded and tested. Raises why not."""
         origin = self._origin
         preload = [origin.backend.module] if origin.backend.shares else []
@@ -252,9 +252,13 @@ class IsolatedEngine:
         self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
         if seconds is not None:
             self._patience.learn(1, seconds)
+        if life.lost.done():
+            life.end()
+            raise EngineCrashed("the engine's process ended as soon as it had started")
         self._breaker.started()
         self._life = life
         self._tell()
+        return life
 
     def _lost(self, life: Life) -> None:
         if self._life is life:

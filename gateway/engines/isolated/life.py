@@ -19,7 +19,8 @@ from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.frames import Ready
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
-from gateway.engines.isolated.link import Link, Memory
+from gateway.engines.isolated.link import Link
+from gateway.engines.isolated.memory import Memory
 from gateway.engines.threads import EngineThread
 from gateway.telemetry import log_event
 from gateway.types import Batch, BatchResult, Infer
@@ -112,18 +113,19 @@ class Life:
         ours, theirs = socket.socketpair()
         memory = Memory(children.short)
         self.link = Link(ours, memory, self._origin.thread, self._end)
-        given = [theirs.fileno(), *(area.descriptor for area in memory.areas or ())]
+        areas = memory.descriptors
+        given = [theirs.fileno(), *areas]
         called: socket.socket | None = None
         try:
             if infer is not None:
                 callers, called = socket.socketpair()
-                area = None if memory.areas is None else Area.create()
+                area = Area.create() if areas else None
                 given += [called.fileno(), *([] if area is None else [area.descriptor])]
                 loop = asyncio.get_running_loop()
                 _, self.calls = await loop.create_connection(
                     lambda: CallServer(infer, children.tasks, area), sock=callers
                 )
-            self.home.host(name, given, areas=memory.areas is not None, calls=called is not None)
+            self.home.host(name, given, areas=bool(areas), calls=called is not None)
         finally:
             theirs.close()
             if called is not None:

@@ -12,14 +12,13 @@ import builtins
 import pickle
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import msgspec
 
 from gateway.engines.base import EngineCrashed, EngineSpec
-from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.frames import (
     CHUNK,
     About,
@@ -36,7 +35,8 @@ from gateway.engines.isolated.frames import (
     Run,
     pack,
 )
-from gateway.engines.isolated.layout import Layout, lay_out, read, read_form, write
+from gateway.engines.isolated.layout import lay_out, read_form
+from gateway.engines.isolated.memory import Memory
 from gateway.engines.threads import EngineThread
 from gateway.message import BadMessage, unpack_error
 from gateway.types import Answer, Array, Batch, BatchResult, InferRequest
@@ -48,48 +48,6 @@ _decode = msgspec.msgpack.Decoder(FromChild).decode
 
 class NeverSeen(EngineCrashed):
     """The process was gone before it was given anything."""
-
-
-class Memory:
-    """The two areas of a link and what happened when there was no room in them. Without any all goes by the line."""
-
-    def __init__(self, on_shortage: Callable[[str], None]) -> None:
-        self._on_shortage = on_shortage
-        self.areas: tuple[Area, Area] | None = None
-        try:
-            self.areas = Area.create(), Area.create()
-        except OSError as problem:
-            on_shortage(str(problem))
-
-    def put(self, layout: Layout, values: Sequence[Array | bytes]) -> bytearray | None:
-        """Put a batch's arrays where the child finds them; what of it must go by the line."""
-        if self.areas is not None:
-            try:
-                block = self.areas[0].room(layout.size)
-            except OSError as problem:
-                self._on_shortage(str(problem))
-            else:
-                write(block, layout, values)
-                return None
-        payload = bytearray(max(layout.size, 1))
-        write(payload, layout, values)
-        return payload
-
-    def take(self, layout: Layout, payload: bytearray) -> dict[str, Array]:
-        """The child's arrays, as our own. Raises `BadMessage`."""
-        if not layout.size or payload:
-            if len(payload) < layout.size:
-                raise BadMessage(f"{len(payload)} bytes came with a message of {layout.size}")
-            return read(payload or bytearray(1), layout, copy=False)
-        if self.areas is None:
-            raise BadMessage("a message says that it is in shared memory, and there is none")
-        return read(self.areas[1].seen(layout.size), layout, copy=True)
-
-    def close(self) -> None:
-        """Give it back."""
-        for area in self.areas or ():
-            area.close()
-        self.areas = None
 
 
 class Link:
@@ -106,9 +64,9 @@ class Link:
         self._frames = Frames()
         self._unsent = memoryview(b"")
         self._reply: asyncio.Future[Frame] | None = None
-        self._due = 0.0
+        self._patience = self._due = 0.0  # seconds
         self._alarm: asyncio.TimerHandle | None = None
-        self._hung: Callable[[], None] | None = None
+        self._hung: Callable[[], None] = self.close
         self._idle: Callable[[], None] | None = None
         self._closed = False
         self._tells = False  # the model wants to know the requests
@@ -185,7 +143,10 @@ class Link:
         if not reply.done():
             reply.cancel()
         elif not reply.cancelled():
-            self._drop(reply.result())
+            try:
+                self._drop(reply.result())
+            except msgspec.DecodeError as problem:
+                self._broken(str(problem))
 
     def finish(self) -> None:
         """Have the instance in the child end in its own time; `lost` is called when it has."""
@@ -259,7 +220,7 @@ class Link:
             self._end(f"said what cannot be: {problem}")
 
     def _take(self, frame: Frame) -> None:
-        if self._reply is None or (self._reply.done() and not self._reply.cancelled()):
+        if self._reply is None or self._answered:
             raise BadMessage("it was not asked")
         if self._reply.cancelled():
             self._drop(frame)
@@ -269,10 +230,11 @@ class Link:
     def _drop(self, frame: Frame) -> None:
         """Take in an answer that nobody waits for any more."""
         message = _decode(frame.header)
-        if isinstance(message, Answered):
-            self._reply = self._loop.create_future()
-            self._reply.cancel()
-            self._socket.send(_NEXT)
+        if isinstance(message, Answered) and not self._closed:
+            self._expect().cancel()
+            self._watch(self._patience, self._hung)
+            with suppress(NeverSeen):
+                self._send(_NEXT)
         else:
             self._rest()
 
@@ -312,7 +274,10 @@ class Link:
         return EngineCrashed("the engine's process gave an answer that cannot be")
 
     def _rest(self) -> None:
+        """There is nothing more to do for the last run."""
         self._reply = None
+        if self._closed:
+            self._memory.close()
         if self._idle is not None:
             idle, self._idle = self._idle, None
             idle()
@@ -324,26 +289,30 @@ class Link:
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
-        self._memory.close()
         if self._alarm is not None:
             self._alarm.cancel()
-        if self._reply is not None and not self._reply.done():
-            self._reply.set_exception(EngineCrashed("the engine's process ended while it ran a batch"))
-            self._reply.exception()  # who gave the run up never asks
-        self._rest()
+        if not self._answered:
+            if self._reply is not None and not self._reply.done():
+                self._reply.set_exception(EngineCrashed("the engine's process ended while it ran a batch"))
+                self._reply.exception()  # who gave the run up never asks
+            self._rest()
         self._lost(why)
+
+    @property
+    def _answered(self) -> bool:
+        """Whether an answer is here that is still to be taken in."""
+        return self._reply is not None and self._reply.done() and not self._reply.cancelled()
 
     # --- the watchdog
 
     def be_patient(self, seconds: float) -> None:
         """The run has not hung: ask again in so many seconds."""
-        assert self._hung is not None
         self._watch(seconds, self._hung)
 
     def _watch(self, patience: float, hung: Callable[[], None]) -> None:
         """One timer for many runs, because to set one and take it back for each costs more than the rest of this."""
+        self._patience, self._hung = patience, hung
         self._due = self._loop.time() + patience
-        self._hung = hung
         if self._alarm is not None and self._alarm.when() > self._due:
             self._alarm.cancel()
             self._alarm = None
@@ -352,9 +321,11 @@ class Link:
 
     def _look(self) -> None:
         self._alarm = None
-        if self._reply is None or self._hung is None:
+        if self._reply is None:
             return
-        if self._loop.time() >= self._due:
+        if self._answered:  # it waits for whoever takes the answer
+            self._watch(self._patience, self._hung)
+        elif self._loop.time() >= self._due:
             self._hung()
         else:
             self._alarm = self._loop.call_at(self._due, self._look)

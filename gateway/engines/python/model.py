@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load(spec: EngineSpec, count: int) -> list[PythonModel]:
             f"model '{config.name}' asks for an execution environment of its own (EXECUTION_ENV_PATH), which this server "
             "cannot unpack. Install its packages where the gateway is installed, and remove the parameter from config.pbtxt"
         )
-    return [PythonModel(spec, index) for index in range(count)]
+    return [PythonModel(spec, spec.channel, index) for index in range(count)]
 
 
 class PythonModel:
@@ -57,9 +58,9 @@ class PythonModel:
     warnings: tuple[str, ...] = ()
     widest = 1
 
-    def __init__(self, spec: EngineSpec, index: int) -> None:
+    def __init__(self, spec: EngineSpec, channel: Channel, index: int) -> None:
         self._config = spec.config
-        self._channel = spec.channel
+        self._channel = channel
         self._running = False
         self._run: Run | None = None
         self._decoupled = spec.config.decoupled
@@ -117,14 +118,13 @@ class PythonModel:
             at += request.rows
             names = [output.name for output in request.outputs] or list(self._outputs)
             wanted = {name: self._outputs[name] for name in names}
-            sender = InferenceResponseSender(run, index, wanted, decoupled=self._decoupled)
+            cancelled = partial(self._channel.cancelled, request)
+            sender = InferenceResponseSender(run, index, wanted, decoupled=self._decoupled, cancelled=cancelled)
             tensors = [
                 Tensor.from_gateway(name, datatypes[name], array[rows] if self._config.max_batch_size else array)
                 for name, array in inputs.items()
             ]
-            received.append(
-                InferenceRequest.received(request, tensors, names, _Incoming(sender, request, self._channel))
-            )
+            received.append(InferenceRequest.received(request, tensors, names, sender))
         return received
 
     def _execute(self, run: Run, requests: list[InferenceRequest]) -> None:
@@ -181,21 +181,9 @@ class PythonModel:
         return self._loop
 
     def _infer(self, request: InferRequest) -> Iterator[InferResponse]:
-        if self._channel is None or not self._running:
+        if not self._running:
             raise TritonModelException("BLS is supported only during the 'execute' function.")
         return self._channel.infer(request)
-
-
-class _Incoming:
-    """See `requests.Incoming`."""
-
-    def __init__(self, sender: InferenceResponseSender, request: InferRequest, channel: Channel | None) -> None:
-        self.sender = sender
-        self._request = request
-        self._channel = channel
-
-    def cancelled(self) -> bool:
-        return self._channel is not None and self._channel.cancelled(self._request)
 
 
 def import_model(folder: Path, filename: str) -> Any:

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import ClassVar, Protocol, Self, TypedDict, Unpack
+from typing import ClassVar, Self, TypedDict, Unpack
 
 from gateway.engines.python.errors import TritonError, TritonModelException
 from gateway.engines.python.responses import InferenceResponse, InferenceResponseSender
@@ -28,15 +28,6 @@ class Options(TypedDict, total=False):
     preferred_memory: object  # everything is in CPU memory
     trace: object
     parameters: Mapping[str, Parameter] | None
-
-
-class Incoming(Protocol):
-    """What a request that came knows of the run it is in."""
-
-    sender: InferenceResponseSender
-
-    def cancelled(self) -> bool:
-        """Whether nobody waits any more."""
 
 
 class InferenceRequest:
@@ -71,13 +62,13 @@ class InferenceRequest:
         self._flags = options.get("flags", 0)
         self._timeout = options.get("timeout", 0)
         self._parameters = dict(options.get("parameters") or {})
-        self._incoming: Incoming | None = None
+        self._sender: InferenceResponseSender | None = None
 
     @classmethod
     def received(
-        cls, request: InferRequest, inputs: Sequence[Tensor], names: Sequence[str], incoming: Incoming
+        cls, request: InferRequest, inputs: Sequence[Tensor], names: Sequence[str], sender: InferenceResponseSender
     ) -> Self:
-        """A request that came, with its part of the batch and the outputs that it is to be answered with."""
+        """A request that came, with its part of the batch, the outputs that are wanted, and what answers it."""
         given = request.parameters
         sequence, timeout = given.get("sequence_id", 0), given.get("timeout", 0)
         made = cls(
@@ -89,7 +80,7 @@ class InferenceRequest:
             timeout=timeout if isinstance(timeout, int) else 0,
             parameters={key: value for key, value in given.items() if key not in _RESERVED},
         )
-        made._incoming = incoming
+        made._sender = sender
         return made
 
     def inputs(self) -> list[Tensor]:
@@ -130,11 +121,13 @@ class InferenceRequest:
 
     def get_response_sender(self) -> InferenceResponseSender:
         """What answers it. Only a request that came has one."""
-        return self._came("get_response_sender").sender
+        if self._sender is None:
+            raise TritonModelException("get_response_sender is for requests that execute was given.")
+        return self._sender
 
     def is_cancelled(self) -> bool:
         """Whether nobody waits for its answer any more."""
-        return self._incoming is not None and self._incoming.cancelled()
+        return self._sender is not None and self._sender.is_cancelled()
 
     def set_release_flags(self, flags: int) -> None:
         """Only TRITONSERVER_REQUEST_RELEASE_ALL: there are no iterative sequences to put a request back into."""
@@ -153,11 +146,6 @@ class InferenceRequest:
     def async_exec(self, decoupled: bool = False) -> Awaitable[InferenceResponse | ResponseIterator]:
         """`exec` beside the event loop that runs."""
         return asyncio.get_running_loop().run_in_executor(None, self.exec, decoupled)
-
-    def _came(self, what: str) -> Incoming:
-        if self._incoming is None:
-            raise TritonModelException(f"{what} is for requests that execute was given.")
-        return self._incoming
 
     def _to_gateway(self) -> InferRequest:
         parameters = dict(self._parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 
 from gateway import errors
@@ -123,8 +123,12 @@ class Run:
 class InferenceResponseSender:
     """Answers one request, from any thread. Without it and its request the model can answer no more."""
 
-    def __init__(self, run: Run, request: int, wanted: Mapping[str, DataType], *, decoupled: bool) -> None:
+    def __init__(
+        self, run: Run, request: int, wanted: Mapping[str, DataType], *, decoupled: bool, cancelled: Callable[[], bool]
+    ) -> None:
+        """Of the request at this place of the batch; `cancelled` tells whether nobody waits for it any more."""
         self.closed = False
+        self.is_cancelled = cancelled
         self._run = run
         self._request = request
         self._wanted = wanted

@@ -112,7 +112,7 @@ class GrpcClient:
 
     def _open(self) -> Any:
         options = (
-            *_UNLIMITED,
+            *_BASE,
             ("grpc.use_local_subchannel_pool", 1),  # or a new channel would share the silent connection
             ("grpc.initial_reconnect_backoff_ms", _FIRST_PAUSE_MS),
             ("grpc.min_reconnect_backoff_ms", int(self._options.connect_timeout * 1e3)),
@@ -123,7 +123,11 @@ class GrpcClient:
         return grpc.aio.insecure_channel(self._address.name, options)
 
 
-_UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_BASE = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),  # what a gateway does, its settings say, and not its environment
+)
 
 
 class _Line:
@@ -140,9 +144,9 @@ def fetch(address: Address, options: Options) -> ModelConfigProto:
     """The configuration of the model there. Blocking. Raises `Failure`."""
     request = service_pb2.ModelConfigRequest(name=options.model, version=options.version)
     if address.secure:
-        channel = grpc.secure_channel(address.name, _credentials(options), _UNLIMITED)
+        channel = grpc.secure_channel(address.name, _credentials(options), _BASE)
     else:
-        channel = grpc.insecure_channel(address.name, _UNLIMITED)
+        channel = grpc.insecure_channel(address.name, _BASE)
     with channel:
         call = channel.unary_unary(
             _SERVICE + "ModelConfig", type(request).SerializeToString, service_pb2.ModelConfigResponse.FromString

@@ -7,6 +7,7 @@ although asked for binary is understood too.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from itertools import chain
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,7 @@ from gateway.types import Array, Buffer, DataType, Tensor, element_count
 
 _HEAD = "inference-header-content-length"
 _KEPT_SECONDS = 20.0  # an idle connection; servers usually close theirs later
+_ONE = httpx.Limits(max_connections=1, keepalive_expiry=_KEPT_SECONDS)
 _SMALL = 64 * 1024  # bytes; joined and written at once
 
 
@@ -35,13 +37,10 @@ class HttpClient:
         self._model = options.name
         self._patience = options.connect_timeout
         self._path = _model_path(options) + "/infer"
-        self._client = httpx.AsyncClient(
-            **_settings(address, options),
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=options.concurrency, keepalive_expiry=_KEPT_SECONDS
-            ),
-            timeout=httpx.Timeout(None, connect=options.connect_timeout),
-        )
+        self._settings = _settings(address, options)
+        self._timeout = httpx.Timeout(None, connect=options.connect_timeout)
+        self._idle: list[httpx.AsyncClient] = []  # the last used is the next
+        self._closed = False
 
     def encode(self, question: Question) -> Payload:
         """See `Client`."""
@@ -65,21 +64,15 @@ class HttpClient:
     async def send(self, payload: Payload, seconds: float) -> httpx.Response:
         """See `Client`."""
         size = sum(map(len, payload.parts))
-        request = self._client.build_request(
-            "POST",
-            self._path,
-            content=_pieces(payload) if size > _SMALL else b"".join(payload.parts),
-            headers={
-                "content-length": str(size),
-                "content-type": "application/octet-stream",
-                _HEAD: str(payload.head),
-                "x-request-timeout-ms": f"{max(seconds - WAY, 0.001) * 1e3:.3f}",
-            },
-        )
-        try:
-            response = await self._client.send(request)
-        except httpx.TransportError as problem:
-            raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
+        headers = {
+            "content-length": str(size),
+            "content-type": "application/octet-stream",
+            _HEAD: str(payload.head),
+            "x-request-timeout-ms": f"{max(seconds - WAY, 0.001) * 1e3:.3f}",
+        }
+        content = _pieces(payload) if size > _SMALL else b"".join(payload.parts)
+        async with self._connection() as client:
+            response = await client.post(self._path, content=content, headers=headers)
         if response.status_code != 200:
             raise _failure(self._model, response)
         return response
@@ -109,17 +102,39 @@ class HttpClient:
 
     async def live(self) -> None:
         """See `Client`."""
-        try:
-            await self._client.get("/v2/health/live", timeout=self._patience)
-        except httpx.TransportError as problem:
-            raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
+        async with self._connection() as client:
+            await client.get("/v2/health/live", timeout=self._patience)
 
     async def renew(self) -> None:
         """See `Client`: a connection whose answer was not waited for is closed already."""
 
     async def close(self) -> None:
         """See `Client`."""
-        await self._client.aclose()
+        self._closed = True
+        while self._idle:
+            await self._idle.pop().aclose()
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncGenerator[httpx.AsyncClient, None]:
+        """A client that has one connection to itself, kept if all goes well.
+
+        httpx looks at every connection of a client, with a system call each, for every request: at 16 that was most of
+        the time that a request took.
+        """
+        client = (
+            self._idle.pop() if self._idle else httpx.AsyncClient(**self._settings, limits=_ONE, timeout=self._timeout)
+        )
+        kept = False
+        try:
+            yield client
+            kept = not self._closed
+        except httpx.TransportError as problem:
+            raise unreachable(self._model, f"{type(problem).__name__} {problem}".strip()) from problem
+        finally:
+            if kept:
+                self._idle.append(client)
+            else:
+                await client.aclose()
 
 
 def fetch(address: Address, options: Options) -> ModelConfigProto:

@@ -62,7 +62,7 @@ class PlanModel:
     def compute(self, inputs: dict[str, Array], batch: Batch) -> dict[str, Array]:
         """See `Loaded.compute`. Raises what `Execution.run` does; after `EngineCrashed`, only that."""
         if self._lost is not None:
-            raise EngineCrashed(f"model '{self._name}': {self._lost}; this process can use the GPU no more")
+            raise EngineCrashed(f"model '{self._name}': {self._lost}; this process can use the GPU no more", sure=False)
         names = list(batch.outputs) or self._outputs
         feed = {name: array.reshape(()) if name in self._scalars else array for name, array in inputs.items()}
         try:

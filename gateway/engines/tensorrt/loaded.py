@@ -40,7 +40,7 @@ class LoadedPlan:
         if self._engine is None:
             raise errors.Unavailable(
                 f"{label} does not load in {package.name} {trt.__version__}: "
-                f"{self.last_errors() or 'it gave no reason'}. Build it on this machine: gateway build --target tensorrt"
+                f"{self.last_errors() or 'it gave no reason'}. Build it on this machine: gateway build --plan"
             )
         self._label = label
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]

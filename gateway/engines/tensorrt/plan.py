@@ -153,7 +153,7 @@ def _because(reasons: list[str]) -> str:
 
 
 def _remedy(spec: EngineSpec) -> str:
-    return f"Build one here: gateway build {spec.config.name} --target tensorrt"
+    return f"Build one here: gateway build {spec.config.name} --plan"
 
 
 def _dotted(sm: str) -> str:
