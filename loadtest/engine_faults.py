@@ -312,9 +312,8 @@ def main() -> int:
         outcome = carry_out(name, SHORT if given.short else Pace())
         print(_row(name, outcome), flush=True)
         extra = {key: value for key, value in outcome.figures.items() if key not in _COLUMNS}
-        print(
-            *([f"  {extra}"] if extra else []), *(f"  BROKEN: {each}" for each in outcome.broken), sep="\n", flush=True
-        )
+        for line in ([extra] if extra else []) + [f"BROKEN: {each}" for each in outcome.broken]:
+            print(f"  {line}", flush=True)
         found[name] = {"broken": outcome.broken, "statuses": dict(outcome.verdict.statuses), **outcome.figures}
     if given.out is not None:
         given.out.write_text(

@@ -132,7 +132,9 @@ class Rig:
             for name, datatype in ((MODEL, "INT64"), (FLOATS, "FP64")):
                 write_model(models, name, base_us=self._base_us, datatype=datatype, **given)
             if self._images:
-                shutil.copytree(ROOT / "model_repo" / IMAGES, models / IMAGES)
+                # The model's own file, of which `engine_images` knows the right answers.
+                ignored = shutil.ignore_patterns("artefacts", ".*")
+                shutil.copytree(ROOT / "model_repo" / IMAGES, models / IMAGES, ignore=ignored)
             self.ports = servers.Ports(*servers.free_ports(3))
             listen = [f"--{kind}-port={port}" for kind, port in asdict(self.ports).items()]
             command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(models), *listen]
