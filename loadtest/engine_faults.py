@@ -231,7 +231,7 @@ def _await_answers(client: ImageClient) -> None:
 def _pictures(rig: Rig, deadline_ms: float) -> Iterator[tuple[ImageClient, Outcome]]:
     outcome = Outcome()
     before = len(rig.deaths())
-    client = ImageClient(rig.ports.http, Pictures(IMAGES, deadline_ms), deadline_ms, IN_FLIGHT)
+    client = ImageClient(rig.ports.http, Pictures(rig.models, IMAGES, deadline_ms), deadline_ms, IN_FLIGHT)
     thread = threading.Thread(target=lambda: asyncio.run(client.run()), name="pictures")
     thread.start()
     try:
