@@ -178,7 +178,7 @@ def _check_initial(initial: Any, state: Any, head: str, words: tuple[str, ...], 
     if initial.data_file and not plain_name(initial.data_file):
         raise source.error(f"{head}: data_file is the name of a file in the model's folder initial_state", *words)
     fits = len(initial.dims) == len(state.dims) and all(
-        size == dim or (dim == -1 and size > 0) for size, dim in zip(initial.dims, state.dims, strict=True)
+        size > 0 and dim in (-1, size) for size, dim in zip(initial.dims, state.dims, strict=True)
     )
     if not fits:
         raise source.error(

@@ -63,7 +63,7 @@ class Runner:
     ) -> None:
         """`run` does what the engine's does, where more is to be done than that."""
         self._engine = engine
-        self._run = run or engine.run
+        self._run = run
         self._config = config
         self._version = version
         self._statistics = statistics
@@ -90,7 +90,7 @@ class Runner:
         unended = len(jobs)
         self._statistics.executing += len(jobs)
         try:
-            async with aclosing(self._run(batch)) as results:
+            async with aclosing((self._run or self._engine.run)(batch)) as results:
                 async for result in results:
                     if result.answers is None:
                         self._answer_all(part, requests, batch.rows, result)
