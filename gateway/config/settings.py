@@ -283,7 +283,8 @@ class Settings(BaseSettings):
             )
         if self.queue == "memory" and self.queue_dir is not None:
             raise ValueError("--queue-dir is where the embedded Redis keeps its data; it needs --queue embedded")
-        if self.allow_client_shm and (self.http_workers > 1 or self.share_ports):
+        # A process that a supervisor started shares its ports with those that come after it.
+        if self.allow_client_shm and (self.http_workers > 1 or (self.share_ports and self.status_fd is None)):
             raise ValueError(
                 "--allow-client-shm needs one process that takes requests: regions are registered with the process that "
                 "the kernel gave the call to. Give --http-workers 1 and no --share-ports"

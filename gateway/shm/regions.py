@@ -3,7 +3,7 @@
 A region is a stretch of a POSIX shared memory object of this host, held open from its registration on, so that a client
 may unlink the name. It is never mapped: a client that shrinks the object under a mapping would end this process with a
 SIGBUS, and one that changes it while it is checked would have other bytes run than were looked at. One copy by
-`pread`, within the kernel, costs less than taking the same bytes from a socket.
+`preadv`, within the kernel, costs less than taking the same bytes from a socket.
 
 Errors are Triton's words (server `shared_memory_manager.cc`; PROTOCOL.md section 1).
 """
@@ -17,6 +17,8 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from gateway import errors
 from gateway.shm import errors as texts
@@ -47,18 +49,17 @@ class Region:
     def __del__(self) -> None:
         os.close(self.descriptor)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, place: Place) -> memoryview:
         """The bytes at a place that was checked. Raises `InvalidArgument` when the object has been cut short."""
-        self._check_length(place.offset + place.size)
-        parts: list[bytes] = []
-        at, end = self.offset + place.offset, self.offset + place.offset + place.size
-        while at < end:
-            part = os.pread(self.descriptor, end - at, at)
-            if not part:
+        self._check_length(place.offset + place.size)  # before so much memory is asked for
+        data = np.empty(place.size, np.uint8).data  # in half the time that a new `bytes` takes
+        done = 0
+        while done < place.size:
+            count = os.preadv(self.descriptor, [data[done:]], self.offset + place.offset + done)
+            if not count:
                 raise self._cut_short()
-            parts.append(part)
-            at += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            done += count
+        return data
 
     def write(self, place: Place, data: Buffer) -> None:
         """Write at a place that was checked. Raises `InvalidArgument` when the object has been cut short."""
