@@ -248,7 +248,8 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     service = gateway.service
     regions = stack.enter_context(registered()) if settings.allow_client_shm else None
     infer = await _endpoint(stack, settings, service, fleet)
-    infer = shared_memory(infer, regions, Limits(settings.max_request_bytes, settings.max_inflight_bytes))
+    limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
+    infer = shared_memory(infer, regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":
         from gateway.jobs.start import open_jobs, run_jobs
 

@@ -116,8 +116,8 @@ def start(command: str, folder: Path) -> tuple[servers.Server, int]:
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--requests", type=int, default=300, help="of each round and way; CPU is counted in 10 ms")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=1000, help="of each round and way; CPU is counted in 10 ms")
     parser.add_argument("--gateway", default=f"{shlex.quote(sys.executable)} -m gateway", help="the gateway's command")
     parser.add_argument(
         "--wait-quiet", type=float, default=0.0, metavar="SECONDS", help="for others to leave the cores"

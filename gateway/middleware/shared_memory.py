@@ -6,7 +6,7 @@ It is the outermost of them: all others, the queue and the workers see a request
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -27,8 +27,13 @@ class Limits(NamedTuple):
     inflight: int
 
 
-def shared_memory(infer: Infer, regions: Regions | None, limits: Limits) -> Infer:
-    """Wrap an endpoint. Without `regions` a request that needs them is answered `Unsupported`, with the remedy."""
+def shared_memory(
+    infer: Infer, regions: Regions | None, limits: Limits, check_model: Callable[[str, str], object]
+) -> Infer:
+    """Wrap an endpoint. Without `regions` a request that needs them is answered `Unsupported`, with the remedy.
+
+    `check_model(model, version)` raises for a model that does not answer, which is said before anything else.
+    """
     reading = 0
 
     def admit(size: int) -> None:
@@ -48,6 +53,7 @@ def shared_memory(infer: Infer, regions: Regions | None, limits: Limits) -> Infe
 
     async def placed(request: InferRequest, places: Places) -> AsyncGenerator[InferResponse, None]:
         nonlocal reading
+        check_model(request.model_name, request.model_version)
         if regions is None:
             raise errors.shared_memory_disabled()
         size = sum(place.size for place in places.inputs.values())

@@ -299,6 +299,51 @@ def test_mistakes(client: Any, wire: str):
         assert handle is not None
 
 
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [
+        (
+            {"shared_memory_offset": 2**64 - 32, "shared_memory_byte_size": 64},
+            "Invalid offset for shared memory region",
+        ),
+        ({"shared_memory_offset": 32, "shared_memory_byte_size": 2**64 - 32}, "Integer overflow detected: byte_size "),
+    ],
+)
+def test_numbers_beyond_all_measure(gateway: GatewayProcess, parameters: dict[str, int], text: str):
+    tensor = {"datatype": "FP32", "shape": [1, 16], "data": VALUES.tolist()}
+    inputs = [{"name": name, **tensor} for name in ("INPUT0", "INPUT1")]
+    outputs = [{"name": "OUTPUT0", "parameters": {"shared_memory_region": "big", **parameters}}]
+    base = gateway.url("/v2/systemsharedmemory/region/big")
+    with memory(64) as (key, _):
+        assert requests.post(f"{base}/register", json={"key": key, "byte_size": 64}, timeout=10).status_code == 200
+        body = {"inputs": inputs, "outputs": outputs}
+        answer = requests.post(gateway.url("/v2/models/add_sub/infer"), json=body, timeout=10)
+        assert requests.post(f"{base}/unregister", timeout=10).status_code == 200
+    assert (answer.status_code, answer.json()["error"][: len(text)]) == (400, text)
+
+
+def test_an_unknown_model_is_told_before_an_unknown_region(client: Any, wire: str):
+    error = refusal(lambda: client.infer("nobody", [placed_input(wire, "INPUT0", region="x")]))
+    assert error.message() == "Request for unknown model: 'nobody' is not found"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_workers_of_a_fleet_get_what_the_gateway_read(wire: str):
+    models = ("--model-repository", str(ROOT / "model_repo"), "--model-control-mode", "explicit")
+    fleet = ("--queue", "embedded", "--workers", "2", "--allow-client-shm", "true")
+    with started(*models, "--load-model", "add_sub", *fleet) as gateway, memory(128) as (key, handle):
+        gateway.wait_ready()
+        with MODULES[wire].InferenceServerClient(url(gateway, wire)) as client:
+            client.register_system_shared_memory("r", key, 128)
+            shm.set_shared_memory_region(handle, [VALUES])
+            inputs = [placed_input(wire, "INPUT0", region="r"), sent_input(wire, "INPUT1")]
+            client.infer("add_sub", inputs, outputs=[placed_output(wire, "OUTPUT0", offset=64, region="r")])
+        found = shm.get_contents_as_numpy(handle, np.float32, [1, 16], offset=64)
+        assert np.array_equal(found, VALUES + VALUES)
+        del found
+
+
 def other_client_unregisters(gateway: GatewayProcess) -> None:
     assert requests.post(gateway.url("/v2/systemsharedmemory/unregister"), timeout=10).status_code == 200
 

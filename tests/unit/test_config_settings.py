@@ -196,3 +196,9 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         assert group(field) in shown
         # argparse breaks lines at hyphens.
         assert field.description.replace(" ", "") in shown.replace(" ", "")
+
+
+def test_one_gateway_of_a_supervisor_may_use_shared_memory() -> None:
+    fleet = ["--queue=redis://localhost", "--workers=2", "--allow-client-shm"]
+    assert parse_args([*BASE, *fleet]).allow_client_shm
+    assert parse_args([*BASE, *fleet, "--workers=1", "--share-ports", "--status-fd=1"]).allow_client_shm
