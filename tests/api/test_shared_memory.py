@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import queue
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -320,6 +321,47 @@ def test_numbers_beyond_all_measure(gateway: GatewayProcess, parameters: dict[st
         answer = requests.post(gateway.url("/v2/models/add_sub/infer"), json=body, timeout=10)
         assert requests.post(f"{base}/unregister", timeout=10).status_code == 200
     assert (answer.status_code, answer.json()["error"][: len(text)]) == (400, text)
+
+
+def test_json_beside_shared_memory(gateway: GatewayProcess):
+    """Without binary data there is no header length, and the whole body is JSON."""
+    base = gateway.url("/v2/systemsharedmemory/region/json")
+    with memory(64) as (key, handle):
+        shm.set_shared_memory_region(handle, [VALUES])
+        assert requests.post(f"{base}/register", json={"key": key, "byte_size": 64}, timeout=10).status_code == 200
+        place = {"shared_memory_region": "json", "shared_memory_byte_size": 64}
+        tensor = {"datatype": "FP32", "shape": [1, 16]}
+        inputs = [{"name": "INPUT0", **tensor, "parameters": place}, {"name": "INPUT1", **tensor, "data": [1.0] * 16}]
+        body = {"inputs": inputs, "outputs": [{"name": "OUTPUT0"}, {"name": "OUTPUT1", "parameters": place}]}
+        answer = requests.post(gateway.url("/v2/models/add_sub/infer"), json=body, timeout=10).json()
+        found = shm.get_contents_as_numpy(handle, np.float32, [1, 16])
+        assert np.array_equal(found, VALUES - 1)
+        del found
+        assert requests.post(f"{base}/unregister", timeout=10).status_code == 200
+    assert answer["outputs"][0]["data"] == (VALUES + 1).flatten().tolist()
+    assert answer["outputs"][1] == {"name": "OUTPUT1", **tensor}
+
+
+def test_a_stream_and_shared_memory(gateway: GatewayProcess):
+    with memory(128) as (key, handle), tritonclient.grpc.InferenceServerClient(url(gateway, "grpc")) as client:
+        client.register_system_shared_memory("stream", key, 128)
+        shm.set_shared_memory_region(handle, [VALUES])
+        answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        inputs = [placed_input("grpc", "INPUT0", region="stream"), sent_input("grpc", "INPUT1")]
+        outputs = [placed_output("grpc", "OUTPUT0", offset=64, region="stream")]
+        client.async_stream_infer("add_sub", inputs, outputs=outputs, request_id="7")
+        result, error = answers.get(timeout=10)
+        inputs[0].set_shared_memory("nowhere", 64)
+        client.async_stream_infer("add_sub", inputs, outputs=outputs, request_id="8")
+        _, second = answers.get(timeout=10)
+        client.stop_stream()
+        client.unregister_system_shared_memory("stream")
+        found = shm.get_contents_as_numpy(handle, np.float32, [1, 16], offset=64)
+        assert np.array_equal(found, VALUES + VALUES)
+        del found
+    assert (error, result.get_response().id) == (None, "7")
+    assert second.message() == "Unable to find shared memory region: 'nowhere'"
 
 
 def test_an_unknown_model_is_told_before_an_unknown_region(client: Any, wire: str):
