@@ -27,11 +27,13 @@ from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import idempotency
+from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
+from gateway.shm import registered
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.transport import configured
@@ -197,6 +199,7 @@ def _options(settings: Settings) -> ServiceOptions:
         explicit_control=settings.model_control_mode == "explicit",
         max_inflight_bytes=settings.max_inflight_bytes,
         default_deadline_ms=settings.default_deadline_ms,
+        client_shm=settings.allow_client_shm,
     )
 
 
@@ -243,7 +246,10 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
+    regions = stack.enter_context(registered()) if settings.allow_client_shm else None
     infer = await _endpoint(stack, settings, service, fleet)
+    limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
+    infer = shared_memory(infer, regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":
         from gateway.jobs.start import open_jobs, run_jobs
 
@@ -274,11 +280,13 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "metrics", metrics)
     if settings.allow_grpc:
         authenticate = None if callers.anonymous else callers.tenant
-        grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings))
+        grpc = GrpcServer(
+            service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings), regions
+        )
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
         app = await stack.enter_async_context(
-            HttpApp(service, infer, configured.http_limits(settings), callers, gateway.jobs)
+            HttpApp(service, infer, configured.http_limits(settings), callers, gateway.jobs, regions=regions)
         )
         http = HttpServer(
             app,

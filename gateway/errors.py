@@ -280,7 +280,7 @@ def reserved_parameter() -> InvalidArgument:
 
 
 def shared_memory_disabled() -> Unsupported:
-    """Any use of client shared memory, which this server does not offer yet."""
+    """Any use of client shared memory where it was not allowed."""
     return Unsupported("Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.")
 
 

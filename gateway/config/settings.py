@@ -197,6 +197,9 @@ class Settings(BaseSettings):
     allow_python_models: bool = _setting(
         False, "safety", "load models of backend python, which run whatever code is in their model.py"
     )
+    allow_client_shm: bool = _setting(
+        False, "safety", "let clients of this machine pass tensors in shared memory that they register"
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
@@ -280,6 +283,12 @@ class Settings(BaseSettings):
             )
         if self.queue == "memory" and self.queue_dir is not None:
             raise ValueError("--queue-dir is where the embedded Redis keeps its data; it needs --queue embedded")
+        # A process that a supervisor started shares its ports with those that come after it.
+        if self.allow_client_shm and (self.http_workers > 1 or (self.share_ports and self.status_fd is None)):
+            raise ValueError(
+                "--allow-client-shm needs one process that takes requests: regions are registered with the process that "
+                "the kernel gave the call to. Give --http-workers 1 and no --share-ports"
+            )
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self
