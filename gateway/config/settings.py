@@ -41,6 +41,11 @@ class Settings(BaseSettings):
         (), "models", "model to load at start in explicit mode; repeatable; '*' for all (variable: separated by ',')"
     )
     repository_poll_secs: PositiveInt = _setting(15, "models", "seconds between two looks at the folder in poll mode")
+    disable_auto_complete_config: bool = _setting(
+        False,
+        "models",
+        "load only models whose config.pbtxt lists inputs and outputs; fill in neither from the model file",
+    )
     model_config_name: str = _setting(
         "", "models", "use configs/NAME.pbtxt of a model that has it", pattern=r"^[\w.-]*$"
     )
@@ -83,6 +88,11 @@ class Settings(BaseSettings):
     exit_timeout_secs: NonNegativeInt = _setting(30, "server", "seconds that a stop waits for accepted requests")
     server_id: str = _setting(
         "triton", "server", "the server's name in metadata; some Triton clients insist on 'triton'"
+    )
+    startup_table: Literal["gateway", "triton"] = _setting(
+        "gateway",
+        "server",
+        "how the models are shown once they are loaded: with what each runs on, or as tritonserver does",
     )
 
     queue: str = _setting(

@@ -65,10 +65,12 @@ class Repository:
         default_max_batch_size: int = 4,
         config_name: str = "",
         caches: bool = False,
+        completes: bool = True,
     ) -> None:
         """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
         the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
-        `caches` nobody keeps responses, and models that ask for it are warned of.
+        `caches` nobody keeps responses, and models that ask for it are warned of. Unless it `completes`, a model whose
+        configuration leaves out inputs or outputs is refused.
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
@@ -79,6 +81,12 @@ class Repository:
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
+        self._completes = completes
+
+    @property
+    def backends(self) -> frozenset[str]:
+        """The backends whose models are read."""
+        return self._backends
 
     def allow_remote(self, ask: AskRemote) -> None:
         """Read models of backend `remote`, and ask their servers what their configurations leave out."""
@@ -163,6 +171,7 @@ class Repository:
 
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
+        self._require_complete(proto, source)
         if model is not None and proto.backend == "python":
             proto = self._complete_code(proto, model, source)
         io = None
@@ -181,9 +190,18 @@ class Repository:
                     _existing(folder / "warmup", data.source, folder.parent, source, "input_data_file")
         return config
 
+    def _require_complete(self, proto: ModelConfigProto, source: Source) -> None:
+        if not self._completes and not (proto.input and proto.output):
+            raise source.error(
+                f"model '{proto.name}' must specify 'input' and 'output': with --disable-auto-complete-config nothing is "
+                "filled in from the model file"
+            )
+
     def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
         """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
         assert self._auto_complete is not None
+        if not self._completes:
+            return proto
         if proto.input and proto.output and not _mentions(model.parent.parent, b"auto_complete_config"):
             return proto
         try:
