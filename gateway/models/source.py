@@ -18,9 +18,10 @@ def open_repository(settings: Settings, gpus: Sequence[str]) -> Repository:
         default_max_batch_size=settings.default_max_batch_size,
         config_name=settings.model_config_name,
         caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
-        completes=not settings.disable_auto_complete_config,
     )
     repository.allow_remote(engines.remote_configuration)
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
+    if settings.disable_auto_complete_config:
+        repository.require_complete()
     return repository

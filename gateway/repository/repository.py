@@ -65,12 +65,10 @@ class Repository:
         default_max_batch_size: int = 4,
         config_name: str = "",
         caches: bool = False,
-        completes: bool = True,
     ) -> None:
         """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
         the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
-        `caches` nobody keeps responses, and models that ask for it are warned of. Unless it `completes`, a model whose
-        configuration leaves out inputs or outputs is refused.
+        `caches` nobody keeps responses, and models that ask for it are warned of.
         """
         self._paths = tuple(path.absolute() for path in paths)
         self._describe = describe
@@ -81,12 +79,16 @@ class Repository:
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
-        self._completes = completes
+        self._completes = True
 
     @property
     def backends(self) -> frozenset[str]:
         """The backends whose models are read."""
         return self._backends
+
+    def require_complete(self) -> None:
+        """Refuse models whose configurations leave out inputs or outputs."""
+        self._completes = False
 
     def allow_remote(self, ask: AskRemote) -> None:
         """Read models of backend `remote`, and ask their servers what their configurations leave out."""
