@@ -95,7 +95,7 @@ def tritonserver(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit:  # what was wrong is printed
         return 1
-    if settings.insecure and settings.token_file is None:
+    if settings.exposed and settings.token_file is None:
         print(triton.OPEN, file=sys.stderr)
     return _serve(settings, arguments)
 

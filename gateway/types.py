@@ -204,7 +204,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
-    `callers` are the models that wait for the answer, where it is no client that does.
+    `callers` are the models that wait for the answer, where it is no client that does. `one_answer` says that whoever asks
+    can take one only.
     """
 
     model_name: str
@@ -223,6 +224,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     admitted: bool = False
     idempotency_key: str = ""
     callers: tuple[str, ...] = ()
+    one_answer: bool = False
 
 
 class Timings(msgspec.Struct, gc=False):

@@ -294,11 +294,10 @@ class Settings(BaseSettings):
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self
 
-    @model_validator(mode="after")
-    def _safe(self) -> Settings:
-        if self.insecure or self.token_file is not None:
-            return self
-        exposed = [
+    @property
+    def exposed(self) -> list[tuple[str, str]]:
+        """The flags of the addresses that other machines can reach, each with its address."""
+        return [
             (f"--{name}-address", address)
             for name, allowed, address in (
                 ("http", self.allow_http, self.http_address),
@@ -308,8 +307,13 @@ class Settings(BaseSettings):
             )
             if allowed and not _loopback(address)
         ]
-        if exposed:
-            flag, address = exposed[0]
+
+    @model_validator(mode="after")
+    def _safe(self) -> Settings:
+        if self.insecure or self.token_file is not None:
+            return self
+        if self.exposed:
+            flag, address = self.exposed[0]
             raise ValueError(
                 f"{flag} {address} can be reached from other machines, and anyone there could use the gateway. Give "
                 "--token-file FILE so that callers must show a token, or --insecure if the network is closed"

@@ -26,6 +26,7 @@ from gateway.types import InferRequest, Responses
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "schedule_policy",
     "model_configuration",
     "binary_tensor_data",
     "parameters",
@@ -164,6 +165,8 @@ class Service:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
+            if request.one_answer and route.config.decoupled:
+                raise errors.one_answer_only()
             if request.parameters:
                 apply_parameters(request)
             if request.deadline is None and route.default_deadline:

@@ -1,5 +1,6 @@
 """`gateway models lint`, `config` and `new`: each problem with its place and remedy, and folders that serve."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -186,3 +187,28 @@ def test_the_plain_command_stays(tmp_path: Path, run):
     status, lines = run()
     assert status == 0
     assert lines[0] == "m: version 1, backend onnxruntime, max_batch_size 8, 2 instance(s)"
+
+
+@pytest.mark.parametrize(
+    "backend", ["pytorch", "tensorflow", "openvino", "dali", "vllm", "tensorrtllm", "fil", "unheard_of"]
+)
+def test_a_model_of_another_backend_says_how_to_serve_it(tmp_path: Path, run, backend: str):
+    add(tmp_path, f'backend: "{backend}"\n' + TENSORS)
+    status, (line, *_) = run()
+    assert status == 1
+    head, remedy = line.split(
+        f"backend '{backend}' is not supported by this version, which has: fake, onnxruntime, remote, tensorrt. "
+    )
+    assert head == "m: UNAVAILABLE: m/config.pbtxt line 1: "
+    assert re.search("onnx|model.py|serve", remedy)
+    assert lint(run) == [line.removeprefix("m: UNAVAILABLE: ").replace("line 1:", "line 1 column 1:")]
+
+
+def test_nothing_is_filled_in_where_that_is_not_wanted(tmp_path: Path, run):
+    add(tmp_path, "max_batch_size: 8\n", "bare")
+    add(tmp_path, "max_batch_size: 8\n" + TENSORS, "whole")
+    status, lines = run("--disable-auto-complete-config")
+    assert status == 1
+    assert "bare: UNAVAILABLE: " in lines[0]
+    assert "model 'bare' must specify 'input' and 'output'" in lines[0]
+    assert lines[1].startswith("whole: version 1")

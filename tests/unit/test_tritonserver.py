@@ -149,3 +149,13 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]):
 
 def test_mutual_tls_does_not_need_the_other_flag():
     assert settings("--grpc-use-ssl-mutual=true", *TOGETHER["grpc-use-ssl-mutual"]).grpc_use_ssl is True
+
+
+def test_whoever_listens_to_all_without_tokens_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cli, "_serve", lambda *_: 0)
+    assert cli.tritonserver(BASE) == 0
+    assert capsys.readouterr().err == tritonserver.OPEN + "\n"
+    assert cli.tritonserver([*BASE, "--http-address=127.0.0.1", "--grpc-address=127.0.0.1"]) == 0
+    assert not capsys.readouterr().err
