@@ -44,10 +44,10 @@ def process() -> Iterator[GatewayProcess]:
             yield process
 
 
-def infer(process: GatewayProcess, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
+def infer(process: GatewayProcess, wanted: dict[str, Any], **more: Any) -> dict[str, Any]:
     body = {
         "inputs": [{"name": "IN", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}],
-        "outputs": [{"name": "OUT", "parameters": parameters}],
+        "outputs": [{"name": "OUT", "parameters": wanted}],
         **more,
     }
     answer = requests.post(process.url("/v2/models/m/infer"), json=body, timeout=20)
