@@ -35,10 +35,7 @@ def checks(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> Iter
     yield partial(_check_platform, proto, source)
     for kind, tensors in (("input", proto.input), ("output", proto.output)):
         yield partial(_check_some, proto.name, tensors, kind, source)
-        for tensor in tensors:
-            for text in tensor_faults(tensor, kind, proto.max_batch_size):
-                yield partial(_refuse, source, text, kind, tensor.name)
-        yield partial(_check_unique, [tensor.name for tensor in tensors], kind, source)
+        yield from _tensor_checks(proto, kind, tensors, source)
     for about_batches in (_check_batching, _check_priorities, _check_ordering):
         yield partial(about_batches, proto, source)
     for group in proto.instance_group:
@@ -50,6 +47,17 @@ def checks(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> Iter
         yield partial(_check_accelerator, accelerator.name, source)
     for warmup in proto.model_warmup:
         yield partial(_check_warmup, warmup, proto, source)
+    for parameter in (default_deadline_ms, response_cache_public):
+        yield partial(parameter, proto, source)
+
+
+def _tensor_checks(
+    proto: ModelConfigProto, kind: str, tensors: Sequence[Any], source: Source
+) -> Iterator[Callable[[], object]]:
+    for tensor in tensors:
+        for text in tensor_faults(tensor, kind, proto.max_batch_size):
+            yield partial(_refuse, source, text, kind, tensor.name)
+    yield partial(_check_unique, [tensor.name for tensor in tensors], kind, source)
 
 
 def _refuse(source: Source, text: str, *words: str) -> None:

@@ -23,6 +23,7 @@ from gateway.errors import GatewayError, InvalidArgument
 from gateway.repository import Repository, layout
 from gateway.types import ModelIO
 
+_COLUMN = re.compile(r"( line \d+) column \d+")
 _PLACE = re.compile(r" line (\d+)(?: column (\d+))?: ")
 
 
@@ -55,37 +56,41 @@ class Linter:
         proto, texts = parse_all(source) if source.text else (empty(), [])
         if proto is not None:
             texts += self._about(proto, folder, source)
-        return sorted(dict.fromkeys(texts), key=_place) or self._left(folder)
+        told = [_COLUMN.sub(r"\1", text) for text in texts]
+        texts += [text for text in self._left(folder) if not any(each.endswith(text) for each in told)]
+        return sorted(dict.fromkeys(texts), key=_place)
 
     def _about(self, proto: ModelConfigProto, folder: Path, source: Source) -> Iterator[str]:
         """What a configuration that can be read says wrong."""
         if proto.name not in ("", folder.name):
-            yield source.describe(
-                f"the folder is named '{folder.name}'. Write name: \"{folder.name}\", or remove it", "name"
-            )
+            yield source.describe(layout.misnamed(folder.name, proto.name), "name")
         numbered, _ = layout.versions(folder)
         newest = numbered[max(numbered)] if numbered else folder
         proto = fill_backend(proto, folder.name, layout.names(newest))
-        refused = [problem.message for problem in unsupported(proto, self.backends, source)]
-        yield from refused
+        yield from (problem.message for problem in unsupported(proto, self.backends, source))
+        io = None
         try:
             io = self._file(proto, newest)
             if io is not None:
                 proto = complete(proto, io, self.default_max_batch_size, source)
         except GatewayError as problem:
             yield problem.message
-            return
-        if refused and not (proto.input and proto.output):
+        if io is None and not (proto.input and proto.output):
             return  # nobody knows what the model file would have filled in
-        faulty = [*_failures(normalise(proto, self.gpus), self.gpus, source)]
-        yield from faulty
+        yield from _failures(normalise(proto, self.gpus), self.gpus, source)
         if io is not None:
             yield from _misfits(proto, io, source)
 
     def _file(self, proto: ModelConfigProto, version: Path) -> ModelIO | None:
         """What the model file says of itself; None where there is none that says it."""
         file = version / proto.default_model_filename
-        return self.describe(file) if file.suffix == ".onnx" and file.is_file() else None
+        if file.suffix != ".onnx" or not file.is_file():
+            return None
+        try:
+            return self.describe(file)
+        except GatewayError as problem:
+            where = file.relative_to(version.parent.parent)
+            raise InvalidArgument(f"{where}: {problem.message}") from None
 
     def _left(self, folder: Path) -> list[str]:
         """The problem that loading would have, beyond all that."""

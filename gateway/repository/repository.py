@@ -124,11 +124,7 @@ class Repository:
         source = source or Source("model configuration")
         proto = parse_json(override) if override else parse_text(source) if source.text else empty()
         if proto.name not in ("", name):
-            raise source.error(
-                f"unexpected directory name '{name}' for model '{proto.name}', directory name must equal model name. "
-                "Make them equal, or remove name",
-                "name",
-            )
+            raise source.error(layout.misnamed(name, proto.name), "name")
         numbered, ignored = layout.versions(folder)
         chosen, absent = _choose(proto, name, numbered, source)
         newest = chosen[max(chosen)]

@@ -59,7 +59,7 @@ batch_input { kind: BATCH_ELEMENT_COUNT target_name: "X" data_type: TYPE_FP32 so
 """,
     )
     places = [
-        ("line 1 column 1", 'Write name: "m"'),
+        ("line 1 column 1", 'Write name: "m", or remove it'),
         ("line 2 column 10", "Replace the typographic quotes"),
         ("line 3 column 1", "Did you mean 'max_batch_size'?"),
         ("line 4 column 15", "remove their first number"),
@@ -212,3 +212,28 @@ def test_nothing_is_filled_in_where_that_is_not_wanted(tmp_path: Path, run):
     assert "bare: UNAVAILABLE: " in lines[0]
     assert "model 'bare' must specify 'input' and 'output'" in lines[0]
     assert lines[1].startswith("whole: version 1")
+
+
+def test_a_model_file_that_cannot_be_read_hides_nothing(tmp_path: Path, run):
+    add(tmp_path, "max_batch_size: 8\ninstance_group { kind: KIND_CPU count: -1 }\n" + TENSORS)
+    add(tmp_path, "max_batch_size: 8\n", "bare")
+    add(tmp_path, 'backend: "onnxruntime" default_model_filename: "x.onnx"\n', "other")
+    for name in ("m", "bare"):
+        (tmp_path / name / "1" / "model.onnx").write_bytes(b"not a model")
+    told = lint(run)
+    assert [text.partition(" ")[0] for text in told] == [
+        "bare/1/model.onnx:",
+        "m/1/model.onnx:",
+        "m/config.pbtxt",
+        "other/config.pbtxt",
+    ]
+    assert "'other/1/x.onnx' is not there" in told[-1]
+
+
+def test_labels_and_parameters_are_told_beside_the_rest(tmp_path: Path, run):
+    labelled = TENSORS.replace('"OUTPUT1"', '"OUTPUT1" label_filename: "none.txt"')
+    deadline = 'parameters { key: "default_deadline_ms" value { string_value: "soon" } }\n'
+    add(tmp_path, "max_batch_size: -8\n" + deadline + labelled)
+    problems = lint(run)
+    for text in ("must be non-negative", "must be a number of milliseconds", "'none.txt' is not in folder"):
+        assert [problem for problem in problems if text in problem], problems
