@@ -29,6 +29,7 @@ from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
+from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
@@ -94,17 +95,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     """
     statistics = Statistics()
     gpus = [] if settings.role == "gateway" else await asyncio.to_thread(engines.gpus)
-    repository = Repository(
-        settings.model_repository,
-        engines.describe,
-        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
-        default_max_batch_size=settings.default_max_batch_size,
-        config_name=settings.model_config_name,
-        caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
-    )
-    repository.allow_remote(engines.remote_configuration)
-    if settings.allow_python_models:
-        repository.allow_python(engines.auto_complete)
+    repository = open_repository(settings, gpus)
     names = list(await asyncio.to_thread(repository.scan))
     monitor = await _monitor(settings)
     async with (

@@ -221,6 +221,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
     `callers` are the models that wait for the answer, where it is no client that does. With `places` some tensors are in
     shared memory, and the inputs among them have no data until they were read (`middleware/shared_memory.py`).
+    `one_answer` says that whoever asks can take one only.
     """
 
     model_name: str
@@ -240,6 +241,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     idempotency_key: str = ""
     callers: tuple[str, ...] = ()
     places: Places | None = None
+    one_answer: bool = False
 
 
 class Timings(msgspec.Struct, gc=False):

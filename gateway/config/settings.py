@@ -41,6 +41,11 @@ class Settings(BaseSettings):
         (), "models", "model to load at start in explicit mode; repeatable; '*' for all (variable: separated by ',')"
     )
     repository_poll_secs: PositiveInt = _setting(15, "models", "seconds between two looks at the folder in poll mode")
+    disable_auto_complete_config: bool = _setting(
+        False,
+        "models",
+        "load only models whose config.pbtxt lists inputs and outputs; fill in neither from the model file",
+    )
     model_config_name: str = _setting(
         "", "models", "use configs/NAME.pbtxt of a model that has it", pattern=r"^[\w.-]*$"
     )
@@ -83,6 +88,11 @@ class Settings(BaseSettings):
     exit_timeout_secs: NonNegativeInt = _setting(30, "server", "seconds that a stop waits for accepted requests")
     server_id: str = _setting(
         "triton", "server", "the server's name in metadata; some Triton clients insist on 'triton'"
+    )
+    startup_table: Literal["gateway", "triton"] = _setting(
+        "gateway",
+        "server",
+        "how the models are shown once they are loaded: with what each runs on, or as tritonserver does",
     )
 
     queue: str = _setting(
@@ -293,11 +303,10 @@ class Settings(BaseSettings):
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self
 
-    @model_validator(mode="after")
-    def _safe(self) -> Settings:
-        if self.insecure or self.token_file is not None:
-            return self
-        exposed = [
+    @property
+    def exposed(self) -> list[tuple[str, str]]:
+        """The flags of the addresses that other machines can reach, each with its address."""
+        return [
             (f"--{name}-address", address)
             for name, allowed, address in (
                 ("http", self.allow_http, self.http_address),
@@ -307,8 +316,13 @@ class Settings(BaseSettings):
             )
             if allowed and not _loopback(address)
         ]
-        if exposed:
-            flag, address = exposed[0]
+
+    @model_validator(mode="after")
+    def _safe(self) -> Settings:
+        if self.insecure or self.token_file is not None:
+            return self
+        if self.exposed:
+            flag, address = self.exposed[0]
             raise ValueError(
                 f"{flag} {address} can be reached from other machines, and anyone there could use the gateway. Give "
                 "--token-file FILE so that callers must show a token, or --insecure if the network is closed"

@@ -26,6 +26,7 @@ from gateway.types import InferRequest, Responses
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "schedule_policy",
     "model_configuration",
     "system_shared_memory",
     "binary_tensor_data",
@@ -171,6 +172,8 @@ class Service:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
+            if request.one_answer and route.config.decoupled:
+                raise errors.one_answer_only()
             if request.parameters:
                 apply_parameters(request)
             if request.deadline is None and route.default_deadline:

@@ -111,7 +111,7 @@ def _tensor_metadata(tensor: TensorConfig, batch: tuple[int, ...]) -> Any:
 
 def _refuse_repository(request: Any) -> None:
     if request.repository_name:
-        raise errors.Unsupported("'repository_name' specification is not supported")
+        raise errors.repository_name()
 
 
 def _load_parameter(key: str, parameter: Any) -> str:

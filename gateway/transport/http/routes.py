@@ -166,6 +166,18 @@ def _add_control(app: FastAPI, service: Service, document: Document, dependencie
         await service.unload(model)
         return Response()
 
+    async def of_one() -> Response:
+        raise errors.repository_name()
+
+    for path in ("/index", "/models/{model}/load", "/models/{model}/unload"):
+        app.add_api_route(
+            "/v2/repository/{repository}" + path,
+            of_one,
+            methods=["POST"],
+            include_in_schema=False,
+            dependencies=[*dependencies],
+        )
+
 
 def _add_infer(
     app: FastAPI,
