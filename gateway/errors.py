@@ -36,7 +36,7 @@ class GatewayError(Exception):
     """An error with an answer on both wires. Subclasses are the rows; raise one of those."""
 
     grpc: ClassVar[int] = 2  # UNKNOWN
-    http: ClassVar[int] = 500
+    http: ClassVar[int] = 400
     retryable: ClassVar[bool] = False
     reason: ClassVar[str] = ""  # why a good request is not served, one word for metrics; empty for other errors
 
@@ -279,41 +279,18 @@ def reserved_parameter() -> InvalidArgument:
     )
 
 
-def sequence_of_one_row(model: str) -> InvalidArgument:
-    """A request of several rows to a model of sequences."""
-    return InvalidArgument(
-        f"inference request to model '{model}' must specify batch-size 1 due to requirements of sequence batcher"
-    )
+def one_answer_only() -> Unsupported:
+    """A model that may answer often or not at all, asked by gRPC's call for one answer."""
+    return Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
 
 
-def no_sequence_id(model: str) -> InvalidArgument:
-    """A request of no sequence to a model of sequences."""
-    return InvalidArgument(f"inference request to model '{model}' must specify a non-zero or non-empty correlation ID")
-
-
-def sequence_not_started(sequence: int | str, model: str) -> InvalidArgument:
-    """A request that goes on with a sequence nobody began, or that has ended."""
-    return InvalidArgument(
-        f"inference request for sequence {sequence} to model '{model}' must specify the START flag on the first request "
-        "of the sequence"
-    )
-
-
-def sequence_broken(sequence: int | str, model: str) -> InvalidArgument:
-    """A request that waited for an earlier one of its sequence, which was not run to its end."""
-    return InvalidArgument(
-        f"sequence {sequence} of model '{model}' has ended: an earlier request of it failed, timed out or was cancelled. "
-        "Begin it again with the START flag"
-    )
-
-
-def wrong_sequence_id(model: str, *, expected: str) -> InvalidArgument:
-    """A sequence id of a kind that the model's CORRID input cannot hold."""
-    return InvalidArgument(f"sequence_id of a request to model '{model}' must be {expected}, as its CORRID input is")
+def repository_name() -> Unsupported:
+    """A call about one repository of several."""
+    return Unsupported("'repository_name' specification is not supported")
 
 
 def shared_memory_disabled() -> Unsupported:
-    """Any use of client shared memory, which this server does not offer yet."""
+    """Any use of client shared memory where it was not allowed."""
     return Unsupported("Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.")
 
 

@@ -18,6 +18,7 @@ from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
 from gateway.scheduling.sequences import Item, Placed, Sequence, SequenceId, Sequences
 from gateway.types import DataType, InferRequest, InferResponse
+from gateway.worker import sequence_errors as refusals
 from gateway.worker.slots import Slots
 
 
@@ -72,15 +73,15 @@ class SequenceLine:
     def _add(self, job: Job) -> None:
         request = job.request
         if request.rows > 1:
-            raise errors.sequence_of_one_row(self._model)
+            raise refusals.of_one_row(self._model)
         id_ = _id(request)
         if not id_:
-            raise errors.no_sequence_id(self._model)
+            raise refusals.no_id(self._model)
         if self._id_type is not None and isinstance(id_, str) is not (self._id_type is DataType.BYTES):
-            raise errors.wrong_sequence_id(self._model, expected="a number" if isinstance(id_, str) else "a string")
+            raise refusals.wrong_id(self._model, expected="a number" if isinstance(id_, str) else "a string")
         item = Item(job, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
         if not self._sequences.add(id_, item, time.monotonic()):
-            raise errors.sequence_not_started(id_, self._model)
+            raise refusals.not_started(id_, self._model)
 
     def take(self, instance: int) -> list[Placed[Job]]:
         """An instance's turn has come: its batch, which may be empty. `finished` ends it."""
@@ -147,7 +148,7 @@ class SequenceLine:
     def _refuse_lost(self) -> None:
         for id_, job in self._sequences.take_lost():
             if not job.done:
-                job.fail(errors.sequence_broken(id_, self._model))
+                job.fail(refusals.broken(id_, self._model))
 
 
 def _id(request: InferRequest) -> SequenceId:
