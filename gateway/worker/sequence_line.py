@@ -36,8 +36,9 @@ class Turn:
         return False
 
     def fail(self, error: errors.GatewayError) -> bool:  # noqa: ARG002 - nobody waits for one
-        """See `Job.fail`."""
-        return False
+        """See `Job.fail`: the device has no place for it, and its requests still wait."""
+        self._released()
+        return True
 
     def release(self) -> None:
         """See `Job.release`: the device is another now."""
