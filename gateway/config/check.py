@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gateway.config.complete import FORMATS
+from gateway.config.ensemble import check_ensemble
 from gateway.config.model import ModelConfigProto, may_leave_gpu
 from gateway.config.parse import Source
 
@@ -26,6 +27,7 @@ ACCELERATORS = {
 def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
     """Raise `InvalidArgument` for the first thing wrong; `gpus` are the ids of the usable GPUs."""
     _check_platform(proto, source)
+    check_ensemble(proto, source)
     for kind, tensors in (("input", proto.input), ("output", proto.output)):
         if not tensors:
             raise source.error(

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Admission, InstanceState, Lane, PoolState
 from gateway.service.check import Checker
 from gateway.statistics import VersionStatistics
+from gateway.types import InferRequest, Responses
+
+Submit: TypeAlias = Callable[[Lane, InferRequest], Responses]
+"""`Queue.submit`, or what does the same for a version."""
+
+MakeSubmit: TypeAlias = Callable[[Lane, ModelConfig], Submit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +31,4 @@ class Route:
     default_deadline: float  # seconds; 0 for none
     digest: str  # see `VersionState`
     instances: tuple[InstanceState, ...]
+    submit: Submit  # the queue's, or what runs the version in its place

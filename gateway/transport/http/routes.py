@@ -153,8 +153,7 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
 
     @app.post("/v2/repository/models/{model}/unload", summary="Unload a model", dependencies=dependencies)
     async def unload(model: Model, request: Request) -> Response:
-        await document(request)
-        await service.unload(model)
+        await service.unload(model, dependents=control.unload_dependents(await document(request)))
         return Response()
 
 
