@@ -128,9 +128,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             reports=fleet.reports(worker.explain if works else None),
         )
         children.infer = service.infer
-        ensembles = Ensembles(statistics, service.infer)
-        service.composed = {PLATFORM: ensembles.route}
-        worker.ensembles_drained = ensembles.drained
+        ensembles = _ensembles(statistics, service, worker)
         gateway = Gateway(service, queue, ensembles, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
@@ -149,6 +147,13 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                     queue.close()
         if working is not None:
             working.cancel()
+
+
+def _ensembles(statistics: Statistics, service: Service, worker: Worker) -> Ensembles:
+    ensembles = Ensembles(statistics, service.infer)
+    service.composed = {PLATFORM: ensembles.route}
+    worker.ensembles_drained = ensembles.drained
+    return ensembles
 
 
 async def _monitor(settings: Settings) -> Monitor:

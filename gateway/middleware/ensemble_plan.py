@@ -46,17 +46,23 @@ class Plan:
 
 def make_plan(config: ModelConfig, wanted: Collection[str]) -> Plan:
     """The plan for some outputs of an ensemble, all if there are none."""
-    names = [each.name for each in config.outputs if not wanted or each.name in wanted]
-    steps = _needed(config.steps, names)
-    writer = {tensor: place for place, step in enumerate(steps) for tensor in step.outputs.values()}
-    batched = {each.name: config.max_batch_size > 0 for each in config.inputs}
-    batched.update({tensor: steps[place].batched for tensor, place in writer.items()})
-    before = [{writer[tensor] for tensor in step.inputs.values() if tensor in writer} for step in steps]
+    own = config.max_batch_size > 0
+    asked = [each for each in config.outputs if not wanted or each.name in wanted]
+    steps = _needed(config.steps, [each.name for each in asked])
+    batched = dict.fromkeys((each.name for each in config.inputs), own)
+    for step in steps:
+        batched.update(dict.fromkeys(step.outputs.values(), step.batched))
+    before = _before(steps)
     tasks = tuple(_task(place, step, before, batched) for place, step in enumerate(steps))
-    first = tuple(place for place, task in enumerate(tasks) if not task.waits)
-    dims = {each.name: each.dims for each in config.outputs}
-    outputs = tuple((name, None if batched[name] is (config.max_batch_size > 0) else dims[name]) for name in names)
+    first = tuple(place for place, needs in enumerate(before) if not needs)
+    outputs = tuple((each.name, None if batched[each.name] is own else each.dims) for each in asked)
     return Plan(tasks, first, len(first) > 1 or any(len(task.after) > 1 for task in tasks), outputs)
+
+
+def _before(steps: Sequence[Step]) -> list[set[int]]:
+    """The places of the steps whose outputs each step takes."""
+    writer = {tensor: place for place, step in enumerate(steps) for tensor in step.outputs.values()}
+    return [{writer[tensor] for tensor in step.inputs.values() if tensor in writer} for step in steps]
 
 
 def _task(place: int, step: Step, before: Sequence[set[int]], batched: dict[str, bool]) -> Task:

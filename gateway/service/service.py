@@ -26,6 +26,7 @@ from gateway.types import InferRequest, Responses
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "model_repository(unload_dependents)",
     "model_configuration",
     "binary_tensor_data",
     "parameters",

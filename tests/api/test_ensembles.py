@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -388,3 +389,25 @@ async def test_a_server_that_stops_answers_ensembles_first(tmp_path: Path) -> No
         asked = tasks.create_task(first(service.infer, request))
         tasks.create_task(release(await left.arrival(), service))
     assert asked.result().outputs["L"].array.tolist() == [[6.0, 6.0]]
+
+
+# --- a fleet
+
+
+async def test_a_gateway_without_models_runs_ensembles_on_workers(tmp_path: Path, redis_url: str) -> None:
+    fleet: Any = {"queue": redis_url, "queue_prefix": f"test-{secrets.token_hex(8)}", "model_control_mode": "explicit"}
+    repositories = (repository(tmp_path) / "models",)
+    async with (
+        running(Settings(model_repository=repositories, role="worker", metrics_port=0, **fleet)),
+        serving(tmp_path, "grpc", role="gateway", **fleet) as app,
+    ):
+        service = app.gateway.service
+        await app.client.load_model("around")
+        assert (await app.infer("around", 3.0, rows=2)).as_numpy("OUT").tolist() == [[14.0, 14.0]] * 2
+        assert service.model_ready("around")
+        (entry,) = await service.statistics("chain")
+        assert (entry["inference_count"], entry["execution_count"]) == (2, 1)
+        await app.client.unload_model("around", unload_dependents=True)
+        await until(lambda: not service.ready_versions("double"))
+        error = await app.refusal("around")
+        assert "Request for unknown model: 'around'" in error.message()

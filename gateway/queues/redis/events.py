@@ -104,10 +104,7 @@ class Events:
             raise errors.stopping()
         if not workers:
             raise errors.Unavailable("no worker is alive to carry this out; start one, or look at its log")
-        kind = LOAD if isinstance(command, Load) else UNLOAD
-        parameters = (
-            command.parameters if isinstance(command, Load) else {_DEPENDENTS: ""} if command.dependents else {}
-        )
+        kind, parameters = _words(command)
         asked = await self._ask(kind, command.model, workers, parameters)
         try:
             while asked.expected:
@@ -323,3 +320,10 @@ class Events:
 
 def _has_no_such_model(error: errors.GatewayError) -> bool:
     return "failed to poll from model repository" in error.message
+
+
+def _words(command: Command) -> tuple[str, dict[str, str]]:
+    """A command's kind and parameters as others are told."""
+    if isinstance(command, Load):
+        return LOAD, command.parameters
+    return UNLOAD, {_DEPENDENTS: ""} if command.dependents else {}
