@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+import httpx
 import numpy as np
 import onnx
 import pytest
 import tritonclient.grpc.aio
 import tritonclient.http.aio
 from onnx import TensorProto, helper
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from gateway.app import Gateway, running
@@ -277,6 +280,11 @@ async def test_an_optional_input_may_be_left_out(tmp_path: Path) -> None:
         assert (await app.infer("e", 2.0)).as_numpy("OUT").tolist() == [[2.0, 2.0]]
 
 
+async def test_steps_of_an_accepted_request_have_room(tmp_path: Path) -> None:
+    async with serving(repository(tmp_path), "http", max_inflight_bytes=4) as app:  # a lone request may be larger
+        assert (await app.infer("chain", 3.0)).as_numpy("OUT").tolist() == [[7.0, 7.0]]
+
+
 # --- what cannot be loaded
 
 
@@ -339,6 +347,23 @@ async def test_models_that_others_need_stay(tmp_path: Path) -> None:
             "echo",
         }
         assert (await app.infer("chain")).as_numpy("OUT").tolist() == [[3.0, 3.0]]
+
+
+async def test_unload_dependents_must_be_a_boolean(tmp_path: Path) -> None:
+    async with serving(repository(tmp_path), "grpc", model_control_mode="explicit") as app:
+        url = f"http://127.0.0.1:{app.gateway.ports['http']}/v2/repository/models/chain/unload"
+        async with httpx.AsyncClient() as client:
+            answer = await client.post(url, json={"parameters": {"unload_dependents": "yes"}})
+        assert answer.status_code == 400
+        assert answer.json()["error"].startswith("Unable to parse 'unload_dependents'")
+        request = service_pb2.RepositoryModelUnloadRequest(model_name="chain")
+        request.parameters["unload_dependents"].string_param = "yes"
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.gateway.ports['grpc']}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await service_pb2_grpc.GRPCInferenceServiceStub(channel).RepositoryModelUnload(request)
+        assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        expected = "invalid value type for 'unload_dependents' parameter, expected bool_param."
+        assert raised.value.details() == expected
 
 
 async def test_an_ensemble_is_as_ready_as_its_models(tmp_path: Path) -> None:
