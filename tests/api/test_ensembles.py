@@ -428,11 +428,12 @@ async def test_a_gateway_without_models_runs_ensembles_on_workers(tmp_path: Path
     ):
         service = app.gateway.service
         await app.client.load_model("around")
+        await until(lambda: bool(service.ready_versions("around")))  # the gateway hears of it a moment later
         assert (await app.infer("around", 3.0, rows=2)).as_numpy("OUT").tolist() == [[14.0, 14.0]] * 2
         assert service.model_ready("around")
         (entry,) = await service.statistics("chain")
         assert (entry["inference_count"], entry["execution_count"]) == (2, 1)
         await app.client.unload_model("around", unload_dependents=True)
-        await until(lambda: not service.ready_versions("double"))
+        await until(lambda: not any(service.ready_versions(name) for name in ("around", "chain", "double")))
         error = await app.refusal("around")
         assert "Request for unknown model: 'around'" in error.message()
