@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
-from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
+from gateway.queues.base import Lane, Load, PoolState, Queue, Unload
 from gateway.service.check import Checker
 from gateway.service.inference import Inference
 from gateway.service.parameters import apply_parameters
 from gateway.service.reports import Reports, count, degraded, running
-from gateway.service.route import MakeSubmit, Route, Submit
+from gateway.service.route import MakeSubmit, Route, Submit, pick
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Responses
 
@@ -27,12 +27,14 @@ EXTENSIONS = (
     "classification",
     "model_repository",
     "model_repository(unload_dependents)",
+    "schedule_policy",
     "model_configuration",
+    "system_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
 )
-"""The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
+"""The Triton extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`)."""
 
 
 _LET_THROUGH = 16  # at least one in so many is read, and asked for its priority
@@ -53,6 +55,7 @@ class ServiceOptions:
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
     default_deadline_ms: float = 0.0
+    client_shm: bool = False
 
 
 class Behind(NamedTuple):
@@ -152,6 +155,11 @@ class Service:
         try:
             if route.config.decoupled:
                 raise errors.Unsupported("async jobs don't support models with decoupled transaction policy")
+            if request.places is not None:
+                raise errors.Unsupported(
+                    "a request with tensors in shared memory cannot be an async job, because the client may have taken "
+                    "the memory back when it runs; send the data with the request"
+                )
             if request.parameters.get("sequence_id"):
                 raise errors.Unsupported("a request of a sequence cannot be an async job, because those may run twice")
             apply_parameters(request)
@@ -166,6 +174,8 @@ class Service:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
+            if request.one_answer and route.config.decoupled:
+                raise errors.one_answer_only()
             if request.parameters:
                 apply_parameters(request)
             if request.deadline is None and route.default_deadline:
@@ -230,7 +240,7 @@ class Service:
         route = self._routes.get((name, version))
         if route is not None and route.pool is pool:
             return route
-        state = _pick(pool, version)
+        state = pick(pool, version)
         assert state.config is not None
         own, lane = state.config.default_deadline_ms, Lane(name, state.version)
         route = Route(
@@ -273,7 +283,8 @@ class Service:
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of this server."""
-        return self._options.server_id, __version__, EXTENSIONS
+        told = tuple(each for each in EXTENSIONS if each != "system_shared_memory" or self._options.client_shm)
+        return self._options.server_id, __version__, told
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """True when the version (the newest, if empty) answers. Raises as `infer` would for an unknown model."""
@@ -361,22 +372,6 @@ class Service:
         while self._open:
             self._all_over.clear()
             await self._all_over.wait()
-
-
-def _pick(pool: PoolState, version: str) -> VersionState:
-    if pool.reason == NO_WORKER:
-        raise errors.no_worker(pool.model)
-    ready = [state for state in pool.versions if state.state == "READY"]
-    if not version:
-        if not ready:
-            raise errors.no_versions(pool.model)
-        return max(ready, key=lambda state: int(state.version))
-    for state in pool.versions:
-        if state.version == version:
-            if state.state != "READY":
-                raise errors.version_not_ready(pool.model, version)
-            return state
-    raise errors.unknown_version(pool.model, version)
 
 
 def _pool_ready(pool: PoolState) -> bool:

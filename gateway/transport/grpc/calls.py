@@ -156,6 +156,7 @@ class Calls:
             with self.running:
                 caller = self.caller(metadata, remaining)
                 request = self.request(payload, caller)
+                request.one_answer = True
                 if caller.key is not None:
                     request.idempotency_key = checked(caller.key)
                 return sendable(codec.encode(await self._only(request)))
@@ -181,7 +182,7 @@ class Calls:
         finally:
             await responses.aclose()  # aclosing() does the same for 1 us more
         if not response.final:
-            raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+            raise errors.one_answer_only()
         return response
 
 

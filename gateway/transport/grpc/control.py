@@ -16,6 +16,8 @@ from tritonclient.grpc import service_pb2 as pb
 from gateway import errors
 from gateway.config.model import TensorConfig
 from gateway.service import Service
+from gateway.shm import Regions
+from gateway.transport.grpc import shared_memory
 from gateway.transport.grpc.codec import check_version
 from gateway.transport.instances import configuration
 
@@ -26,7 +28,7 @@ OPEN = frozenset({"ServerLive", "ServerReady"})
 class Control:
     """The unary RPCs by name, answered from `Service`; the methods raise `GatewayError`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, regions: Regions | None) -> None:
         self._service = service
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "ServerLive": self._server_live,
@@ -39,12 +41,7 @@ class Control:
             "RepositoryIndex": self._repository_index,
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
-            "SystemSharedMemoryStatus": _no_shared_memory,
-            "SystemSharedMemoryRegister": _no_shared_memory,
-            "SystemSharedMemoryUnregister": _no_shared_memory,
-            "CudaSharedMemoryStatus": _no_shared_memory,
-            "CudaSharedMemoryRegister": _no_shared_memory,
-            "CudaSharedMemoryUnregister": _no_shared_memory,
+            **shared_memory.answers(regions),
             "TraceSetting": _no_trace,
             "LogSettings": _no_log_settings,
         }
@@ -114,7 +111,7 @@ def _tensor_metadata(tensor: TensorConfig, batch: tuple[int, ...]) -> Any:
 
 def _refuse_repository(request: Any) -> None:
     if request.repository_name:
-        raise errors.Unsupported("'repository_name' specification is not supported")
+        raise errors.repository_name()
 
 
 def _load_parameter(key: str, parameter: Any) -> str:
@@ -137,10 +134,6 @@ def _unload_dependents(parameters: Any) -> bool:
     if found.WhichOneof("parameter_choice") != "bool_param":
         raise errors.InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
     return bool(found.bool_param)
-
-
-async def _no_shared_memory(_: Any) -> Any:
-    raise errors.shared_memory_disabled()
 
 
 async def _no_trace(_: Any) -> Any:

@@ -8,6 +8,7 @@ are all `async`, because a `Service` belongs to the event loop. `/docs` needs no
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any, TypeAlias
 
@@ -20,6 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from gateway import __version__, errors
 from gateway.service import Service
+from gateway.shm import Regions
 from gateway.transport.auth import Callers
 from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
@@ -29,6 +31,7 @@ from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
+from gateway.transport.http.shared_memory import Document, add_shared_memory
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
@@ -59,6 +62,8 @@ def build(
     limits: HttpLimits,
     callers: Callers,
     jobs: JobsEndpoint | None = None,
+    *,
+    regions: Regions | None = None,
 ) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
     jobs = jobs or JobsEndpoint(endpoint, None)
@@ -88,7 +93,9 @@ def build(
     _add_health(app, service)
     protected = [Depends(authorize)]
     _add_metadata(app, service, protected)
-    _add_control(app, service, limits, protected)
+    document = partial(_document, limits)
+    _add_control(app, service, document, protected)
+    add_shared_memory(app, regions, document, protected)
     _add_infer(app, endpoint, jobs, limits, protected)
     _add_jobs(app, jobs, protected)
     return app
@@ -136,12 +143,14 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
     add("/explain", "Why a model's requests were batched, refused or late", control.model_explanation, _EXPLAIN_TEXT)
 
 
-def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
-    async def document(request: Request) -> dict[str, Any]:
-        body = await read_body(request.stream(), limits.max_request_bytes)
-        # A reader for each request: another's document may be in use across an `await`.
-        return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
+async def _document(limits: HttpLimits, request: Request) -> dict[str, Any]:
+    """The JSON object that is a request's body; an empty body is an empty one."""
+    body = await read_body(request.stream(), limits.max_request_bytes)
+    # A reader for each request: another's document may be in use across an `await`.
+    return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
 
+
+def _add_control(app: FastAPI, service: Service, document: Document, dependencies: Sequence[Dependency]) -> None:
     @app.post("/v2/repository/index", summary="Every model and its state", dependencies=dependencies)
     async def index(request: Request) -> Response:
         return _json(await control.repository_index(service, await document(request)))
@@ -155,6 +164,18 @@ def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencie
     async def unload(model: Model, request: Request) -> Response:
         await service.unload(model, dependents=control.unload_dependents(await document(request)))
         return Response()
+
+    async def of_one() -> Response:
+        raise errors.repository_name()
+
+    for path in ("/index", "/models/{model}/load", "/models/{model}/unload"):
+        app.add_api_route(
+            "/v2/repository/{repository}" + path,
+            of_one,
+            methods=["POST"],
+            include_in_schema=False,
+            dependencies=[*dependencies],
+        )
 
 
 def _add_infer(
