@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
+from gateway.config.ensemble import PLATFORM
 from gateway.config.settings import Settings
 from gateway.devices.cpu import CpuMeter
 from gateway.devices.monitor import Monitor
@@ -26,6 +27,7 @@ from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
+from gateway.middleware.ensemble import Ensembles
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
@@ -59,6 +61,7 @@ class Gateway:
 
     service: Service
     queue: Queue
+    ensembles: Ensembles
     monitor: Monitor  # of the GPUs
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,7 +122,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             reports=fleet.reports(worker.explain if works else None),
         )
         children.infer = service.infer
-        gateway = Gateway(service, queue, monitor, children=children)
+        ensembles = _ensembles(statistics, service, worker)
+        gateway = Gateway(service, queue, ensembles, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -137,6 +141,13 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                     queue.close()
         if working is not None:
             working.cancel()
+
+
+def _ensembles(statistics: Statistics, service: Service, worker: Worker) -> Ensembles:
+    ensembles = Ensembles(statistics, service.infer)
+    service.composed = {PLATFORM: ensembles.route}
+    worker.ensembles_drained = ensembles.drained
+    return ensembles
 
 
 async def _monitor(settings: Settings) -> Monitor:
@@ -195,12 +206,14 @@ def _options(settings: Settings) -> ServiceOptions:
     )
 
 
-async def _endpoint(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> Infer:
+async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway, fleet: Fleet) -> Infer:
     """The whole stack that both transports call."""
+    service = gateway.service
     repeats, responses = await _stores(stack, settings, fleet.redis)
     infer: Infer = service.infer
     if settings.response_cache_bytes:
         infer = response_cache(infer, service.prepare, service.model_config, responses)
+    gateway.ensembles.root = infer  # a step is no client's request: nothing to log, to record or to know again
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
     return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
@@ -239,7 +252,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
     regions = stack.enter_context(registered()) if settings.allow_client_shm else None
-    infer = await _endpoint(stack, settings, service, fleet)
+    infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
     infer = shared_memory(infer, regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":

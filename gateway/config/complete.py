@@ -124,11 +124,9 @@ def normalise(proto: ModelConfigProto, gpus: Sequence[int]) -> ModelConfigProto:
     result = _copy(proto)
     if not result.HasField("version_policy"):
         result.version_policy.latest.num_versions = 1
-    if result.HasField("dynamic_batching") and result.max_batch_size > 0:
-        sizes = result.dynamic_batching.preferred_batch_size
-        sizes.extend([] if sizes else [result.max_batch_size])
-    if result.HasField("sequence_batching"):
-        _normalise_sequences(result.sequence_batching, result.max_batch_size)
+    _normalise_batching(result)
+    if result.HasField("ensemble_scheduling"):
+        return result  # it runs nowhere
     if not result.optimization.HasField("input_pinned_memory"):
         result.optimization.input_pinned_memory.enable = True
     if not result.optimization.HasField("output_pinned_memory"):
@@ -140,11 +138,16 @@ def normalise(proto: ModelConfigProto, gpus: Sequence[int]) -> ModelConfigProto:
     return result
 
 
-def _normalise_sequences(sequences: Any, max_batch_size: int) -> None:
-    sequences.max_sequence_idle_microseconds = sequences.max_sequence_idle_microseconds or 1_000_000
-    if sequences.HasField("oldest") and max_batch_size > 0:
-        sizes = sequences.oldest.preferred_batch_size
-        sizes.extend([] if sizes else [max_batch_size])
+def _normalise_batching(proto: ModelConfigProto) -> None:
+    sequences = proto.sequence_batching
+    if proto.HasField("sequence_batching"):
+        sequences.max_sequence_idle_microseconds = sequences.max_sequence_idle_microseconds or 1_000_000
+    for has, batching in (
+        (proto.HasField("dynamic_batching"), proto.dynamic_batching),
+        (proto.HasField("sequence_batching") and sequences.HasField("oldest"), sequences.oldest),
+    ):
+        if has and proto.max_batch_size > 0 and not batching.preferred_batch_size:
+            batching.preferred_batch_size.append(proto.max_batch_size)
 
 
 def _normalise_group(group: Any, name: str, backend: str, gpus: Sequence[int]) -> None:

@@ -139,6 +139,21 @@ class SequenceBatching:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One call of a model in an ensemble: its inputs and outputs by name, and the ensemble's tensors that they are.
+
+    `batched` and `dims`, of its inputs, are what the model itself says, known once it is loaded.
+    """
+
+    model: str
+    version: str  # empty: the newest that is loaded
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    batched: bool = False
+    dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's configuration, complete and checked: every field filled, inputs and outputs known."""
 
@@ -160,6 +175,7 @@ class ModelConfig:
     response_cache: ResponseCache | None = None
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
     sequences: SequenceBatching | None = None  # None: no request has anything to do with another
+    steps: tuple[Step, ...] = ()  # of an ensemble, which has them instead of a backend
 
     @property
     def is_code(self) -> bool:

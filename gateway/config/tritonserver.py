@@ -90,7 +90,7 @@ FLAGS: dict[str, Flag] = dict(
         ),
         _only("model-namespacing", _OFF, "use false and give every model a name of its own"),
         _only("enable-peer-access", _OFF, "use false; nothing is copied from GPU to GPU"),
-        _same("allow-client-shm"),
+        _same("allow-client-shm", "bool"),
         # HTTP
         _same("allow-http", "bool"),
         _same("http-address"),

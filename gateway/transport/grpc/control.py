@@ -99,7 +99,7 @@ class Control:
 
     async def _unload(self, request: Any) -> Any:
         _refuse_repository(request)
-        await self._service.unload(request.model_name)
+        await self._service.unload(request.model_name, dependents=_unload_dependents(request.parameters))
         return pb.RepositoryModelUnloadResponse()
 
 
@@ -125,6 +125,15 @@ def _load_parameter(key: str, parameter: Any) -> str:
     if expected is None:
         raise errors.InvalidArgument(f"unexpected load parameter '{key}', expected 'config' or 'file:<path>'")
     raise errors.InvalidArgument(f"invalid value type for load parameter '{key}', expected {expected}.")
+
+
+def _unload_dependents(parameters: Any) -> bool:
+    if "unload_dependents" not in parameters:
+        return False
+    found = parameters["unload_dependents"]
+    if found.WhichOneof("parameter_choice") != "bool_param":
+        raise errors.InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
+    return bool(found.bool_param)
 
 
 async def _no_trace(_: Any) -> Any:
