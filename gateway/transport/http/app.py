@@ -25,6 +25,7 @@ from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.door import InferDoor, infer_target
 from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
+from gateway.transport.http.generate import GenerateEndpoint, generate_target
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
@@ -57,6 +58,7 @@ class HttpApp:
         self._service = service
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
+        self._generate = GenerateEndpoint(service, infer, self._limits)
         self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
         self._disconnects = Disconnects()
@@ -113,7 +115,7 @@ class HttpApp:
                 if job:
                     return await self._jobs.submit(target, headers.get, body, (tenant, deadline), query)
                 return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
-            return await self._other(scope, protocol)
+            return await self._other(scope, protocol, arrived)
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
             if self.door is not None:
@@ -124,8 +126,12 @@ class HttpApp:
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
 
-    async def _other(self, scope: Any, protocol: Any) -> Reply | Stream:
+    async def _other(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
         path: str = scope.path
+        if scope.method == "POST" and (target := generate_target(path)) is not None:
+            headers = scope.headers
+            caller = self._callers.tenant(headers.get), deadline_of(headers.get, arrived)
+            return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
             return health(self._service, word)
         if path.startswith(JOBS) and path[len(JOBS) :][:1] in ("", "/"):
@@ -172,7 +178,7 @@ class HttpApp:
     def _import(self) -> AsgiApp:
         from gateway.transport.http.routes import build
 
-        return build(self._service, self._endpoint, self._limits, self._callers, self._jobs)
+        return build(self._service, self._endpoint, self._limits, self._callers, self._jobs, generate=self._generate)
 
 
 async def _send(transport: Any, pieces: AsyncGenerator[bytes, None]) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import orjson
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.params import Depends as Dependency
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,10 +25,12 @@ from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
+from gateway.transport.http.extension_routes import add_generate, respond
+from gateway.transport.http.generate import GenerateEndpoint
 from gateway.transport.http.jobs import PATH as JOBS
-from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
+from gateway.transport.http.jobs import JobsEndpoint, wants_job
 from gateway.transport.http.limits import HttpLimits
-from gateway.transport.http.replies import Reply, error_reply, fault_reply
+from gateway.transport.http.replies import error_reply, fault_reply
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
@@ -59,6 +61,8 @@ def build(
     limits: HttpLimits,
     callers: Callers,
     jobs: JobsEndpoint | None = None,
+    *,
+    generate: GenerateEndpoint | None = None,
 ) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
     jobs = jobs or JobsEndpoint(endpoint, None)
@@ -90,6 +94,8 @@ def build(
     _add_metadata(app, service, protected)
     _add_control(app, service, limits, protected)
     _add_infer(app, endpoint, jobs, limits, protected)
+    if generate is not None:
+        add_generate(app, generate, limits, protected)
     _add_jobs(app, jobs, protected)
     return app
 
@@ -97,11 +103,11 @@ def build(
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/v2/health/live", summary="Is the process serving at all?")
     async def live() -> Response:
-        return _response(control.health(service, "live"))
+        return respond(control.health(service, "live"))
 
     @app.get("/v2/health/ready", summary="Can requests be served?")
     async def ready() -> Response:
-        return _response(control.health(service, "ready"))
+        return respond(control.health(service, "ready"))
 
 
 def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Dependency]) -> None:
@@ -170,9 +176,9 @@ def _add_infer(
         deadline = deadline_of(header)
         body = await read_body(request.stream(), limits.max_request_bytes)
         if (query := request.url.query) and wants_job(query):
-            return _response(await jobs.submit((model, version), header, body, (tenant, deadline), query))
+            return respond(await jobs.submit((model, version), header, body, (tenant, deadline), query))
         headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
-        return _response((200, headers, content))
+        return respond((200, headers, content))
 
     async def newest(model: Model, request: Request) -> Response:
         return await answer(request, model, "")
@@ -197,7 +203,7 @@ def _add_jobs(app: FastAPI, jobs: JobsEndpoint, dependencies: Sequence[Dependenc
     async def answer(request: Request) -> Response:
         query, path = request.url.query, request.url.path
         reply = await jobs.reply(request.method, path, query, request.headers.get, request.state.tenant)
-        return _response(reply)
+        return respond(reply)
 
     for method, path, summary in (
         ("GET", JOBS, "Your jobs, the newest first; query parameters: state, limit"),
@@ -220,21 +226,14 @@ def _number(version: str) -> str:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.GatewayError):
-        return _response(error_reply(error))
+        return respond(error_reply(error))
     if isinstance(error, HTTPException):
         row = errors.MethodNotAllowed if error.status_code == 405 else errors.NotFound
-        return _response(error_reply(row(error.detail)))
+        return respond(error_reply(row(error.detail)))
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)
-    return _response(fault_reply(error, request.url.path))
+    return respond(fault_reply(error, request.url.path))
 
 
 def _json(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
-
-
-def _response(reply: Reply | Stream) -> Response:
-    status, headers, body = reply
-    if isinstance(body, bytes):
-        return Response(body, status, dict(headers))
-    return StreamingResponse(body, status, dict(headers))

@@ -1,0 +1,56 @@
+"""The FastAPI routes of extensions that answer by themselves: generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI, Request
+from fastapi.params import Depends as Dependency
+from fastapi.responses import Response, StreamingResponse
+
+from gateway.errors import NotFound
+from gateway.transport.http.endpoint import deadline_of, read_body
+from gateway.transport.http.generate import GenerateEndpoint, Stream, generate_target
+from gateway.transport.http.limits import HttpLimits
+from gateway.transport.http.replies import Reply
+
+_GENERATE_EXAMPLE = {"text_input": "Why?", "parameters": {"max_tokens": 16}}
+_GENERATE_TEXT = """Each member of the body that is named as an input of the model is that tensor, a value or a list of them;
+other members, and those of `parameters`, are request parameters. `generate` answers with one object of outputs,
+`generate_stream` with a server-sent event for each response."""
+
+
+def add_generate(
+    app: FastAPI, endpoint: GenerateEndpoint, limits: HttpLimits, dependencies: Sequence[Dependency]
+) -> None:
+    """Add `generate` and `generate_stream`, with and without a version."""
+
+    async def answer(request: Request) -> Response:
+        target = generate_target(request.url.path)
+        if target is None:  # a version that is no number
+            raise NotFound("Not Found")
+        header = request.headers.get
+        caller = request.state.tenant, deadline_of(header)
+        body = await read_body(request.stream(), limits.max_request_bytes)
+        return respond(await endpoint.reply(target, header, body, caller))
+
+    body = {"content": {"application/json": {"schema": {"type": "object"}, "example": _GENERATE_EXAMPLE}}}
+    for word, summary in (("generate", "Run a model on plain JSON"), ("generate_stream", "The same, answer by answer")):
+        for path in ("", "/versions/{version}"):
+            app.add_api_route(
+                "/v2/models/{model}" + path + "/" + word,
+                answer,
+                methods=["POST"],
+                summary=summary,
+                description=_GENERATE_TEXT,
+                openapi_extra={"requestBody": body},
+                dependencies=[*dependencies],
+            )
+
+
+def respond(reply: Reply | Stream) -> Response:
+    """A reply as Starlette has it."""
+    status, headers, body = reply
+    if isinstance(body, bytes):
+        return Response(body, status, dict(headers))
+    return StreamingResponse(body, status, dict(headers))
