@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
 from gateway.config.settings import Settings
+from gateway.config.trace import read_trace_config
 from gateway.devices.cpu import CpuMeter
 from gateway.devices.monitor import Monitor
 from gateway.devices.nvml import open_nvml
@@ -28,6 +29,8 @@ from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
+from gateway.middleware.trace_file import TraceFile
+from gateway.middleware.tracing import tracing
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
@@ -123,13 +126,14 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             _options(settings),
             fleet=fleet.statistics,
             reports=fleet.reports(worker.explain if works else None),
+            controls=fleet.controls(settings),
         )
         children.infer = service.infer
         gateway = Gateway(service, queue, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
-            models = tasks.create_task(_keep_models(settings, repository, gateway, names))
+            models = tasks.create_task(_begin(settings, repository, gateway, names))
             try:
                 yield gateway
             finally:
@@ -208,6 +212,7 @@ async def _endpoint(stack: AsyncExitStack, settings: Settings, service: Service,
         infer = response_cache(infer, service.prepare, service.model_config, responses)
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
+    infer = await _traced(stack, settings, service, infer)
     return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
 
 
@@ -223,6 +228,16 @@ async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue |
     return await stack.enter_async_context(shared), SharedStore(
         client, client.keys.cached, seal, settings.response_cache_bytes
     )
+
+
+async def _traced(stack: AsyncExitStack, settings: Settings, service: Service, infer: Infer) -> Infer:
+    """Without a place for traces nobody can ask for them later, and requests need not pass here."""
+    path = read_trace_config(settings.trace_config).file
+    if path is None:
+        return infer
+    if settings.process_name:  # of a fleet, whose processes may share the folder
+        path = path.with_name(f"{path.name}.{settings.process_name}")
+    return tracing(infer, service.controls.traces, (await stack.enter_async_context(TraceFile(path))).keep)
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
@@ -301,6 +316,12 @@ async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: Ht
 
 
 # --- models
+
+
+async def _begin(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(gateway.service.controls.informed())
+        await _keep_models(settings, repository, gateway, names)
 
 
 async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:

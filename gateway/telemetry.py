@@ -53,9 +53,29 @@ def configure_logging(log_format: LogFormat, verbose: int, process: str = "") ->
     for a log that several processes write. Call it again to change it.
     """
     handler = logging.StreamHandler()
+    handler.addFilter(_switches)
     handler.setFormatter(_JsonFormatter(process) if log_format == "json" else _TextFormatter(process))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    switch_logging(info=True, warning=True, error=True, verbose=verbose)
+
+
+def switch_logging(*, info: bool, warning: bool, error: bool, verbose: int) -> None:
+    """Which levels are written from now on; `verbose` > 0 adds DEBUG events, whatever the others say."""
+    levels = {logging.INFO: info, logging.WARNING: warning, logging.ERROR: error}
+    _switches.off = frozenset(level for level, on in levels.items() if not on)
     logging.getLogger(_LOGGER).setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
+
+
+class _Switches(logging.Filter):
+    """Drops the records of the levels that are off."""
+
+    off: frozenset[int] = frozenset()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno not in self.off
+
+
+_switches = _Switches()
 
 
 class Refusals:

@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.config.trace import read_trace_config
+
 MIB = 1 << 20
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -207,6 +209,12 @@ class Settings(BaseSettings):
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
+    trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (),
+        "logging",
+        "what is traced, as Triton has it: level=TIMESTAMPS|TENSORS, rate=N, count=N, mode=triton, triton,file=PATH, "
+        "triton,log-frequency=N; repeatable (variable: separated by ';')",
+    )
     log_access: bool = _setting(False, "logging", "log a line for every request")
     record: Path | None = _setting(
         None, "logging", "folder to write arrivals to, for gateway simulate; nothing is recorded without it"
@@ -224,6 +232,17 @@ class Settings(BaseSettings):
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("trace_config", mode="before")
+    @classmethod
+    def _split_entries(cls, value: Any) -> Any:
+        return value.split(";") if isinstance(value, str) else value
+
+    @field_validator("trace_config")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        read_trace_config(value)
+        return value
 
     @field_validator("response_cache_bytes", mode="before")
     @classmethod

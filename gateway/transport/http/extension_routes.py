@@ -1,19 +1,28 @@
-"""The FastAPI routes of extensions that answer by themselves: generate."""
+"""The FastAPI routes of extensions: generate, and the settings of logging and tracing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.params import Depends as Dependency
 from fastapi.responses import Response, StreamingResponse
 
 from gateway.errors import NotFound
+from gateway.service import Service
+from gateway.transport.http import control
 from gateway.transport.http.endpoint import deadline_of, read_body
 from gateway.transport.http.generate import GenerateEndpoint, Stream, generate_target
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply
 
+Document: TypeAlias = Callable[[Request], Awaitable[dict[str, Any]]]
+"""Reads the JSON object in a request's body; a body of nothing is an empty one."""
+
+_SETTINGS_TEXT = """The same in every process of a fleet. A POST changes the settings that are in its body, and both answer with
+those in force. What is written where is fixed at start: `trace_file` and `log_file` cannot be changed."""
 _GENERATE_EXAMPLE = {"text_input": "Why?", "parameters": {"max_tokens": 16}}
 _GENERATE_TEXT = """Each member of the body that is named as an input of the model is that tensor, a value or a list of them;
 other members, and those of `parameters`, are request parameters. `generate` answers with one object of outputs,
@@ -46,6 +55,39 @@ def add_generate(
                 openapi_extra={"requestBody": body},
                 dependencies=[*dependencies],
             )
+
+
+def add_settings(app: FastAPI, service: Service, document: Document, dependencies: Sequence[Dependency]) -> None:
+    """Add `/v2/logging`, `/v2/trace/setting` and `/v2/models/{model}/trace/setting`."""
+
+    async def body(request: Request) -> dict[str, Any] | None:
+        return await document(request) if request.method == "POST" else None
+
+    async def logs(request: Request) -> Response:
+        return _json(await control.log_settings(service, await body(request)))
+
+    async def traces(request: Request) -> Response:
+        model = request.path_params.get("model", "")
+        return _json(await control.trace_settings(service, model, await body(request)))
+
+    for path, answer, summary in (
+        ("/v2/logging", logs, "Which lines are logged"),
+        ("/v2/trace/setting", traces, "Which requests are traced"),
+        ("/v2/models/{model}/trace/setting", traces, "Which requests to a model are traced"),
+    ):
+        for method in ("GET", "POST"):
+            app.add_api_route(
+                path,
+                answer,
+                methods=[method],
+                summary=summary,
+                description=_SETTINGS_TEXT,
+                dependencies=[*dependencies],
+            )
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value), media_type="application/json")
 
 
 def respond(reply: Reply | Stream) -> Response:

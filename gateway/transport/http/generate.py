@@ -96,7 +96,7 @@ class GenerateEndpoint:
         responses = self._infer(request)
         try:
             first = _event(await anext(responses))
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the request is over
             await responses.aclose()
             if isinstance(error, StopAsyncIteration):
                 return 200, _SSE, _one(b"")  # a model that has nothing to say

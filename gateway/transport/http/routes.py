@@ -25,7 +25,7 @@ from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
-from gateway.transport.http.extension_routes import add_generate, respond
+from gateway.transport.http.extension_routes import Document, add_generate, add_settings, respond
 from gateway.transport.http.generate import GenerateEndpoint
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, wants_job
@@ -92,7 +92,9 @@ def build(
     _add_health(app, service)
     protected = [Depends(authorize)]
     _add_metadata(app, service, protected)
-    _add_control(app, service, limits, protected)
+    document = _documents(limits)
+    _add_control(app, service, document, protected)
+    add_settings(app, service, document, protected)
     _add_infer(app, endpoint, jobs, limits, protected)
     if generate is not None:
         add_generate(app, generate, limits, protected)
@@ -142,12 +144,16 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
     add("/explain", "Why a model's requests were batched, refused or late", control.model_explanation, _EXPLAIN_TEXT)
 
 
-def _add_control(app: FastAPI, service: Service, limits: HttpLimits, dependencies: Sequence[Dependency]) -> None:
+def _documents(limits: HttpLimits) -> Document:
     async def document(request: Request) -> dict[str, Any]:
         body = await read_body(request.stream(), limits.max_request_bytes)
         # A reader for each request: another's document may be in use across an `await`.
         return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
 
+    return document
+
+
+def _add_control(app: FastAPI, service: Service, document: Document, dependencies: Sequence[Dependency]) -> None:
     @app.post("/v2/repository/index", summary="Every model and its state", dependencies=dependencies)
     async def index(request: Request) -> Response:
         return _json(await control.repository_index(service, await document(request)))
