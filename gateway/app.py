@@ -293,7 +293,14 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
         app = await stack.enter_async_context(
-            HttpApp(service, infer, configured.http_limits(settings), callers, gateway.jobs)
+            HttpApp(
+                service,
+                infer,
+                configured.http_limits(settings),
+                callers,
+                gateway.jobs,
+                rules=configured.http_rules(settings),
+            )
         )
         http = HttpServer(
             app,

@@ -8,6 +8,7 @@ from gateway import errors
 from gateway.config.settings import Settings
 from gateway.transport.auth import Tokens
 from gateway.transport.grpc import GrpcOptions, Keepalive, Tls
+from gateway.transport.header_rules import HeaderRules
 from gateway.transport.http import HttpLimits, TlsFiles
 
 
@@ -73,4 +74,10 @@ def grpc_options(settings: Settings) -> GrpcOptions:
         max_connections=settings.max_connections,
         grace=float(settings.exit_timeout_secs),
         share=settings.share_ports,
+        rules=HeaderRules.of(settings.grpc_restricted_protocol, settings.grpc_header_forward_pattern, grpc=True),
     )
+
+
+def http_rules(settings: Settings) -> HeaderRules:
+    """What HTTP headers decide."""
+    return HeaderRules.of(settings.http_restricted_api, settings.http_header_forward_pattern)

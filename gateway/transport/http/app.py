@@ -8,7 +8,7 @@ request, on a thread, because its import takes as long as all the rest of the st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
@@ -20,6 +20,7 @@ from gateway.errors import GatewayError, too_many_bytes
 from gateway.service import Service
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
+from gateway.transport.header_rules import NO_RULES, HeaderRules
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
@@ -30,7 +31,7 @@ from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
-from gateway.types import Infer
+from gateway.types import NO_PARAMETERS, Infer, Parameter
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -53,9 +54,13 @@ class HttpApp:
         limits: HttpLimits | None = None,
         callers: Callers | None = None,
         jobs: Jobs | None = None,
+        *,
+        rules: HeaderRules = NO_RULES,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service
+        self._rules = rules
+        self._restricted = bool(rules.restricted)
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
         self._generate = GenerateEndpoint(service, infer, self._limits)
@@ -102,6 +107,8 @@ class HttpApp:
     async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
         path: str = scope.path
         try:
+            if self._restricted:
+                self._rules.check_path(path, scope.headers.get)
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
@@ -109,12 +116,12 @@ class HttpApp:
                 size = self._small + 1 if declared is None else int(declared)
                 query = scope.query_string
                 job = query and wants_job(query)
-                deadline = deadline_of(headers.get, arrived)
+                caller = (tenant, deadline_of(headers.get, arrived), self._forwarded(headers))
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 if job:
-                    return await self._jobs.submit(target, headers.get, body, (tenant, deadline), query)
-                return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
+                    return await self._jobs.submit(target, headers.get, body, caller, query)
+                return 200, *await self._endpoint.answer(target, headers.get, body, caller)
             return await self._other(scope, protocol, arrived)
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
@@ -130,7 +137,11 @@ class HttpApp:
         path: str = scope.path
         if scope.method == "POST" and (target := generate_target(path)) is not None:
             headers = scope.headers
-            caller = self._callers.tenant(headers.get), deadline_of(headers.get, arrived)
+            caller = (
+                self._callers.tenant(headers.get),
+                deadline_of(headers.get, arrived),
+                self._forwarded(headers),
+            )
             return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
             return health(self._service, word)
@@ -139,6 +150,9 @@ class HttpApp:
             return await self._jobs.reply(scope.method, path, scope.query_string, get, self._callers.tenant(get))
         asgi = self._asgi or await self._build()
         return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
+
+    def _forwarded(self, headers: Any) -> Mapping[str, Parameter]:
+        return NO_PARAMETERS if self._rules.forward is None else self._rules.forwarded(headers.items())
 
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")

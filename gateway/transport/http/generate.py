@@ -19,6 +19,7 @@ from gateway.service import Service
 from gateway.transport.auth import Header
 from gateway.transport.http import generation
 from gateway.transport.http.document import DocumentReader
+from gateway.transport.http.endpoint import Caller
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import JSON, Reply, fault_reply
 from gateway.transport.idempotency import HEADER, checked
@@ -58,13 +59,12 @@ class GenerateEndpoint:
         self._limits = limits
         self._reader = DocumentReader(limits.max_input_size, limits.max_json_depth)
 
-    async def reply(
-        self, target: tuple[str, str, bool], header: Header, body: bytes, caller: tuple[str, float | None]
-    ) -> Reply | Stream:
-        """Answer a request to what `generate_target` said; `caller` is its tenant and its deadline."""
+    async def reply(self, target: tuple[str, str, bool], header: Header, body: bytes, caller: Caller) -> Reply | Stream:
+        """Answer a request to what `generate_target` said."""
         model, version, streams = target
         request = self._read(model, version, header, body)
-        request.tenant, request.deadline = caller
+        request.tenant, request.deadline, forwarded = caller
+        request.parameters = {**request.parameters, **forwarded}
         if streams:
             return await self._stream(request)
         if (key := header(HEADER)) is not None:

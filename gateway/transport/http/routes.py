@@ -31,6 +31,7 @@ from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import error_reply, fault_reply
+from gateway.types import NO_PARAMETERS
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
@@ -178,12 +179,12 @@ def _add_infer(
     dependencies: Sequence[Dependency],
 ) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
-        header, tenant = request.headers.get, request.state.tenant
-        deadline = deadline_of(header)
+        header = request.headers.get
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS
         body = await read_body(request.stream(), limits.max_request_bytes)
         if (query := request.url.query) and wants_job(query):
-            return respond(await jobs.submit((model, version), header, body, (tenant, deadline), query))
-        headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
+            return respond(await jobs.submit((model, version), header, body, caller, query))
+        headers, content = await endpoint.answer((model, version), header, body, caller)
         return respond((200, headers, content))
 
     async def newest(model: Model, request: Request) -> Response:
