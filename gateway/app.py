@@ -292,16 +292,9 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings))
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
-        app = await stack.enter_async_context(
-            HttpApp(
-                service,
-                infer,
-                configured.http_limits(settings),
-                callers,
-                gateway.jobs,
-                rules=configured.http_rules(settings),
-            )
-        )
+        limits, rules = configured.http_limits(settings), configured.http_rules(settings)
+        app = HttpApp(service, infer, limits, callers, gateway.jobs, rules=rules)
+        await stack.enter_async_context(app)
         http = HttpServer(
             app,
             settings.http_address,
