@@ -37,8 +37,9 @@ check: .venv/test.done  ## Lint, types, import contracts, budgets
 quick: check  ## check, then unit, contract and api tests
 	$(BIN)/pytest -q -n 3 --dist worksteal -m "not slow" tests/unit tests/contract tests/api --ignore tests/unit/test_budgets.py
 
-test: check  ## Everything
-	$(BIN)/pytest tests
+test: check  ## Everything; what starts processes of its own runs by itself
+	$(BIN)/pytest -n 3 --dist worksteal tests/unit tests/contract tests/api tests/docs
+	$(BIN)/pytest tests/system
 
 bench: .venv/test.done  ## The benchmarks; needs wrk and h2load (apt-get install wrk nghttp2-client)
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS),bench]'

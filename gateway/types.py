@@ -308,8 +308,8 @@ class Batch:
     hurry: bool = False
     requests: Sequence[InferRequest] = ()
     waits: Callable[[], None] = lambda: None
-    wanted: Callable[[int], bool] = lambda _: True
     predicted: float | None = None
+    wanted: Callable[[int], bool] = lambda _: True
 
 
 @dataclass(slots=True)

@@ -231,7 +231,7 @@ def _await_answers(client: ImageClient) -> None:
 def _pictures(rig: Rig, deadline_ms: float) -> Iterator[tuple[ImageClient, Outcome]]:
     outcome = Outcome()
     before = len(rig.deaths())
-    client = ImageClient(rig.ports.http, Pictures(IMAGES, deadline_ms), deadline_ms, IN_FLIGHT)
+    client = ImageClient(rig.ports.http, Pictures(rig.models, IMAGES, deadline_ms), deadline_ms, IN_FLIGHT)
     thread = threading.Thread(target=lambda: asyncio.run(client.run()), name="pictures")
     thread.start()
     try:
@@ -312,9 +312,8 @@ def main() -> int:
         outcome = carry_out(name, SHORT if given.short else Pace())
         print(_row(name, outcome), flush=True)
         extra = {key: value for key, value in outcome.figures.items() if key not in _COLUMNS}
-        print(
-            *([f"  {extra}"] if extra else []), *(f"  BROKEN: {each}" for each in outcome.broken), sep="\n", flush=True
-        )
+        for line in ([extra] if extra else []) + [f"BROKEN: {each}" for each in outcome.broken]:
+            print(f"  {line}", flush=True)
         found[name] = {"broken": outcome.broken, "statuses": dict(outcome.verdict.statuses), **outcome.figures}
     if given.out is not None:
         given.out.write_text(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,11 @@ _CHUNK = 1 << 16
 class Pictures:
     """Pictures that differ, as requests, and what is right for each."""
 
-    def __init__(self, model: str, deadline_ms: float) -> None:
+    def __init__(self, repository: Path, model: str, deadline_ms: float) -> None:
+        """The right answers are of the file that is served from this repository."""
         picture = samples.sample(model).inputs["image"]
         shifted = [np.roll(picture, 28 * place, axis=3) for place in range(PICTURES)]
-        file = samples.model_file(samples.ROOT / "model_repo", model)
+        file = samples.model_file(repository, model)
         self.requests: list[bytes] = []
         self._right: list[NDArray[np.generic]] = []
         for each in shifted:

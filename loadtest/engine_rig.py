@@ -120,19 +120,22 @@ class Rig:
         self._stack = ExitStack()
         self._clients = 0
         self.folder: Path
+        self.models: Path
         self.process: Process
         self.ports: servers.Ports
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockgate-engines-")))
-            models = self.folder / "models"
+            models = self.models = self.folder / "models"
             faults = {name: str(value) for name, value in VALUES.items()}
             given = faults | self._more
             for name, datatype in ((MODEL, "INT64"), (FLOATS, "FP64")):
                 write_model(models, name, base_us=self._base_us, datatype=datatype, **given)
             if self._images:
-                shutil.copytree(ROOT / "model_repo" / IMAGES, models / IMAGES)
+                # Its own file, whichever is best here: that takes longer, so that more is hurt.
+                ignored = shutil.ignore_patterns("artefacts", ".*")
+                shutil.copytree(ROOT / "model_repo" / IMAGES, models / IMAGES, ignore=ignored)
             self.ports = servers.Ports(*servers.free_ports(3))
             listen = [f"--{kind}-port={port}" for kind, port in asdict(self.ports).items()]
             command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(models), *listen]

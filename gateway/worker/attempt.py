@@ -73,8 +73,8 @@ class Runner:
             part.hurry,
             () if isinstance(jobs[0], Probe) else requests,
             part.waits,
-            lambda place: not jobs[place].done,
             part.predicted,
+            lambda place: not jobs[place].done,
         )
         first: BatchResult | None = None  # of those that came request by request, and the last
         last: BatchResult | None = None

@@ -226,17 +226,8 @@ class Host:
         self._open_places(self._working)
         for seat, engine, placement in self._seats:
             self._slots.move(seat, where(engine, placement)[0])
-        for engine, placement in self._working:
-            self._foresee(engine, placement)
         self._moved.set()
         self.changed()
-
-    def _foresee(self, engine: Engine, placement: Placement) -> None:
-        """Begin with what a chain knows of its link, where nothing has been learned of it on its device."""
-        device, _ = where(engine, placement)
-        seconds = engine.seconds if isinstance(engine, FallbackEngine) else None
-        if seconds is not None and not self._slots.scheduler.latency(self, device).known:
-            self._slots.scheduler.warmed(self, device, 1, seconds)
 
     async def drain(self) -> None:
         """Answer all that was accepted, then stop. The caller has stopped gateways from sending more."""

@@ -374,6 +374,42 @@ async def test_a_run_that_is_too_late_for_everybody_is_not_repeated() -> None:
         assert engine._tender.links[1].engines
 
 
+async def test_a_link_that_refuses_for_its_slowness_is_measured_again_and_what_it_loads_in_is_not_its_time() -> None:
+    """A remote engine knows how slow its server is, and does not even try."""
+    tried: list[int] = []
+
+    class Slow:
+        provider, artefact, warnings, widest, concurrency, contained = "S", None, (), 1, 1, True
+
+        async def run(self, batch: Batch):
+            tried.append(len(batch.requests))
+            if batch.requests and batch.requests[0].deadline is not None:
+                raise errors.DeadlineExceeded("too slow for that")
+            yield BatchResult({"OUT": batch.stack()["IN"]}, 0, 0, 1000)
+
+        async def close(self) -> None:
+            """Nothing to close."""
+
+    async def start(link: EngineSpec, count: int):
+        if link.version == "1":
+            return [Slow()]
+        await asyncio.sleep(0.05)  # of loading
+        return await engines.create(replace(spec(fallback="none"), version="2"), count)
+
+    links = Chain((Link("a", spec()), Link("b", replace(spec(), version="2"))))
+    (engine,) = await fallback.open_chain(links, 1, start)
+    first, second = engine._tender.links
+    async with background(engine.tend(lambda: None)):
+        await run(engine)
+        assert told(await run(engine, deadline=soon(5.0))) == ("b", "deadline")
+        assert second.times.predict(1) < 0.05
+        assert first.health.retry_at < math.inf
+        await until(lambda: tried[-1] == 0)  # a probe, which is of no request
+        await until(lambda: first.health.retry_at == math.inf)
+        assert (engine.link, first.times.predict(1) is None) == ("a", False)
+    await engine.close()
+
+
 # --- what is loaded when
 
 

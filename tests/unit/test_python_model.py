@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from gateway import errors
+from gateway.engines.python import utilities
+from gateway.engines.python.model import import_model
 from gateway.types import DataType, InferResponse, RequestedOutput, Tensor
-from tests.python_support import CONFIG, FakeChannel, ask, loaded, one, texts
+from tests.python_support import CONFIG, FakeChannel, ask, loaded, one, texts, write
 from tests.support import request, tensor
 
 DOUBLE = """
@@ -91,6 +93,14 @@ def test_the_code_is_told_who_it_is_and_can_import_what_lies_beside_it(tmp_path)
     }  # fmt: skip
     assert second._model.args["model_instance_name"] == "m_0_1"
     assert not list(tmp_path.rglob("__pycache__"))
+
+
+def test_code_of_equal_names_is_told_apart(tmp_path):
+    utilities.install("m", tmp_path, FakeChannel().infer)
+    for name in ("a", "b"):
+        path = write(tmp_path / name, "from .beside import NAME\ndef execute(self, requests): pass")
+        (path / "beside.py").write_text(f"NAME = {name!r}")
+        assert name == import_model(path, "model.py").NAME
 
 
 def test_strings_are_bytes_both_ways(tmp_path):

@@ -95,11 +95,6 @@ class FallbackEngine:
         return self._tender.current.threads
 
     @property
-    def seconds(self) -> float | None:
-        """How long a run of one row takes now, where that is known."""
-        return self._tender.current.times.at_least(1)
-
-    @property
     def provider(self) -> str:
         """What it runs on now."""
         return self._engine.provider
@@ -142,13 +137,13 @@ class FallbackEngine:
         problem: Exception = errors.Unavailable("the engine is closed; it takes no more work")
         candidates: Iterator[_Turn] = self._candidates(batch, failed)
         while (turn := next(candidates, None)) is not None:
-            (link, limit), begun, given = turn, time.monotonic(), False
+            (link, limit), given = turn, False
             try:
                 async with aclosing(self._runs(link, batch, limit)) as results:
                     async for result in results:
                         if not given:
                             given = True
-                            link.times.learn(batch.rows, time.monotonic() - begun)
+                            link.times.learn(batch.rows, (result.finished_ns - result.started_ns) / 1e9)
                         if link is not first:
                             self._sign(result, link, failed)
                         yield result
@@ -270,7 +265,7 @@ class FallbackEngine:
             raise errors.deadline_passed() from error
         if isinstance(error, _TooSlow):
             link.times.exceeded(batch.rows, error.seconds)
-        self._tender.prepare(link)
+        self._tender.doubt(link)  # an engine that knows itself to be too slow does not even try
         return "deadline"
 
     def _sign(self, result: BatchResult, link: LiveLink, failed: Sequence[tuple[LiveLink, str]]) -> None:

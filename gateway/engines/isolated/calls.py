@@ -11,16 +11,16 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
-from queue import SimpleQueue
-from typing import cast
+from typing import TypeAlias, cast
 
 import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.area import Area
-from gateway.engines.isolated.frames import CHUNK, Abandoned, Ask, Frame, Frames, GiveUp, Message, Reply, Wanted, pack
+from gateway.engines.isolated.frames import CHUNK, Ask, Frame, Frames, GiveUp, Message, Reply, Wanted, pack
 from gateway.message import BadMessage, pack_error, pack_request, pack_response, unpack_error, unpack_request
 from gateway.message import unpack_response as read_response
 from gateway.telemetry import log_event
@@ -28,12 +28,13 @@ from gateway.types import Buffer, Infer, InferRequest, InferResponse
 
 _MOST_CALLS = 256  # open at once, of one instance
 _LARGE = 1 << 16  # bytes
+Replies: TypeAlias = deque[tuple[Reply, Buffer]]
 _decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp | Wanted).decode
-_decode_reply = msgspec.msgpack.Decoder(Reply | Abandoned).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
 class ChildCalls:
-    """The `Channel` of an instance; a thread of its own hands the replies out."""
+    """The `Channel` of an instance. Of those who wait for a reply one reads the line, for all of them."""
 
     def __init__(self, line: socket.socket, area: Area | None = None) -> None:
         """What is large goes through `area`, where there is one and no other call has it."""
@@ -42,15 +43,15 @@ class ChildCalls:
         self._area_lock = threading.Lock()
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._open: dict[int, SimpleQueue[tuple[Reply, Buffer] | None]] = {}
-        self._abandoned = False
+        self._open: dict[int, Replies] = {}
+        self._frames = Frames()
+        self._turn = threading.Condition()
+        self._reading = False  # somebody does
         self._batch: Sequence[InferRequest] = ()
         self._gone = False
-        threading.Thread(target=self._read, name="calls", daemon=True).start()
 
     def begin(self, requests: Sequence[InferRequest]) -> None:
-        """A batch of these begins, which nobody has given up."""
-        self._abandoned = False
+        """A batch of these begins."""
         self._batch = requests
 
     def infer(self, request: InferRequest) -> Iterator[InferResponse]:
@@ -62,7 +63,7 @@ class ChildCalls:
         try:
             self._send(Ask(number, header, request.deadline, shared), [] if shared else parts)
             while not ended:
-                reply = None if self._gone else replies.get()
+                reply = self._next(replies)
                 if reply is None:
                     ended = True
                     raise errors.stopping()
@@ -82,20 +83,38 @@ class ChildCalls:
         """See `Channel.cancelled`."""
         late = request.deadline is not None and time.monotonic() > request.deadline
         place = next((place for place, each in enumerate(self._batch) if each is request), None)
-        if self._abandoned or self._gone or late or place is None:
+        if self._gone or late or place is None:
             return True
         number, replies = self._expect()
         try:
             self._send(Wanted(number, place), [])
-            reply = None if self._gone else replies.get()
+            reply = self._next(replies)
         finally:
             del self._open[number]
         return reply is None or bool(reply[0].error)
 
-    def _expect(self) -> tuple[int, SimpleQueue[tuple[Reply, Buffer] | None]]:
+    def _expect(self) -> tuple[int, Replies]:
         number = next(self._numbers)
-        self._open[number] = SimpleQueue()
+        self._open[number] = deque()
         return number, self._open[number]
+
+    def _next(self, replies: Replies) -> tuple[Reply, Buffer] | None:
+        """The next reply to a call, None when there will be none."""
+        while True:
+            with self._turn:
+                while self._reading and not replies:
+                    self._turn.wait()
+                if replies:
+                    return replies.popleft()
+                if self._gone:
+                    return None
+                self._reading = True
+            try:
+                self._read()
+            finally:
+                with self._turn:
+                    self._reading = False
+                    self._turn.notify_all()
 
     def _share(self, parts: list[Buffer]) -> int:
         """Put them where the gateway finds them; how many bytes there are then, 0 when they must go by the line."""
@@ -121,18 +140,13 @@ class ChildCalls:
             self._gone = True
 
     def _read(self) -> None:
-        frames = Frames()
-        while data := self._receive():
-            frames.feed(data)
-            while (frame := frames.next()) is not None:
-                message = _decode_reply(frame.header)
-                if isinstance(message, Abandoned):
-                    self._abandoned = True
-                elif (replies := self._open.get(message.call)) is not None:
-                    replies.put((message, frame.payload))
-        self._gone = True
-        for replies in list(self._open.values()):
-            replies.put(None)
+        data = self._receive()
+        self._gone = self._gone or not data
+        self._frames.feed(data)
+        while (frame := self._frames.next()) is not None:
+            message = _decode_reply(frame.header)
+            if (replies := self._open.get(message.call)) is not None:
+                replies.append((message, frame.payload))
 
     def _receive(self) -> bytes:
         try:
@@ -182,10 +196,6 @@ class CallServer(asyncio.Protocol):
     def waiting(self) -> bool:
         """Whether the model waits for others."""
         return bool(self._open)
-
-    def abandon(self) -> None:
-        """Tell the model that the batch it runs has been given up."""
-        self._send(Abandoned(), [])
 
     def close(self) -> None:
         """Give up what runs for the instance, and its line."""

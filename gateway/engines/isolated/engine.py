@@ -187,11 +187,10 @@ class IsolatedEngine:
     def _leave(self) -> None:
         """Let the next run begin, once the process has done with this one."""
         life, self._working = self._working, None
+        self._batch = None
         if life is None:
             self._turn.release()
             return
-        if life.link.running and life.calls is not None:
-            life.calls.abandon()
         life.link.when_idle(lambda: self._left(life))
 
     def _left(self, life: Life) -> None:
@@ -301,7 +300,7 @@ class IsolatedEngine:
     def _call(self, infer: Infer, request: InferRequest) -> Responses:
         """Call another model for the one that runs here."""
         if self._batch is None:
-            raise errors.Unavailable("a model cannot call others before it runs for the first time")
+            raise errors.Unavailable("a model calls others only for a batch that somebody waits for")
         return call(infer, self._batch, self._origin.spec.config.name, request)
 
     def _closed(self) -> errors.Unavailable:

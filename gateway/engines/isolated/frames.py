@@ -145,10 +145,6 @@ class Reply(Message, tag="reply"):
     last: bool
 
 
-class Abandoned(Message, tag="abandoned"):
-    """The caller of the batch that runs has given it up."""
-
-
 # --- packets, to and from the nursery, and on a child's own line
 
 

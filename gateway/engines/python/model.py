@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from gateway import errors
@@ -197,9 +198,11 @@ def import_model(folder: Path, filename: str) -> Any:
         if path not in sys.path:
             sys.path.append(path)
     # In a package named by the version, so that `from . import` works; and anew, because `pb_utils` is each model's own.
-    name = f"{folder.name}.{Path(filename).stem}"
-    sys.modules.pop(name, None)
-    module = importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == folder.name]:
+        del sys.modules[name]
+    package = sys.modules[folder.name] = ModuleType(folder.name)
+    package.__path__ = [str(folder)]
+    module = importlib.import_module(f"{folder.name}.{Path(filename).stem}")
     kind = getattr(module, "TritonPythonModel", None)
     if kind is None:
         raise TritonModelException(f"{filename} has no class TritonPythonModel; name the model's class so")
