@@ -28,6 +28,7 @@ from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import idempotency
+from gateway.middleware.spans import span_sink
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.middleware.trace_file import TraceFile
 from gateway.middleware.tracing import tracing
@@ -232,12 +233,15 @@ async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue |
 
 async def _traced(stack: AsyncExitStack, settings: Settings, service: Service, infer: Infer) -> Infer:
     """Without a place for traces nobody can ask for them later, and requests need not pass here."""
-    path = read_trace_config(settings.trace_config).file
+    config, traces = read_trace_config(settings.trace_config), service.controls.traces
+    if config.mode == "opentelemetry":
+        return tracing(infer, traces, (await stack.enter_async_context(span_sink(config))).keep)
+    path = config.file
     if path is None:
         return infer
     if settings.process_name:  # of a fleet, whose processes may share the folder
         path = path.with_name(f"{path.name}.{settings.process_name}")
-    return tracing(infer, service.controls.traces, (await stack.enter_async_context(TraceFile(path))).keep)
+    return tracing(infer, traces, (await stack.enter_async_context(TraceFile(path))).keep)
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:

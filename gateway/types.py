@@ -28,6 +28,7 @@ Parameter: TypeAlias = str | int | float | bool
 
 
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
+NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
@@ -204,7 +205,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
-    `callers` are the models that wait for the answer, where it is no client that does.
+    `callers` are the models that wait for the answer, where it is no client that does. `trace_context` are the W3C trace
+    context's headers, where spans are made of requests.
     """
 
     model_name: str
@@ -223,6 +225,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     admitted: bool = False
     idempotency_key: str = ""
     callers: tuple[str, ...] = ()
+    trace_context: Mapping[str, str] = NO_CONTEXT
 
 
 class Timings(msgspec.Struct, gc=False):

@@ -229,8 +229,8 @@ class Settings(BaseSettings):
     trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
         "logging",
-        "what is traced, as Triton has it: level=TIMESTAMPS|TENSORS, rate=N, count=N, mode=triton, triton,file=PATH, "
-        "triton,log-frequency=N; repeatable (variable: separated by ';')",
+        "what is traced, as Triton has it: level=TIMESTAMPS|TENSORS, rate=N, count=N, mode=triton|opentelemetry, "
+        "triton,file=PATH, triton,log-frequency=N, opentelemetry,url=URL, opentelemetry,resource=K=V; repeatable (variable: separated by ';')",
     )
     log_access: bool = _setting(False, "logging", "log a line for every request")
     record: Path | None = _setting(

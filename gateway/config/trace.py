@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = ("TIMESTAMPS", "TENSORS")
-MODES = ("triton",)
+MODES = ("triton", "opentelemetry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,13 @@ class TraceConfig:
     mode: str = "triton"
     file: Path | None = None
     log_frequency: int = 0
+    url: str = "http://localhost:4318/v1/traces"
+    resource: tuple[tuple[str, str], ...] = (("service.name", "triton-inference-server"),)
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a place for traces."""
+        return self.mode != "triton" or self.file is not None
 
 
 def read_trace_config(entries: Iterable[str]) -> TraceConfig:
@@ -32,7 +39,9 @@ def read_trace_config(entries: Iterable[str]) -> TraceConfig:
         if read is None or not equals:
             raise ValueError(f"--trace-config {entry} is not known; expected one of {', '.join(_READERS)} and =VALUE")
         config = replace(config, **{_FIELDS.get(key, key): read(value, config)})
-    if config.level and config.file is None:
+    if "TENSORS" in config.level and config.mode == "opentelemetry":
+        raise ValueError("--trace-config level=TENSORS is of mode=triton only; spans have no tensors")
+    if config.level and not config.possible:
         raise ValueError("--trace-config level needs --trace-config triton,file=PATH, where the traces go")
     return config
 
@@ -71,6 +80,13 @@ def _number(least: int) -> Callable[[str, TraceConfig], int]:
     return read
 
 
+def _resource(value: str, so_far: TraceConfig) -> tuple[tuple[str, str], ...]:
+    key, equals, text = value.partition("=")
+    if not key or not equals:
+        raise ValueError(f"--trace-config opentelemetry,resource={value}: expected KEY=VALUE")
+    return (*(pair for pair in so_far.resource if pair[0] != key), (key, text))
+
+
 _READERS: dict[str, Callable[[str, TraceConfig], Any]] = {
     "level": _level,
     "rate": _number(1),
@@ -78,5 +94,12 @@ _READERS: dict[str, Callable[[str, TraceConfig], Any]] = {
     "mode": _mode,
     "triton,file": _file,
     "triton,log-frequency": _number(0),
+    "opentelemetry,url": lambda value, _: value,
+    "opentelemetry,resource": _resource,
 }
-_FIELDS = {"triton,file": "file", "triton,log-frequency": "log_frequency"}
+_FIELDS = {
+    "opentelemetry,url": "url",
+    "opentelemetry,resource": "resource",
+    "triton,file": "file",
+    "triton,log-frequency": "log_frequency",
+}

@@ -85,7 +85,9 @@ class TraceSettings:
     def _check(self, sampling: Sampling) -> None:
         if sampling.level and not sampling.rate:
             raise InvalidArgument("Attempting to set invalid trace setting :sample rate must be non-zero")
-        if sampling.level and self._config.file is None:
+        if "TENSORS" in sampling.level and self._config.mode == "opentelemetry":
+            raise InvalidArgument("Attempting to set invalid trace setting :spans have no tensors, use TIMESTAMPS")
+        if sampling.level and not self._config.possible:
             raise InvalidArgument("Attempting to set invalid trace setting :trace file name is not given")
         if sampling.count >= 0 and not self._registers.alone:
             raise Unsupported(
@@ -94,14 +96,19 @@ class TraceSettings:
 
     def _told(self, model: str) -> dict[str, TraceValue]:
         sampling = self._of(model)
-        return {
+        told: dict[str, TraceValue] = {
             "trace_level": [*sampling.level] or ["OFF"],
             "trace_rate": str(sampling.rate),
             "trace_count": str(sampling.count),
-            "log_frequency": str(sampling.log_frequency),
-            "trace_file": "" if self._config.file is None else str(self._config.file),
-            "trace_mode": self._config.mode,
         }
+        if self._config.mode == "triton":
+            file = "" if self._config.file is None else str(self._config.file)
+            return told | {
+                "log_frequency": str(sampling.log_frequency),
+                "trace_file": file,
+                "trace_mode": "triton",
+            }
+        return told | {"trace_mode": self._config.mode, "url": self._config.url}
 
     def _of(self, model: str) -> Sampling:
         key = model if model in self._models else ""

@@ -15,9 +15,10 @@ from functools import lru_cache
 from gateway.config.restricted import read_restricted
 from gateway.errors import PermissionDenied, Unavailable
 from gateway.transport.auth import Header
-from gateway.types import Parameter
+from gateway.types import NO_CONTEXT, Parameter
 
 _GRPC_PREFIX = "triton-grpc-protocol-"
+_CONTEXT = ("traceparent", "tracestate")
 _MODELS = "/v2/models/"
 _OF_MODELS = {
     "ready": "health",
@@ -60,15 +61,16 @@ class HeaderRules:
 
     restricted: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     forward: re.Pattern[str] | None = None
+    traced: bool = False  # whether the W3C trace context is read
 
     @classmethod
-    def of(cls, restricted: Iterable[str], pattern: str, *, grpc: bool = False) -> HeaderRules:
+    def of(cls, restricted: Iterable[str], pattern: str, *, grpc: bool = False, traced: bool = False) -> HeaderRules:
         """From the settings. A pattern is looked for anywhere in a name, in any case unless it begins with `(?-i)`."""
         prefix = _GRPC_PREFIX if grpc else ""
         rules = {api: (prefix + key.lower(), value) for api, (key, value) in read_restricted(restricted).items()}
         case = pattern.startswith("(?-i)")
         compiled = re.compile(pattern.removeprefix("(?-i)"), 0 if case else re.IGNORECASE) if pattern else None
-        return cls(rules, compiled)
+        return cls(rules, compiled, traced)
 
     def check_path(self, path: str, header: Header) -> None:
         """Raise `PermissionDenied` for an HTTP request that lacks what its API demands."""
@@ -87,6 +89,12 @@ class HeaderRules:
         if forward is None:
             return {}
         return {key: value for key, value in headers if isinstance(value, str) and forward.search(key)}
+
+    def context(self, header: Header) -> Mapping[str, str]:
+        """The W3C trace context of a request, as it came."""
+        if not self.traced:
+            return NO_CONTEXT
+        return {name: value for name in _CONTEXT if (value := header(name)) is not None}
 
     def _lacks(self, api: str, header: Header) -> str | None:
         rule = self.restricted.get(api)

@@ -228,3 +228,15 @@ def test_a_bad_pattern_is_refused() -> None:
     assert checked_pattern("(?-i)a.*") == "(?-i)a.*"
     with pytest.raises(ValueError, match="it is no regular expression"):
         checked_pattern("(")
+
+
+@pytest.mark.parametrize("traced", [True, False])
+async def test_the_trace_context_is_read_where_spans_are_made(traced: bool) -> None:
+    ruled = HeaderRules.of((), "", traced=traced)
+    sent = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1", "x": "y"}
+    async with serving(ruled, ruled) as served, httpx.AsyncClient() as client:
+        await served.http.infer("m", inputs(http_aio), headers=dict(sent))
+        await served.grpc.infer("m", inputs(grpc_aio), headers=dict(sent))
+        await client.post(f"{served.url}/v2/models/m/generate", json={"IN": [1, 2]}, headers=sent)
+        del sent["x"]
+        assert [dict(request.trace_context) for request in served.asked] == [sent if traced else {}] * 3

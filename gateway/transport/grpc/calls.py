@@ -21,7 +21,7 @@ from gateway.transport.auth import Header
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.transport.idempotency import HEADER, checked
-from gateway.types import NO_PARAMETERS, Infer, InferRequest, InferResponse, Parameter
+from gateway.types import NO_CONTEXT, NO_PARAMETERS, Infer, InferRequest, InferResponse, Parameter
 
 _T = TypeVar("_T")
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
@@ -35,7 +35,7 @@ _log = logging.getLogger("gateway.grpc")
 
 class Caller(NamedTuple):
     """Who is calling, when the call ends (`time.monotonic` seconds), how many seconds a request of it has, the key
-    under which its one request is repeated, and the metadata that are parameters of its requests.
+    under which its one request is repeated, the metadata that are parameters of its requests, and their trace context.
     """
 
     tenant: str
@@ -43,6 +43,7 @@ class Caller(NamedTuple):
     timeout: float | None
     key: str | None = None
     forwarded: Mapping[str, Parameter] = NO_PARAMETERS
+    context: Mapping[str, str] = NO_CONTEXT
 
 
 class Running:
@@ -118,7 +119,7 @@ class Calls:
         self._max_tensors = options.max_request_tensors
         self._refusals = Refusals()
         self._rules = options.rules
-        self._plain = not options.rules.restricted and options.rules.forward is None
+        self._plain = not options.rules.restricted and options.rules.forward is None and not options.rules.traced
 
     def allow(self, rpc: str, metadata: Metadata) -> None:
         """Raise `Unavailable` for a call that lacks the metadata which its protocol demands."""
@@ -131,7 +132,9 @@ class Calls:
         if self._plain:
             return self.caller(metadata, remaining)
         self.allow(rpc, metadata)
-        return self.caller(metadata, remaining)._replace(forwarded=self._rules.forwarded(metadata))
+        values: dict[str, Any] = dict(reversed(metadata))
+        forwarded, context = self._rules.forwarded(metadata), self._rules.context(values.get)
+        return self.caller(metadata, remaining)._replace(forwarded=forwarded, context=context)
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
@@ -161,6 +164,7 @@ class Calls:
             raise self._too_many(request)
         request.tenant = caller.tenant
         request.deadline = caller.deadline
+        request.trace_context = caller.context
         if caller.forwarded:
             request.parameters = {**request.parameters, **caller.forwarded}
         if caller.timeout is not None:

@@ -31,12 +31,13 @@ from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
-from gateway.types import NO_PARAMETERS, Infer, Parameter
+from gateway.types import NO_CONTEXT, NO_PARAMETERS, Infer, Parameter
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
+_NOTHING = (NO_PARAMETERS, NO_CONTEXT)
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
 
@@ -61,6 +62,7 @@ class HttpApp:
         self._service = service
         self._rules = rules
         self._restricted = bool(rules.restricted)
+        self._reads = rules.forward is not None or rules.traced
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
         self._generate = GenerateEndpoint(service, infer, self._limits)
@@ -116,7 +118,7 @@ class HttpApp:
                 size = self._small + 1 if declared is None else int(declared)
                 query = scope.query_string
                 job = query and wants_job(query)
-                caller = (tenant, deadline_of(headers.get, arrived), self._forwarded(headers))
+                caller = (tenant, deadline_of(headers.get, arrived), *self._told(headers))
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 if job:
@@ -140,7 +142,7 @@ class HttpApp:
             caller = (
                 self._callers.tenant(headers.get),
                 deadline_of(headers.get, arrived),
-                self._forwarded(headers),
+                *self._told(headers),
             )
             return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
@@ -151,8 +153,9 @@ class HttpApp:
         asgi = self._asgi or await self._build()
         return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
 
-    def _forwarded(self, headers: Any) -> Mapping[str, Parameter]:
-        return NO_PARAMETERS if self._rules.forward is None else self._rules.forwarded(headers.items())
+    def _told(self, headers: Any) -> tuple[Mapping[str, Parameter], Mapping[str, str]]:
+        """What headers say beside who calls: parameters, and the trace context."""
+        return (self._rules.forwarded(headers.items()), self._rules.context(headers.get)) if self._reads else _NOTHING
 
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")

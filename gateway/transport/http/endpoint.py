@@ -20,8 +20,8 @@ from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
 from gateway.types import Infer, InferRequest, Parameter
 
-Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter]]
-"""Of a request: its tenant, its deadline, and the headers that are parameters of it."""
+Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter], Mapping[str, str]]
+"""Of a request: its tenant, its deadline, the headers that are parameters of it, and its trace context."""
 
 
 class InferEndpoint:
@@ -38,7 +38,7 @@ class InferEndpoint:
     ) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
         request, plan = await self.read(target, header, body)
-        request.tenant, request.deadline, forwarded = caller
+        request.tenant, request.deadline, forwarded, request.trace_context = caller
         if forwarded:
             request.parameters = {**request.parameters, **forwarded}
         responses = self._infer(request)

@@ -17,7 +17,7 @@ from gateway.transport.http.endpoint import deadline_of, read_body
 from gateway.transport.http.generate import GenerateEndpoint, Stream, generate_target
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply
-from gateway.types import NO_PARAMETERS
+from gateway.types import NO_CONTEXT, NO_PARAMETERS
 
 Document: TypeAlias = Callable[[Request], Awaitable[dict[str, Any]]]
 """Reads the JSON object in a request's body; a body of nothing is an empty one."""
@@ -40,7 +40,7 @@ def add_generate(
         if target is None:  # a version that is no number
             raise NotFound("Not Found")
         header = request.headers.get
-        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT
         body = await read_body(request.stream(), limits.max_request_bytes)
         return respond(await endpoint.reply(target, header, body, caller))
 

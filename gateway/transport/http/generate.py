@@ -63,7 +63,7 @@ class GenerateEndpoint:
         """Answer a request to what `generate_target` said."""
         model, version, streams = target
         request = self._read(model, version, header, body)
-        request.tenant, request.deadline, forwarded = caller
+        request.tenant, request.deadline, forwarded, request.trace_context = caller
         request.parameters = {**request.parameters, **forwarded}
         if streams:
             return await self._stream(request)

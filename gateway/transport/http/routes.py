@@ -31,7 +31,7 @@ from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import error_reply, fault_reply
-from gateway.types import NO_PARAMETERS
+from gateway.types import NO_CONTEXT, NO_PARAMETERS
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
@@ -180,7 +180,7 @@ def _add_infer(
 ) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
         header = request.headers.get
-        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT
         body = await read_body(request.stream(), limits.max_request_bytes)
         if (query := request.url.query) and wants_job(query):
             return respond(await jobs.submit((model, version), header, body, caller, query))
