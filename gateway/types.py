@@ -206,7 +206,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
     `callers` are the models that wait for the answer, where it is no client that does. `trace_context` are the W3C trace
-    context's headers, where spans are made of requests.
+    context's headers, where spans are made of requests: by the gateway, so that no worker gets them.
     """
 
     model_name: str

@@ -78,18 +78,18 @@ class TraceSettings:
         if read:
             kept = {**self._own(model), **read}
             kept = {name: value for name, value in kept.items() if value is not None}
-            self._check(self._sampling(model, kept))
+            self._check(self._sampling(model, kept), kept)
             await self._registers.set(f"{_NAME}:{model}" if model else _NAME, kept)
         return self._told(model)
 
-    def _check(self, sampling: Sampling) -> None:
+    def _check(self, sampling: Sampling, own: Mapping[str, Any]) -> None:
         if sampling.level and not sampling.rate:
             raise InvalidArgument("Attempting to set invalid trace setting :sample rate must be non-zero")
         if "TENSORS" in sampling.level and self._config.mode == "opentelemetry":
             raise InvalidArgument("Attempting to set invalid trace setting :spans have no tensors, use TIMESTAMPS")
         if sampling.level and not self._config.possible:
             raise InvalidArgument("Attempting to set invalid trace setting :trace file name is not given")
-        if sampling.count >= 0 and not self._registers.alone:
+        if own.get("trace_count", -1) >= 0 and not self._registers.alone:
             raise Unsupported(
                 "'trace_count' cannot be counted over several gateways; set it to -1, and use 'trace_rate'"
             )
