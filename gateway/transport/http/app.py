@@ -118,7 +118,8 @@ class HttpApp:
                 size = self._small + 1 if declared is None else int(declared)
                 query = scope.query_string
                 job = query and wants_job(query)
-                caller = (tenant, deadline_of(headers.get, arrived), *self._told(headers))
+                told = self._told(headers) if self._reads else _NOTHING
+                caller = (tenant, deadline_of(headers.get, arrived), *told)
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 if job:
@@ -142,7 +143,7 @@ class HttpApp:
             caller = (
                 self._callers.tenant(headers.get),
                 deadline_of(headers.get, arrived),
-                *self._told(headers),
+                *(self._told(headers) if self._reads else _NOTHING),
             )
             return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
@@ -155,7 +156,7 @@ class HttpApp:
 
     def _told(self, headers: Any) -> tuple[Mapping[str, Parameter], Mapping[str, str]]:
         """What headers say beside who calls: parameters, and the trace context."""
-        return (self._rules.forwarded(headers.items()), self._rules.context(headers.get)) if self._reads else _NOTHING
+        return self._rules.forwarded(headers.items()), self._rules.context(headers.get)
 
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")
