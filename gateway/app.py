@@ -28,14 +28,17 @@ from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.idempotency import idempotency
+from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.spans import span_sink
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.middleware.trace_file import TraceFile
 from gateway.middleware.tracing import tracing
+from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
+from gateway.shm import registered
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.transport import configured
@@ -96,17 +99,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     """
     statistics = Statistics()
     gpus = [] if settings.role == "gateway" else await asyncio.to_thread(engines.gpus)
-    repository = Repository(
-        settings.model_repository,
-        engines.describe,
-        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
-        default_max_batch_size=settings.default_max_batch_size,
-        config_name=settings.model_config_name,
-        caches=settings.response_cache_bytes > 0 or settings.role == "worker",  # the gateways of a fleet may
-    )
-    repository.allow_remote(engines.remote_configuration)
-    if settings.allow_python_models:
-        repository.allow_python(engines.auto_complete)
+    repository = open_repository(settings, gpus)
     names = list(await asyncio.to_thread(repository.scan))
     monitor = await _monitor(settings)
     async with (
@@ -202,6 +195,7 @@ def _options(settings: Settings) -> ServiceOptions:
         explicit_control=settings.model_control_mode == "explicit",
         max_inflight_bytes=settings.max_inflight_bytes,
         default_deadline_ms=settings.default_deadline_ms,
+        client_shm=settings.allow_client_shm,
     )
 
 
@@ -262,7 +256,10 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
+    regions = stack.enter_context(registered()) if settings.allow_client_shm else None
     infer = await _endpoint(stack, settings, service, fleet)
+    limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
+    infer = shared_memory(infer, regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":
         from gateway.jobs.start import open_jobs, run_jobs
 
@@ -293,11 +290,13 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "metrics", metrics)
     if settings.allow_grpc:
         authenticate = None if callers.anonymous else callers.tenant
-        grpc = GrpcServer(service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings))
+        grpc = GrpcServer(
+            service, by_parameter(infer, gateway.jobs), authenticate, configured.grpc_options(settings), regions
+        )
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
-        limits, rules = configured.http_limits(settings), configured.http_rules(settings)
-        app = HttpApp(service, infer, limits, callers, gateway.jobs, rules=rules)
+        http_limits, rules = configured.http_limits(settings), configured.http_rules(settings)
+        app = HttpApp(service, infer, http_limits, callers, gateway.jobs, rules=rules, regions=regions)
         await stack.enter_async_context(app)
         http = HttpServer(
             app,

@@ -17,6 +17,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from gateway import __version__, errors, supervisor
+from gateway.config import tritonserver as triton
 from gateway.config.arguments import parse_args
 from gateway.config.settings import Settings
 from gateway.telemetry import configure_logging, log_event
@@ -25,7 +26,6 @@ from gateway.telemetry import configure_logging, log_event
 if TYPE_CHECKING:
     from gateway.app import Gateway
     from gateway.queues.base import InstanceState, PoolState
-    from gateway.repository import ModelSource
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
@@ -34,7 +34,7 @@ USAGE = """usage: gateway COMMAND [options]
 commands:
   serve     serve a folder of models over HTTP and gRPC
   worker    run models for gateways that share a queue in Redis; `serve --role worker`
-  models    show what a folder of models would serve, and what is wrong with the rest
+  models    show what a folder of models would serve, and what is wrong with the rest; lint, config, new
   build     make smaller and faster files of a model, and judge them against it
   promote   serve a build of a model, its newest unless told
   rollback  serve what was served before that
@@ -53,6 +53,7 @@ _ELSEWHERE = {
     "build": "gateway.build.cli",
     "explain": "gateway.transport.explain",
     "jobs": "gateway.jobs.cli",
+    "models": "gateway.models.cli",
     "promote": "gateway.repository.promotion:promote",
     "rollback": "gateway.repository.promotion:rollback",
     "simulate": "gateway.scheduling.simulator.cli",
@@ -65,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop(0) if arguments else "--help"
     if command == "worker":
         arguments += ["--role", "worker"]
-    if command in ("serve", "worker", "models"):
-        settings = parse_args(arguments, prog=f"gateway {command}")
-        return _models(settings) if command == "models" else _serve(settings, arguments)
+    if command in ("serve", "worker"):
+        return _serve(parse_args(arguments, prog=f"gateway {command}"), arguments)
     if command in _ELSEWHERE:
         module, _, function = _ELSEWHERE[command].partition(":")
         return int(getattr(importlib.import_module(module), function or "run")(arguments))
@@ -79,6 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"gateway: unknown command '{command}'\n\n{USAGE}", end="", file=sys.stderr)
     return 2
+
+
+def tritonserver(argv: Sequence[str] | None = None) -> int:
+    """The command `tritonserver`: `gateway serve` by NVIDIA's flags and defaults. Status 1 for wrong usage, as there."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words:
+        print(triton.usage(), end="")
+        return 0
+    try:
+        arguments = triton.translate(words)
+        settings = parse_args(arguments, prog="tritonserver")
+    except errors.InvalidArgument as problem:
+        print(f"tritonserver: {problem}", file=sys.stderr)
+        return 1
+    except SystemExit:  # what was wrong is printed
+        return 1
+    if settings.exposed and settings.token_file is None:
+        print(triton.OPEN, file=sys.stderr)
+    return _serve(settings, arguments)
 
 
 def _serve(settings: Settings, arguments: Sequence[str]) -> int:
@@ -140,7 +159,7 @@ async def _announce(gateway: Gateway, settings: Settings, stop: asyncio.Event) -
     """Once the first loads have ended, show what is served; stop with status 1 if that is not all and must be."""
     await gateway.loaded.wait()
     _settle_memory()
-    models = table(gateway.queue.pools())
+    models = _TABLES[settings.startup_table](gateway.queue.pools())
     failures = gateway.failures() if settings.exit_on_error else []
     if failures or settings.status_fd is None:
         _show(models)
@@ -219,76 +238,29 @@ def table(pools: Sequence[PoolState]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def triton_table(pools: Sequence[PoolState]) -> str:
+    """Models, versions and states in the box that tritonserver draws."""
+    rows = [("Model", "Version", "Status")]
+    for pool in pools:
+        if not pool.versions:
+            rows.append((pool.model, "-", f"Not loaded: {pool.reason}"))
+        rows += [
+            (pool.model, state.version, state.state + (f": {state.reason}" if state.reason else ""))
+            for state in pool.versions
+        ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    rule = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
+    head, *lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([rule, head, rule, *lines, *([rule] if lines else [])])
+
+
+_TABLES = {"gateway": table, "triton": triton_table}
+
+
 def _place(instance: InstanceState) -> str:
     """The device, what it runs on and, unless it is the model's own file, from what."""
     own = instance.artefact in ("", "fp32")
     return f"{instance.device} {instance.provider}" + ("" if own else f" {instance.artefact}")
-
-
-def _models(settings: Settings) -> int:
-    """Read every model without loading it; status 1 when any has a problem."""
-    from gateway import engines, placement
-    from gateway.repository import Repository
-
-    gpus = engines.gpus()
-    repository = Repository(
-        settings.model_repository,
-        engines.describe,
-        gpus=[int(name.removeprefix("gpu:")) for name in gpus],
-        default_max_batch_size=settings.default_max_batch_size,
-        config_name=settings.model_config_name,
-        caches=settings.response_cache_bytes > 0,
-    )
-    repository.allow_remote(engines.remote_configuration)
-    if settings.allow_python_models:
-        repository.allow_python(engines.auto_complete)
-    try:
-        names = list(repository.scan())
-    except errors.GatewayError as problem:
-        print(f"gateway: {problem}", file=sys.stderr)
-        return 1
-    status = 0
-    for name in names:
-        try:
-            source = repository.read(name)
-            _open_files(source)
-            instances = sum(place.count for place in placement.plan(source.config, placement.devices(0, gpus)))
-        except errors.GatewayError as problem:
-            status = 1
-            print(f"{name}: UNAVAILABLE: {problem.message}")
-            continue
-        _print_model(name, source, instances)
-    return status
-
-
-def _print_model(name: str, source: ModelSource, instances: int) -> None:
-    from gateway.repository.promotion import listing
-
-    config = source.config
-    versions = ", ".join(str(number) for number in source.versions)
-    print(
-        f"{name}: version {versions}, backend {config.backend}, max_batch_size {config.max_batch_size}, "
-        f"{instances} instance(s)"
-    )
-    for tensor in (*config.inputs, *config.outputs):
-        kind = "input " if tensor in config.inputs else "output"
-        print(f"    {kind} {tensor.name} {tensor.datatype.name} {list(tensor.dims)}")
-    for path in source.versions.values():
-        for line in listing(path, config.default_model_filename):
-            print(f"    version {path.name}: {line}")
-    for warning in source.warnings:
-        print(f"    warning: {warning}")
-
-
-def _open_files(source: ModelSource) -> None:
-    """Read every ONNX file that would be served. Raises `GatewayError` for one that is no model, or another's."""
-    from gateway import engines
-    from gateway.config.fit import check_fit
-
-    for path in source.versions.values():
-        file = path / source.config.default_model_filename
-        if file.suffix == ".onnx":
-            check_fit(source.config, engines.describe(file))
 
 
 def _run(serving: Coroutine[Any, Any, int]) -> int:

@@ -36,7 +36,7 @@ class GatewayError(Exception):
     """An error with an answer on both wires. Subclasses are the rows; raise one of those."""
 
     grpc: ClassVar[int] = 2  # UNKNOWN
-    http: ClassVar[int] = 500
+    http: ClassVar[int] = 400
     retryable: ClassVar[bool] = False
     reason: ClassVar[str] = ""  # why a good request is not served, one word for metrics; empty for other errors
 
@@ -279,8 +279,18 @@ def reserved_parameter() -> InvalidArgument:
     )
 
 
+def one_answer_only() -> Unsupported:
+    """A model that may answer often or not at all, asked by gRPC's call for one answer."""
+    return Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+
+
+def repository_name() -> Unsupported:
+    """A call about one repository of several."""
+    return Unsupported("'repository_name' specification is not supported")
+
+
 def shared_memory_disabled() -> Unsupported:
-    """Any use of client shared memory, which this server does not offer yet."""
+    """Any use of client shared memory where it was not allowed."""
     return Unsupported("Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.")
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import enum
 import math
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -196,6 +196,21 @@ class RequestedOutput(msgspec.Struct, gc=False):
     classification: int = 0
 
 
+class Place(NamedTuple):
+    """Where in a client's shared memory a tensor lies: bytes of a registered region."""
+
+    region: str
+    offset: int
+    size: int
+
+
+class Places(NamedTuple):
+    """The inputs to be read from shared memory, and the outputs to be written to it, by their names."""
+
+    inputs: Mapping[str, Place]
+    outputs: Mapping[str, Place]
+
+
 class InferRequest(msgspec.Struct, eq=False, gc=False):
     """One inference as the client sent it. Times are `time.monotonic` seconds.
 
@@ -205,8 +220,10 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     given the same `form` by a transport are equal in everything but id, parameters and the values of their tensors,
     whose sizes in bytes are equal too, so that what was found out about one need not be found out about the next.
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
-    `callers` are the models that wait for the answer, where it is no client that does. `trace_context` are the W3C trace
-    context's headers, where spans are made of requests: by the gateway, so that no worker gets them.
+    `callers` are the models that wait for the answer, where it is no client that does. With `places` some tensors are in
+    shared memory, and the inputs among them have no data until they were read (`middleware/shared_memory.py`).
+    `one_answer` says that whoever asks can take one only. `trace_context` are the W3C trace context's headers, where spans are
+    made of requests: by the gateway, so that no worker gets them.
     """
 
     model_name: str
@@ -225,6 +242,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     admitted: bool = False
     idempotency_key: str = ""
     callers: tuple[str, ...] = ()
+    places: Places | None = None
+    one_answer: bool = False
     trace_context: Mapping[str, str] = NO_CONTEXT
 
 
@@ -241,7 +260,8 @@ class Timings(msgspec.Struct, gc=False):
 class InferResponse(msgspec.Struct, eq=False, gc=False):
     """One answer to a request; a unary model gives exactly one, with `final` true.
 
-    `digest` tells what the version that answered computes, where its responses may be cached.
+    `digest` tells what the version that answered computes, where its responses may be cached. The outputs named in
+    `placed` went to shared memory, and are described without their data.
     """
 
     model_name: str
@@ -252,6 +272,7 @@ class InferResponse(msgspec.Struct, eq=False, gc=False):
     timings: Timings | None = None
     final: bool = True
     digest: str = ""
+    placed: Collection[str] = ()
 
 
 class Responses(Protocol):

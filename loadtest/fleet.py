@@ -125,11 +125,11 @@ class Process:
 
     def resources(self) -> Resources:
         """What it uses now. Its metrics must answer."""
-        tasks = self._tasks()
         process = psutil.Process(self.pid)
         with process.oneshot():
             memory = process.memory_info()
-            return Resources(memory.rss - memory.shared, process.num_fds(), process.num_threads(), tasks)
+            found = memory.rss - memory.shared, process.num_fds(), process.num_threads()
+        return Resources(*found, self._tasks())  # asked last, because asking takes a descriptor for a moment
 
     def _tasks(self) -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics_port()}/metrics", timeout=10) as reply:

@@ -372,7 +372,7 @@ def gateway_stopped_at_once(rig: Rig, pace: Pace) -> Outcome:
         client.send(signal.SIGTERM)
         status = rig.fleet.gateways[0].stop()
     outcome.require(status == 0, f"the gateway stops with status 0, not {status}")
-    return outcome.judge()
+    return outcome.judge(errors=(503,))
 
 
 @fault(gateways=2)

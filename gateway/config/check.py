@@ -6,8 +6,9 @@ serves. Whether it fits the model file is `fit.py`; whether we do what it asks, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -25,31 +26,58 @@ ACCELERATORS = {
 
 def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
     """Raise `InvalidArgument` for the first thing wrong; `gpus` are the ids of the usable GPUs."""
-    _check_platform(proto, source)
+    for each in checks(proto, gpus, source):
+        each()
+
+
+def checks(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> Iterator[Callable[[], object]]:
+    """All checks, one by one: each raises `InvalidArgument` for what it finds wrong."""
+    yield partial(_check_platform, proto, source)
     for kind, tensors in (("input", proto.input), ("output", proto.output)):
-        if not tensors:
-            raise source.error(
-                f"model '{proto.name}' must specify '{kind}': list name, data_type and dims of each {kind} tensor"
-            )
-        for tensor in tensors:
-            _check_tensor(tensor, kind, proto.max_batch_size, source)
-        _check_unique([tensor.name for tensor in tensors], kind, source)
-    _check_batching(proto, source)
-    _check_priorities(proto, source)
-    _check_ordering(proto, source)
+        yield partial(_check_some, proto.name, tensors, kind, source)
+        yield from _tensor_checks(proto, kind, tensors, source)
+    for about_batches in (_check_batching, _check_priorities, _check_ordering):
+        yield partial(about_batches, proto, source)
     for group in proto.instance_group:
-        _check_profile(group, proto.backend, source)
-        _check_group(group, gpus, source, may_leave=may_leave_gpu(proto.backend, _fallback(proto)))
+        yield partial(_check_profile, group, proto.backend, source)
+        may_leave = may_leave_gpu(proto.backend, _fallback(proto))
+        yield partial(_check_group, group, gpus, source, may_leave=may_leave)
     accelerators = proto.optimization.execution_accelerators
     for accelerator in (*accelerators.gpu_execution_accelerator, *accelerators.cpu_execution_accelerator):
-        if accelerator.name not in ACCELERATORS:
-            raise source.error(
-                f"unknown Execution Accelerator '{accelerator.name}' is requested; there are: {', '.join(ACCELERATORS)}",
-                "execution_accelerators",
-                accelerator.name,
-            )
+        yield partial(_check_accelerator, accelerator.name, source)
     for warmup in proto.model_warmup:
-        _check_warmup(warmup, proto, source)
+        yield partial(_check_warmup, warmup, proto, source)
+    for parameter in (default_deadline_ms, response_cache_public):
+        yield partial(parameter, proto, source)
+
+
+def _tensor_checks(
+    proto: ModelConfigProto, kind: str, tensors: Sequence[Any], source: Source
+) -> Iterator[Callable[[], object]]:
+    for tensor in tensors:
+        for text in tensor_faults(tensor, kind, proto.max_batch_size):
+            yield partial(_refuse, source, text, kind, tensor.name)
+    yield partial(_check_unique, [tensor.name for tensor in tensors], kind, source)
+
+
+def _refuse(source: Source, text: str, *words: str) -> None:
+    raise source.error(text, *words)
+
+
+def _check_some(model: str, tensors: Sequence[Any], kind: str, source: Source) -> None:
+    if not tensors:
+        raise source.error(
+            f"model '{model}' must specify '{kind}': list name, data_type and dims of each {kind} tensor"
+        )
+
+
+def _check_accelerator(name: str, source: Source) -> None:
+    if name not in ACCELERATORS:
+        raise source.error(
+            f"unknown Execution Accelerator '{name}' is requested; there are: {', '.join(ACCELERATORS)}",
+            "execution_accelerators",
+            name,
+        )
 
 
 def _check_platform(proto: ModelConfigProto, source: Source) -> None:
@@ -67,9 +95,11 @@ def _check_unique(names: list[str], kind: str, source: Source) -> None:
             raise source.error(f"model {kind} '{name}' is given twice; remove one", kind, name)
 
 
-def _check_tensor(tensor: Any, kind: str, max_batch_size: int, source: Source) -> None:
+def tensor_faults(tensor: Any, kind: str, max_batch_size: int) -> Iterator[str]:
+    """What is wrong with one tensor, a text each; `kind` is "input" or "output"."""
     if not tensor.name:
-        raise source.error(f"model {kind} must specify 'name'", kind)
+        yield f"model {kind} must specify 'name'"
+        return
     scalar = tensor.HasField("reshape") and not tensor.reshape.shape
     faults = (
         (not tensor.data_type, "must specify 'data_type', e.g. TYPE_FP32"),
@@ -97,7 +127,7 @@ def _check_tensor(tensor: Any, kind: str, max_batch_size: int, source: Source) -
     )
     for at_fault, text in faults:
         if at_fault:
-            raise source.error(f"model {kind} '{tensor.name}' {text}", kind, tensor.name)
+            yield f"model {kind} '{tensor.name}' {text}"
 
 
 def _segments(dims: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ is `check.py`'s question, not this module's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,23 +31,24 @@ class Source:
 
     def describe(self, message: str, *words: str) -> str:
         """`message` with the file, and the line if the text has the first of `words`, in front."""
-        line = self._line(words)
+        line, _ = self.place(words)
         return f"{self.file} line {line}: {message}" if line else f"{self.file}: {message}"
 
-    def _line(self, words: tuple[str, ...]) -> int:
-        line = 0
+    def place(self, words: Sequence[str]) -> tuple[int, int]:
+        """The line and column that `words` lead to, as far as the text has them in this order; 0, 0 if not the first."""
+        place = 0, 0
         tokens = self._tokens()
         for word in words:
-            found = next((at for token, at in tokens if token == word), 0)
-            if not found:
+            start = next((at for token, at in tokens if token == word), None)
+            if start is None:
                 break
-            line = found
-        return line
+            place = self.text.count("\n", 0, start) + 1, start - self.text.rfind("\n", 0, start)
+        return place
 
     def _tokens(self) -> Iterator[tuple[str, int]]:
         # A comment is one token, so that no word in it is taken for a field.
         for match in _TOKEN.finditer(self.text):
-            yield match.group().strip("\"'"), self.text.count("\n", 0, match.start()) + 1
+            yield match.group().strip("\"'"), match.start()
 
 
 def empty() -> ModelConfigProto:

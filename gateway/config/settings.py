@@ -44,6 +44,11 @@ class Settings(BaseSettings):
         (), "models", "model to load at start in explicit mode; repeatable; '*' for all (variable: separated by ',')"
     )
     repository_poll_secs: PositiveInt = _setting(15, "models", "seconds between two looks at the folder in poll mode")
+    disable_auto_complete_config: bool = _setting(
+        False,
+        "models",
+        "load only models whose config.pbtxt lists inputs and outputs; fill in neither from the model file",
+    )
     model_config_name: str = _setting(
         "", "models", "use configs/NAME.pbtxt of a model that has it", pattern=r"^[\w.-]*$"
     )
@@ -86,6 +91,11 @@ class Settings(BaseSettings):
     exit_timeout_secs: NonNegativeInt = _setting(30, "server", "seconds that a stop waits for accepted requests")
     server_id: str = _setting(
         "triton", "server", "the server's name in metadata; some Triton clients insist on 'triton'"
+    )
+    startup_table: Literal["gateway", "triton"] = _setting(
+        "gateway",
+        "server",
+        "how the models are shown once they are loaded: with what each runs on, or as tritonserver does",
     )
 
     queue: str = _setting(
@@ -216,6 +226,9 @@ class Settings(BaseSettings):
     allow_python_models: bool = _setting(
         False, "safety", "load models of backend python, which run whatever code is in their model.py"
     )
+    allow_client_shm: bool = _setting(
+        False, "safety", "let clients of this machine pass tensors in shared memory that they register"
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
@@ -327,15 +340,20 @@ class Settings(BaseSettings):
             )
         if self.queue == "memory" and self.queue_dir is not None:
             raise ValueError("--queue-dir is where the embedded Redis keeps its data; it needs --queue embedded")
+        # A process that a supervisor started shares its ports with those that come after it.
+        if self.allow_client_shm and (self.http_workers > 1 or (self.share_ports and self.status_fd is None)):
+            raise ValueError(
+                "--allow-client-shm needs one process that takes requests: regions are registered with the process that "
+                "the kernel gave the call to. Give --http-workers 1 and no --share-ports"
+            )
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self
 
-    @model_validator(mode="after")
-    def _safe(self) -> Settings:
-        if self.insecure or self.token_file is not None:
-            return self
-        exposed = [
+    @property
+    def exposed(self) -> list[tuple[str, str]]:
+        """The flags of the addresses that other machines can reach, each with its address."""
+        return [
             (f"--{name}-address", address)
             for name, allowed, address in (
                 ("http", self.allow_http, self.http_address),
@@ -345,8 +363,13 @@ class Settings(BaseSettings):
             )
             if allowed and not _loopback(address)
         ]
-        if exposed:
-            flag, address = exposed[0]
+
+    @model_validator(mode="after")
+    def _safe(self) -> Settings:
+        if self.insecure or self.token_file is not None:
+            return self
+        if self.exposed:
+            flag, address = self.exposed[0]
             raise ValueError(
                 f"{flag} {address} can be reached from other machines, and anyone there could use the gateway. Give "
                 "--token-file FILE so that callers must show a token, or --insecure if the network is closed"

@@ -6,11 +6,13 @@ only tunes how they are reached is accepted with a warning. Nothing is ignored i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
+from gateway.config.backends import instead_of
 from gateway.config.model import ModelConfigProto
 from gateway.config.parse import Source
+from gateway.errors import InvalidArgument
 
 
 class Gap(NamedTuple):
@@ -26,25 +28,31 @@ def require_supported(proto: ModelConfigProto, backends: Collection[str], source
 
     `backends` are the names of the engines there are; the backend of `proto` is already filled in.
     """
+    for problem in unsupported(proto, backends, source):
+        raise problem
+
+
+def unsupported(proto: ModelConfigProto, backends: Collection[str], source: Source) -> Iterator[InvalidArgument]:
+    """Everything that `require_supported` refuses, the first first."""
     for gap in _REFUSED:
         if gap.asked(proto):
-            raise source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
+            yield source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
     if proto.backend == "python" and "python" not in backends:
-        raise source.error(
+        yield source.error(
             f"backend 'python' runs the code in '{proto.default_model_filename or 'model.py'}', which is not allowed. If "
             "you trust every model.py of this repository, start the gateway with --allow-python-models",
             "backend",
         )
+        return
     known = ", ".join(sorted(backends))
     if proto.backend and proto.backend not in backends:
-        raise source.error(
-            f"backend '{proto.backend}' is not supported by this version, which has: {known}. Export the model to "
-            "ONNX, or serve it with a server that has the backend",
+        yield source.error(
+            f"backend '{proto.backend}' is not supported by this version, which has: {known}. {instead_of(proto.backend)}",
             "backend" if "backend" in source.text else "platform",
         )
     if not proto.backend:
         asked = f"platform '{proto.platform}' is not known" if proto.platform else "the configuration names no backend"
-        raise source.error(
+        yield source.error(
             f"{asked} for model '{proto.name}' and no model file tells it. Set backend to one of: {known}; or put "
             f"model.onnx into {proto.name}/1/",
             "platform",

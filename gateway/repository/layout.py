@@ -71,6 +71,14 @@ def versions(model: Path) -> tuple[dict[int, Path], list[str]]:
     return dict(sorted(numbered.items())), warnings
 
 
+def misnamed(folder: str, name: str) -> str:
+    """What to say of a model whose configuration calls it by another name than its folder's."""
+    return (
+        f"unexpected directory name '{folder}' for model '{name}', directory name must equal model name. Write name: "
+        f'"{folder}", or remove it'
+    )
+
+
 def config_source(model: Path, config_name: str) -> Source | None:
     """The configuration file of a model: `configs/<config_name>.pbtxt` if there, else `config.pbtxt`, else None.
 

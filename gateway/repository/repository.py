@@ -79,6 +79,16 @@ class Repository:
         self._default_max_batch_size = default_max_batch_size
         self._config_name = config_name
         self._caches = caches
+        self._completes = True
+
+    @property
+    def backends(self) -> frozenset[str]:
+        """The backends whose models are read."""
+        return self._backends
+
+    def require_complete(self) -> None:
+        """Refuse models whose configurations leave out inputs or outputs."""
+        self._completes = False
 
     def allow_remote(self, ask: AskRemote) -> None:
         """Read models of backend `remote`, and ask their servers what their configurations leave out."""
@@ -114,11 +124,7 @@ class Repository:
         source = source or Source("model configuration")
         proto = parse_json(override) if override else parse_text(source) if source.text else empty()
         if proto.name not in ("", name):
-            raise source.error(
-                f"unexpected directory name '{name}' for model '{proto.name}', directory name must equal model name. "
-                "Make them equal, or remove name",
-                "name",
-            )
+            raise source.error(layout.misnamed(name, proto.name), "name")
         numbered, ignored = layout.versions(folder)
         chosen, absent = _choose(proto, name, numbered, source)
         newest = chosen[max(chosen)]
@@ -163,6 +169,7 @@ class Repository:
 
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
+        self._require_complete(proto, source)
         if model is not None and proto.backend == "python":
             proto = self._complete_code(proto, model, source)
         io = None
@@ -181,9 +188,18 @@ class Repository:
                     _existing(folder / "warmup", data.source, folder.parent, source, "input_data_file")
         return config
 
+    def _require_complete(self, proto: ModelConfigProto, source: Source) -> None:
+        if not self._completes and not (proto.input and proto.output):
+            raise source.error(
+                f"model '{proto.name}' must specify 'input' and 'output': with --disable-auto-complete-config nothing is "
+                "filled in from the model file"
+            )
+
     def _complete_code(self, proto: ModelConfigProto, model: Path, source: Source) -> ModelConfigProto:
         """The configuration as the model's code completes it; other fields than Triton allows stay as they are."""
         assert self._auto_complete is not None
+        if not self._completes:
+            return proto
         if proto.input and proto.output and not _mentions(model.parent.parent, b"auto_complete_config"):
             return proto
         try:

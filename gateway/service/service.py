@@ -27,14 +27,16 @@ from gateway.types import InferRequest, Responses
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "schedule_policy",
     "model_configuration",
+    "system_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
     "trace",
     "logging",
 )
-"""The Triton extensions that work here, in Triton's order (`core/src/server.cc`)."""
+"""The Triton extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`)."""
 
 
 _LET_THROUGH = 16  # at least one in so many is read, and asked for its priority
@@ -55,6 +57,7 @@ class ServiceOptions:
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
     default_deadline_ms: float = 0.0
+    client_shm: bool = False
 
 
 class Behind(NamedTuple):
@@ -155,6 +158,11 @@ class Service:
         try:
             if route.config.decoupled:
                 raise errors.Unsupported("async jobs don't support models with decoupled transaction policy")
+            if request.places is not None:
+                raise errors.Unsupported(
+                    "a request with tensors in shared memory cannot be an async job, because the client may have taken "
+                    "the memory back when it runs; send the data with the request"
+                )
             if request.parameters.get("sequence_id"):
                 raise errors.Unsupported("a request of a sequence cannot be an async job, because those may run twice")
             apply_parameters(request)
@@ -169,6 +177,8 @@ class Service:
             raise errors.stopping()
         route = self._resolve(request.model_name, request.model_version)
         try:
+            if request.one_answer and route.config.decoupled:
+                raise errors.one_answer_only()
             if request.parameters:
                 apply_parameters(request)
             if request.deadline is None and route.default_deadline:
@@ -269,7 +279,8 @@ class Service:
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of this server."""
-        return self._options.server_id, __version__, EXTENSIONS
+        told = tuple(each for each in EXTENSIONS if each != "system_shared_memory" or self._options.client_shm)
+        return self._options.server_id, __version__, told
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """True when the version (the newest, if empty) answers. Raises as `infer` would for an unknown model."""

@@ -170,6 +170,8 @@ def test_client_certificates_stand_in_for_tokens_on_grpc_only(
         ([*BASE, "--default-deadline-ms=nan"], "--default-deadline-ms (or GATEWAY_DEFAULT_DEADLINE_MS)"),
         ([*BASE, "--tenant-header", "x tenant"], "--tenant-header (or GATEWAY_TENANT_HEADER)"),
         ([*BASE, "--record-inputs"], "--record-inputs needs --record DIR"),
+        ([*BASE, "--allow-client-shm", "--queue=embedded", "--http-workers=2"], "--allow-client-shm needs one process"),
+        ([*BASE, "--allow-client-shm", "--share-ports"], "--allow-client-shm needs one process"),
         ([*BASE, "--record=/r", "--record-sample=1.5"], "--record-sample (or GATEWAY_RECORD_SAMPLE)"),
         ([*BASE, "--record=/r", "--record-max-bytes=0"], "--record-max-bytes (or GATEWAY_RECORD_MAX_BYTES)"),
     ],
@@ -194,3 +196,9 @@ def test_every_setting_is_documented(capsys: pytest.CaptureFixture[str]) -> None
         assert group(field) in shown
         # argparse breaks lines at hyphens.
         assert field.description.replace(" ", "") in shown.replace(" ", "")
+
+
+def test_one_gateway_of_a_supervisor_may_use_shared_memory() -> None:
+    fleet = ["--queue=redis://localhost", "--workers=2", "--allow-client-shm"]
+    assert parse_args([*BASE, *fleet]).allow_client_shm
+    assert parse_args([*BASE, *fleet, "--workers=1", "--share-ports", "--status-fd=1"]).allow_client_shm

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2 as pb
 from gateway import errors
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.wire import length, split
-from gateway.types import DataType, InferResponse, RequestedOutput, Tensor
+from gateway.types import DataType, InferResponse, Place, Places, RequestedOutput, Tensor
 
 TYPED = {
     "BOOL": ("bool_contents", [True, False]),
@@ -216,16 +216,66 @@ def test_an_input_named_twice():
     assert refused(request).message == "input 'IN' already exists in request"
 
 
-@pytest.mark.parametrize("where", ["inputs", "outputs"])
-def test_shared_memory(where):
+def in_region(tensor, size=8, offset=0):
+    tensor.parameters["shared_memory_region"].string_param = "r"
+    tensor.parameters["shared_memory_byte_size"].int64_param = size
+    if offset:
+        tensor.parameters["shared_memory_offset"].int64_param = offset
+
+
+def test_shared_memory():
+    """Raw tensors are counted without the inputs in shared memory, and a message that comes again says the same."""
     request = message()
+    request.inputs.insert(0, pb.ModelInferRequest.InferInputTensor(name="SHM", datatype="FP32", shape=[2]))
+    in_region(request.inputs[0], 8, 16)
     request.outputs.add(name="OUT")
-    getattr(request, where)[0].parameters["shared_memory_region"].string_param = "r"
-    error = refused(request)
-    assert isinstance(error, errors.Unsupported)
-    assert error.message == (
-        "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable."
-    )
+    in_region(request.outputs[0], 4)
+    for _ in range(2):
+        decoded = codec.decode(request.SerializeToString())
+        assert list(decoded.inputs) == ["SHM", *(each.name for each in message().inputs)]
+        assert decoded.places == Places({"SHM": Place("r", 16, 8)}, {"OUT": Place("r", 0, 4)})
+        for each, raw in zip(message().inputs, message().raw_input_contents, strict=True):
+            assert bytes(decoded.inputs[each.name].wire) == raw
+    request.raw_input_contents.append(b"")
+    assert "raw_input_contents" in refused(request).message
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "text"),
+    [
+        ("shared_memory_region", "int64_param", 1,
+         "invalid value type for 'shared_memory_region' parameter for tensor 'OUT', expected string_param."),
+        ("shared_memory_offset", "string_param", "1",
+         "invalid value type for 'shared_memory_offset' parameter for tensor 'OUT', expected int64_param."),
+        ("shared_memory_byte_size", "uint64_param", 1,
+         "invalid value type for 'shared_memory_byte_size' parameter for tensor 'OUT', expected int64_param."),
+        ("classification", "int64_param", 1, "output can't set both 'shared_memory_region' and 'classification'"),
+    ],
+)  # fmt: skip
+def test_shared_memory_is_described_in_the_right_types(key, kind, value, text):
+    request = message()
+    in_region(request.outputs.add(name="OUT"))
+    setattr(request.outputs[0].parameters[key], kind, value)
+    assert refused(request).message == text
+
+
+def test_shared_memory_is_described_completely():
+    request = message()
+    output = request.outputs.add(name="OUT")
+    output.parameters["shared_memory_offset"].int64_param = 1
+    without = "can not be specified without 'shared_memory_region' parameter for tensor 'OUT'"
+    assert refused(request).message == f"'shared_memory_offset' {without}"
+    output.parameters["shared_memory_region"].string_param = "r"
+    needed = "must be specified along with 'shared_memory_region' parameter for tensor 'OUT'"
+    assert refused(request).message == f"'shared_memory_byte_size' {needed}"
+
+
+def test_contents_and_shared_memory_exclude_each_other():
+    request = message()
+    in_region(request.inputs[0])
+    request.inputs[0].contents.fp32_contents.append(1.0)
+    text = "unexpected 'content' provided when using shared memory for input tensor"
+    assert refused(request).message.startswith(text)
 
 
 @pytest.mark.parametrize(
@@ -378,3 +428,10 @@ def test_a_streamed_error_names_its_request():
 def test_the_id_of_a_broken_request_is_found_if_it_can_be():
     assert codec.request_id(message(None, id="x").SerializeToString()) == "x"
     assert codec.request_id(b"\xff") == ""
+
+
+def test_outputs_that_went_to_shared_memory_are_empty():
+    outputs = {"A": Tensor(DataType.FP32, (1, 2), b""), "B": Tensor(DataType.FP32, (1, 2), b"12345678")}
+    answer = pb.ModelInferResponse.FromString(codec.encode(InferResponse("m", "1", outputs, placed=("A",))))
+    assert [(each.name, list(each.shape)) for each in answer.outputs] == [("A", [1, 2]), ("B", [1, 2])]
+    assert list(answer.raw_output_contents) == [b"", b"12345678"]

@@ -13,13 +13,14 @@ from gateway.errors import GatewayError
 from gateway.transport.http.codec import Codec, encode
 from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import DataType, InferResponse, Tensor
+from gateway.types import DataType, InferResponse, Place, Places, Tensor
 from tests.support import model_config, tensor, tensor_config
 
 LIMITS = HttpLimits(max_input_size=1 << 20, max_request_tensors=8, max_tensor_elements=1 << 20)
 BINARY, JSON = ResponsePlan(binary=True, listed={}), ResponsePlan(binary=False, listed={})
 RAW = model_config(inputs=(tensor_config("IN", DataType.FP32, (-1, 2)),))
 IN = {"name": "IN", "datatype": "FP32", "shape": [1, 2]}
+SHARED = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
 MANY = list(range(2000))  # enough JSON text to take simdjson's path
 
 
@@ -370,8 +371,39 @@ def test_models_that_take_no_raw_request(inputs: tuple, text: str) -> None:
         ({"inputs": [], "parameters": {"p": None}}, 400, "parameter 'p' has invalid type"),
         (
             {"inputs": [{**IN, "parameters": {"shared_memory_region": "r"}}]},
-            501,
-            "Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.",
+            400,
+            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor 'IN'",
+        ),
+        (
+            {"inputs": [{**IN, "parameters": {"shared_memory_region": 1, "shared_memory_byte_size": 8}}]},
+            500,
+            "Unable to parse 'shared_memory_region': attempt to access JSON non-string as string",
+        ),
+        (
+            {"inputs": [{**IN, "parameters": {**SHARED, "shared_memory_offset": -1}}]},
+            500,
+            "Unable to parse 'shared_memory_offset': attempt to access JSON non-unsigned-integer as unsigned-integer",
+        ),
+        (
+            {"inputs": [{**IN, "data": [1.0], "parameters": SHARED}]},
+            400,
+            "Input must set only one of the following fields",
+        ),
+        (
+            {
+                "inputs": [{**IN, "parameters": SHARED}],
+                "outputs": [{"name": "O", "parameters": {**SHARED, "classification": 1}}],
+            },
+            400,
+            "Output can't set both 'shared_memory_region' and 'classification'",
+        ),
+        (
+            {
+                "inputs": [{**IN, "parameters": SHARED}],
+                "outputs": [{"name": "O", "parameters": {**SHARED, "binary_data": True}}],
+            },
+            400,
+            "Output can't set both 'shared_memory_region' and 'binary_data'",
         ),
     ],
 )
@@ -474,3 +506,35 @@ def test_a_kept_traceback_does_not_spoil_the_parser() -> None:
     good = json.dumps(json_input(MANY)).encode()
     assert codec.decode(good, None, "m", "", RAW)[0].inputs["IN"].array[-1] == MANY[-1]
     assert kept.value.http == 500
+
+
+# --- shared memory
+
+
+def test_tensors_in_shared_memory_have_places_and_no_data() -> None:
+    """A header that was met before says the same, and the binary inputs beside it are found."""
+    document = {
+        "inputs": [
+            {**IN, "parameters": {**SHARED, "shared_memory_offset": 16}},
+            {**IN, "name": "SENT", "parameters": {"binary_data_size": 8}},
+        ],
+        "outputs": [{"name": "OUT", "parameters": SHARED}],
+    }
+    body, length = binary(document, b"12345678")
+    codec = Codec(LIMITS)
+    for _ in range(2):
+        request, _ = codec.decode(body, length, "m", "", RAW)
+        assert request.places == Places({"IN": Place("r", 16, 8)}, {"OUT": Place("r", 0, 8)})
+        assert list(request.inputs) == ["IN", "SENT"]
+        assert bytes(request.inputs["SENT"].wire) == b"12345678"
+
+
+@pytest.mark.parametrize("plan", [BINARY, JSON, ResponsePlan(binary=True, listed={"A": False, "B": True})])
+def test_outputs_that_went_to_shared_memory_are_described(plan: ResponsePlan) -> None:
+    outputs = {"A": Tensor(DataType.FP32, (1, 2), b""), "B": Tensor(DataType.BYTES, (2,), b"")}
+    headers, body = encode(InferResponse("m", "1", outputs, placed=("A", "B")), plan)
+    assert headers == [("content-type", "application/json")]
+    assert json.loads(body)["outputs"] == [
+        {"name": "A", "datatype": "FP32", "shape": [1, 2]},
+        {"name": "B", "datatype": "BYTES", "shape": [2]},
+    ]

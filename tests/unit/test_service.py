@@ -15,7 +15,7 @@ from gateway.service import Service
 from gateway.service.reports import WorkerReports
 from gateway.service.service import IndexEntry, ServiceOptions
 from gateway.statistics import Statistics
-from gateway.types import Timings
+from gateway.types import Place, Places, Timings
 from tests.support import answer, background, model_config, refusal, request, settle, tensor
 
 UNKNOWN_ID = "[request id: <id_unknown>] "
@@ -249,6 +249,14 @@ async def test_a_refused_request_counts_and_one_for_no_model_does_not(rig):
     await refusal(rig.infer(request(model_name="foo")))
     assert rig.counted() == {"OTHER": 2}
     assert [each.model for each in rig.statistics] == ["m"]
+
+
+async def test_a_request_with_tensors_in_shared_memory_cannot_be_run_later(rig):
+    asked = request(places=Places({}, {"OUT": Place("r", 0, 8)}))
+    with pytest.raises(errors.Unsupported, match="shared memory cannot be an async job"):
+        rig.service.check(asked)
+    asked.places = None
+    rig.service.check(asked)
 
 
 async def test_statistics_are_tritons_entries_of_ready_versions(rig):

@@ -178,6 +178,7 @@ class Calls:
             with self.running:
                 caller = self.inferring("ModelInfer", metadata, remaining)
                 request = self.request(payload, caller)
+                request.one_answer = True
                 if caller.key is not None:
                     request.idempotency_key = checked(caller.key)
                 return sendable(codec.encode(await self._only(request)))
@@ -203,7 +204,7 @@ class Calls:
         finally:
             await responses.aclose()  # aclosing() does the same for 1 us more
         if not response.final:
-            raise errors.Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+            raise errors.one_answer_only()
         return response
 
 

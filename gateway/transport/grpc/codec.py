@@ -7,8 +7,8 @@ request suits a model is the service's question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2
 
 from gateway import errors
 from gateway.errors import InvalidArgument
+from gateway.shm.errors import no_place_region, no_place_size
 from gateway.transport.grpc.contents import read_contents
 from gateway.transport.grpc.layout import Layouts
 from gateway.transport.grpc.wire import Parts, length, malformed, split
@@ -27,6 +28,8 @@ from gateway.types import (
     InferRequest,
     InferResponse,
     Parameter,
+    Place,
+    Places,
     RequestedOutput,
     Tensor,
     element_count,
@@ -43,6 +46,8 @@ _RESPONSE_ID = b"\x1a"
 _RESPONSE_RAW = b"\x32"
 _STREAM_RESPONSE = b"\x12"
 
+_REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
+
 _EXPECTED_KIND = {
     "priority": ("int64_param", "uint64_param"),
     "timeout": ("int64_param",),
@@ -56,12 +61,13 @@ _ANY_KIND = ("int64_param", "uint64_param", "bool_param", "double_param", "strin
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """An input as its message describes it; `wire` is None when the data is a raw tensor."""
+    """An input as its message describes it; `wire` is None when the data is a raw tensor, or in shared memory."""
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
     wire: Buffer | None
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,12 +80,11 @@ class _Head:
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
     raw_only: bool
+    places: Places | None
 
 
 def decode(payload: bytes) -> InferRequest:
-    """Read a serialized `ModelInferRequest`; its tensors are views of `payload`. Raises `InvalidArgument`,
-    and `Unsupported` for shared memory.
-    """
+    """Read a serialized `ModelInferRequest`; its tensors are views of `payload`. Raises `InvalidArgument`."""
     if (known := _layouts.request(payload)) is not None:
         return known
     parts = split(payload)
@@ -94,7 +99,9 @@ def decode(payload: bytes) -> InferRequest:
         dict(head.parameters) if head.parameters else NO_PARAMETERS,
         form=(head, *map(len, parts.raw)) if repeats and head.raw_only else None,
     )
-    if parts.ordered and request.form is not None and not head.parameters:
+    if head.places is not None:
+        request.places = head.places
+    elif parts.ordered and request.form is not None and not head.parameters:
         _layouts.remember(payload, parts.raw, request)
     return request
 
@@ -108,7 +115,7 @@ def encode(response: InferResponse) -> bytes:
         wires.append(tensor.wire)
     head, seams = _response_head(response.model_name, response.model_version, tuple(kinds))
     parts: list[Buffer] = [head]
-    if seams and not response.id and not response.parameters:
+    if seams and not response.id and not response.parameters and not response.placed:
         for seam, wire in zip(seams, wires, strict=True):
             parts += (seam, wire)
         return b"".join(parts)
@@ -157,6 +164,10 @@ def check_version(version: str) -> str:
 
 
 def _tensors(head: _Head, parts: Parts) -> dict[str, Tensor]:
+    if head.places is not None:
+        sent = tuple(each for each in head.inputs if each.place is None)
+        tensors = _tensors(replace(head, inputs=sent, places=None), parts)
+        return {each.name: tensors.get(each.name) or Tensor(each.datatype, each.shape) for each in head.inputs}
     if head.raw_only and len(parts.raw) == len(head.inputs):
         return {
             each.name: Tensor(each.datatype, each.shape, wire)
@@ -213,15 +224,24 @@ def _parse_head(head: bytes) -> _Head:
         tuple([_parse_output(output) for output in message.outputs]),
         _read_parameters(message.parameters),
         all(each.wire is None for each in inputs.values()),
+        _places(inputs.values(), message.outputs),
     )
+
+
+def _places(inputs: Iterable[_Input], outputs: Any) -> Places | None:
+    read = {each.name: each.place for each in inputs if each.place is not None}
+    written = {
+        output.name: place for output in outputs if (place := _place(output.name, output.parameters)) is not None
+    }
+    return Places(read, written) if read or written else None
 
 
 _remembered_head = lru_cache(maxsize=1024)(_parse_head)
 
 
 def _parse_input(tensor: Any, model: str) -> _Input:
-    _refuse_shared_memory(tensor.parameters)
     name = tensor.name
+    place = _place(name, tensor.parameters)
     datatype = DataType.__members__.get(tensor.datatype)
     if datatype is None:
         raise InvalidArgument(
@@ -236,6 +256,12 @@ def _parse_input(tensor: Any, model: str) -> _Input:
             f"input '{name}' for model '{model}' has a negative dimension in its shape {list(shape)}, "
             "expected the sizes of the data that is sent"
         )
+    if place is not None:
+        if tensor.HasField("contents"):
+            raise InvalidArgument(
+                f"unexpected 'content' provided when using shared memory for input tensor '{name}' for model '{model}'"
+            )
+        return _Input(name, datatype, shape, None, place)
     wire = read_contents(tensor.contents, name, model, datatype) if tensor.HasField("contents") else None
     return _Input(name, datatype, shape, wire)
 
@@ -243,9 +269,10 @@ def _parse_input(tensor: Any, model: str) -> _Input:
 def _parse_output(output: Any) -> RequestedOutput:
     if not output.parameters:
         return RequestedOutput(output.name)
-    _refuse_shared_memory(output.parameters)
     classes = 0
     if "classification" in output.parameters:
+        if _REGION in output.parameters:
+            raise InvalidArgument(f"output can't set both '{_REGION}' and 'classification'")
         parameter = output.parameters["classification"]
         if parameter.WhichOneof("parameter_choice") != "int64_param":
             raise InvalidArgument("invalid value type for 'classification' parameter, expected int64_param")
@@ -255,9 +282,28 @@ def _parse_output(output: Any) -> RequestedOutput:
     return RequestedOutput(output.name, classes)
 
 
-def _refuse_shared_memory(parameters: Any) -> None:
-    if "shared_memory_region" in parameters:
-        raise errors.shared_memory_disabled()
+def _place(name: str, parameters: Any) -> Place | None:
+    """Where in shared memory a tensor lies, if it does."""
+    if not parameters:
+        return None
+    if _REGION not in parameters:
+        for key in (_OFFSET, _SIZE):
+            if key in parameters:
+                raise no_place_region(name, key)
+        return None
+    if _SIZE not in parameters:
+        raise no_place_size(name)
+    # Triton takes the numbers for unsigned ones.
+    offset, size = (_place_parameter(name, parameters, key, "int64_param") % (1 << 64) for key in (_OFFSET, _SIZE))
+    return Place(_place_parameter(name, parameters, _REGION, "string_param"), offset, size)
+
+
+def _place_parameter(name: str, parameters: Any, key: str, kind: str) -> Any:
+    if key not in parameters:
+        return 0
+    if parameters[key].WhichOneof("parameter_choice") != kind:
+        raise InvalidArgument(f"invalid value type for '{key}' parameter for tensor '{name}', expected {kind}.")
+    return getattr(parameters[key], kind)
 
 
 def _read_parameters(parameters: Any) -> dict[str, Parameter]:

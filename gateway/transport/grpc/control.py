@@ -17,6 +17,8 @@ from gateway import errors
 from gateway.config.model import TensorConfig
 from gateway.service import Service
 from gateway.service.log_settings import FORMATS, LOG_NAMES
+from gateway.shm import Regions
+from gateway.transport.grpc import shared_memory
 from gateway.transport.grpc.codec import check_version
 from gateway.transport.instances import configuration
 from gateway.transport.traceable import require_traceable
@@ -30,7 +32,7 @@ _LOG_KINDS = {"log_verbose_level": ("int32", "uint32_param"), "log_format": ("st
 class Control:
     """The unary RPCs by name, answered from `Service`; the methods raise `GatewayError`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, regions: Regions | None) -> None:
         self._service = service
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "ServerLive": self._server_live,
@@ -43,12 +45,7 @@ class Control:
             "RepositoryIndex": self._repository_index,
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
-            "SystemSharedMemoryStatus": _no_shared_memory,
-            "SystemSharedMemoryRegister": _no_shared_memory,
-            "SystemSharedMemoryUnregister": _no_shared_memory,
-            "CudaSharedMemoryStatus": _no_shared_memory,
-            "CudaSharedMemoryRegister": _no_shared_memory,
-            "CudaSharedMemoryUnregister": _no_shared_memory,
+            **shared_memory.answers(regions),
             "TraceSetting": self._trace_setting,
             "LogSettings": self._log_settings,
         }
@@ -140,7 +137,7 @@ def _tensor_metadata(tensor: TensorConfig, batch: tuple[int, ...]) -> Any:
 
 def _refuse_repository(request: Any) -> None:
     if request.repository_name:
-        raise errors.Unsupported("'repository_name' specification is not supported")
+        raise errors.repository_name()
 
 
 def _load_parameter(key: str, parameter: Any) -> str:
@@ -154,10 +151,6 @@ def _load_parameter(key: str, parameter: Any) -> str:
     if expected is None:
         raise errors.InvalidArgument(f"unexpected load parameter '{key}', expected 'config' or 'file:<path>'")
     raise errors.InvalidArgument(f"invalid value type for load parameter '{key}', expected {expected}.")
-
-
-async def _no_shared_memory(_: Any) -> Any:
-    raise errors.shared_memory_disabled()
 
 
 def _log_value(name: str, value: Any) -> Any:

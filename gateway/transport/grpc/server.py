@@ -17,6 +17,7 @@ from typing import Any, Self
 import grpc
 
 from gateway.service import Service
+from gateway.shm import Regions
 from gateway.transport.grpc.calls import Authenticate, Calls
 from gateway.transport.grpc.native import Front, native_front
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions, Keepalive, Tls
@@ -37,12 +38,21 @@ class GrpcServer:
     calls and waits `GrpcOptions.grace` seconds for the running ones; cancelling that ends them at once.
     """
 
-    def __init__(self, service: Service, infer: Infer, authenticate: Authenticate | None, options: GrpcOptions) -> None:
+    def __init__(
+        self,
+        service: Service,
+        infer: Infer,
+        authenticate: Authenticate | None,
+        options: GrpcOptions,
+        regions: Regions | None = None,
+    ) -> None:
+        """`regions` are clients' shared memory; without them none may be used."""
         self.port = options.port
         self.implementation = "native" if _native_can(options) else "grpcio"
         self._service = service
         self._calls = Calls(infer, authenticate, options)
         self._options = options
+        self._regions = regions
         self._stack = AsyncExitStack()
         self._front: Front | None = None
         self._left = False
@@ -99,7 +109,7 @@ class GrpcServer:
 
     async def _start_grpcio(self, stack: AsyncExitStack, address: str, tls: Tls | None) -> int:
         server: Any = grpc.aio.server(options=_channel_options(self._options))
-        add_handlers(server, self._service, self._calls)
+        add_handlers(server, self._service, self._calls, self._regions)
         credentials = _credentials(tls) if tls else None
         try:
             port: int = (

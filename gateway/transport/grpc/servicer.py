@@ -21,6 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from gateway import errors
 from gateway.service import Service
+from gateway.shm import Regions
 from gateway.transport.grpc.calls import Calls, explain
 from gateway.transport.grpc.control import OPEN, Control
 from gateway.transport.grpc.stream import Stream
@@ -30,16 +31,18 @@ SERVICE = "inference.GRPCInferenceService"
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
-def add_handlers(server: Any, service: Service, calls: Calls) -> None:
+def add_handlers(server: Any, service: Service, calls: Calls, regions: Regions | None = None) -> None:
     """Have a `grpc.aio` server answer everything this gateway offers on gRPC."""
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, _inference(service, calls)),))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(SERVICE, _inference(calls, Control(service, regions))),)
+    )
     health_pb2_grpc.add_HealthServicer_to_server(_Health(service, calls), server)
     names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     add_ServerReflectionServicer_to_server(_Reflection(names, calls), server)
 
 
-def _inference(service: Service, calls: Calls) -> dict[str, Any]:
-    answers = Control(service).answers
+def _inference(calls: Calls, control: Control) -> dict[str, Any]:
+    answers = control.answers
     handlers: dict[str, Any] = {
         "ModelInfer": grpc.unary_unary_rpc_method_handler(_model_infer(calls)),
         "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(_model_stream_infer(calls)),

@@ -18,6 +18,7 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from gateway.errors import GatewayError, too_many_bytes
 from gateway.service import Service
+from gateway.shm import Regions
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
 from gateway.transport.header_rules import NO_RULES, HeaderRules
@@ -45,7 +46,7 @@ class HttpApp:
     """Serves a `Service` over HTTP; an async context manager, to be open while requests come.
 
     `infer` answers inference: `service.infer` or a wrapper of it. Without `callers` everybody may call; without `jobs`
-    there is no async inference.
+    there is no async inference, without `regions` no use of clients' shared memory.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class HttpApp:
         jobs: Jobs | None = None,
         *,
         rules: HeaderRules = NO_RULES,
+        regions: Regions | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service
@@ -67,6 +69,7 @@ class HttpApp:
         self._endpoint = InferEndpoint(service, infer, self._limits)
         self._generate = GenerateEndpoint(service, infer, self._limits)
         self._jobs = JobsEndpoint(self._endpoint, jobs)
+        self._regions = regions
         self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
@@ -196,7 +199,15 @@ class HttpApp:
     def _import(self) -> AsgiApp:
         from gateway.transport.http.routes import build
 
-        return build(self._service, self._endpoint, self._limits, self._callers, self._jobs, generate=self._generate)
+        return build(
+            self._service,
+            self._endpoint,
+            self._limits,
+            self._callers,
+            self._jobs,
+            generate=self._generate,
+            regions=self._regions,
+        )
 
 
 async def _send(transport: Any, pieces: AsyncGenerator[bytes, None]) -> None:

@@ -68,6 +68,8 @@ class Codec:
             }
             header = form.header
             request = InferRequest(model, tensors, version, "", header.outputs, header.parameters, form=form)
+            if header.places is not None:
+                request.places = header.places
             return request, header.plan
         if not length:
             return self._decode_raw(body, model, version, config)
@@ -81,6 +83,7 @@ class Codec:
         if not header.id and len(text) <= _REMEMBERED_BYTES and all(each.array is None for each in header.inputs):
             self._remember(text, header)
         request = InferRequest(model, tensors, version, header.id, header.outputs, header.parameters)
+        request.places = header.places
         return request, header.plan
 
     def _remember(self, text: bytes, header: RequestHeader) -> None:
@@ -119,13 +122,16 @@ class Codec:
 def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]:
     """Write the response's headers, which are not to be changed, and body. Raises InvalidArgument for an output that JSON cannot carry."""
     binary = all(map(plan.listed.get, response.outputs)) if plan.listed else plan.binary
-    if binary and not response.id and not response.parameters and (known := _encode_known(response)) is not None:
+    plain = binary and not response.id and not response.parameters and not response.placed
+    if plain and (known := _encode_known(response)) is not None:
         return known
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes | bytearray | memoryview] = []
     for name, tensor in response.outputs.items():
         output: dict[str, Any] = {"name": name, "datatype": _WORDS[tensor.datatype], "shape": tensor.shape}
-        if plan.listed.get(name, plan.binary):
+        if name in response.placed:
+            pass  # as Triton describes it: name, type and shape
+        elif plan.listed.get(name, plan.binary):
             wire = tensor.wire
             output["parameters"] = {"binary_data_size": len(wire)}
             if len(wire):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -17,10 +17,8 @@ from gateway.transport.http.endpoint import deadline_of, read_body
 from gateway.transport.http.generate import GenerateEndpoint, Stream, generate_target
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply
+from gateway.transport.http.shared_memory import Document
 from gateway.types import NO_CONTEXT, NO_PARAMETERS
-
-Document: TypeAlias = Callable[[Request], Awaitable[dict[str, Any]]]
-"""Reads the JSON object in a request's body; a body of nothing is an empty one."""
 
 _SETTINGS_TEXT = """The same in every process of a fleet. A POST changes the settings that are in its body, and both answer with
 those in force. What is written where is fixed at start: `trace_file` and `log_file` cannot be changed."""

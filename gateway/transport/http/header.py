@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gateway.errors import Internal, InvalidArgument, shared_memory_disabled
+from gateway.errors import Internal, InvalidArgument
+from gateway.shm.errors import no_place_size
 from gateway.transport.http.document import NumberKind, bad_member, flatten, numbers
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Array, DataType, Parameter, RequestedOutput, element_count
+from gateway.types import Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
 
 _DATATYPES = {each.value: each for each in DataType}
 _KINDS: dict[str, NumberKind] = {
@@ -23,7 +24,7 @@ _KINDS: dict[str, NumberKind] = {
     "u": "u",
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
-_REGION = "shared_memory_region"
+_REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 
 
 class ResponsePlan(NamedTuple):
@@ -34,13 +35,14 @@ class ResponsePlan(NamedTuple):
 
 
 class InputHeader(NamedTuple):
-    """One input: its array if it came as JSON, else the `size` of its binary data."""
+    """One input: its array if it came as JSON, its place if it is in shared memory, else the `size` of its binary data."""
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
     size: int
     array: Array | None
+    place: Place | None = None
 
 
 class RequestHeader(NamedTuple):
@@ -51,6 +53,7 @@ class RequestHeader(NamedTuple):
     outputs: tuple[RequestedOutput, ...]
     parameters: Mapping[str, Parameter]
     plan: ResponsePlan
+    places: Places | None = None
 
 
 def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
@@ -58,13 +61,16 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     request_id = document.get("id", "")
     if type(request_id) is not str:
         raise bad_member("id", "string", "string")
-    outputs, binary_outputs = _outputs(document, limits)
+    outputs, binary_outputs, placed = _outputs(document, limits)
     parameters = dict(_parameters(document.get("parameters")))
     binary = parameters.pop("binary_data_output", False)
     if type(binary) is not bool:
         raise bad_member("binary_data_output", "boolean", "boolean")
     plan = ResponsePlan(binary, binary_outputs)
-    return RequestHeader(request_id, _inputs(document, limits), outputs, parameters, plan)
+    inputs = _inputs(document, limits)
+    read = {each.name: each.place for each in inputs if each.place is not None}
+    places = Places(read, placed) if read or placed else None
+    return RequestHeader(request_id, inputs, outputs, parameters, plan, places)
 
 
 def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, ...]:
@@ -79,20 +85,36 @@ def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, 
     return inputs
 
 
-def _outputs(document: dict[str, Any], limits: HttpLimits) -> tuple[tuple[RequestedOutput, ...], dict[str, bool]]:
+def _outputs(
+    document: dict[str, Any], limits: HttpLimits
+) -> tuple[tuple[RequestedOutput, ...], dict[str, bool], dict[str, Place]]:
     outputs: list[RequestedOutput] = []
     binary: dict[str, bool] = {}
+    placed: dict[str, Place] = {}
     for member in _members(document.get("outputs", []), "outputs", limits):
         name = _string(member, "name")
         parameters = _parameters(member.get("parameters"))
-        if _REGION in parameters:
-            raise shared_memory_disabled()
         wanted = parameters.get("binary_data", False)
         if type(wanted) is not bool:
             raise bad_member("binary_data", "boolean", "boolean")
+        if _REGION in parameters:
+            for other, given in (("classification", "classification" in parameters), ("binary_data", wanted)):
+                if given:
+                    raise InvalidArgument(f"Output can't set both '{_REGION}' and '{other}'")
+            placed[name] = _place(name, parameters)
         binary[name] = wanted
         outputs.append(RequestedOutput(name, _unsigned(parameters.get("classification", 0), "classification")))
-    return tuple(outputs), binary
+    return tuple(outputs), binary, placed
+
+
+def _place(name: str, parameters: Mapping[str, Parameter]) -> Place:
+    region = parameters[_REGION]
+    if type(region) is not str:
+        raise bad_member(_REGION, "string", "string")
+    offset = _unsigned(parameters.get(_OFFSET, 0), _OFFSET)
+    if _SIZE not in parameters:
+        raise no_place_size(name)
+    return Place(region, offset, _unsigned(parameters[_SIZE], _SIZE))
 
 
 def _members(value: Any, name: str, limits: HttpLimits) -> list[dict[str, Any]]:
@@ -126,7 +148,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
     if as_json:
         return InputHeader(name, datatype, shape, 0, json_array(member["data"], name, datatype, shape))
     if as_region:
-        raise shared_memory_disabled()
+        return InputHeader(name, datatype, shape, 0, None, _place(name, parameters))
     return InputHeader(name, datatype, shape, _unsigned(parameters["binary_data_size"], "binary_data_size"), None)
 
 

@@ -8,6 +8,7 @@ are all `async`, because a `Service` belongs to the event loop. `/docs` needs no
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any, TypeAlias
 
@@ -20,17 +21,19 @@ from starlette.requests import ClientDisconnect
 
 from gateway import __version__, errors
 from gateway.service import Service
+from gateway.shm import Regions
 from gateway.transport.auth import Callers
 from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
-from gateway.transport.http.extension_routes import Document, add_generate, add_settings, respond
+from gateway.transport.http.extension_routes import add_generate, add_settings, respond
 from gateway.transport.http.generate import GenerateEndpoint
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import error_reply, fault_reply
+from gateway.transport.http.shared_memory import Document, add_shared_memory
 from gateway.types import NO_CONTEXT, NO_PARAMETERS
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
@@ -64,6 +67,7 @@ def build(
     jobs: JobsEndpoint | None = None,
     *,
     generate: GenerateEndpoint | None = None,
+    regions: Regions | None = None,
 ) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
     jobs = jobs or JobsEndpoint(endpoint, None)
@@ -93,8 +97,9 @@ def build(
     _add_health(app, service)
     protected = [Depends(authorize)]
     _add_metadata(app, service, protected)
-    document = _documents(limits)
+    document = partial(_document, limits)
     _add_control(app, service, document, protected)
+    add_shared_memory(app, regions, document, protected)
     add_settings(app, service, document, protected)
     _add_infer(app, endpoint, jobs, limits, protected)
     if generate is not None:
@@ -145,13 +150,11 @@ def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Depende
     add("/explain", "Why a model's requests were batched, refused or late", control.model_explanation, _EXPLAIN_TEXT)
 
 
-def _documents(limits: HttpLimits) -> Document:
-    async def document(request: Request) -> dict[str, Any]:
-        body = await read_body(request.stream(), limits.max_request_bytes)
-        # A reader for each request: another's document may be in use across an `await`.
-        return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
-
-    return document
+async def _document(limits: HttpLimits, request: Request) -> dict[str, Any]:
+    """The JSON object that is a request's body; an empty body is an empty one."""
+    body = await read_body(request.stream(), limits.max_request_bytes)
+    # A reader for each request: another's document may be in use across an `await`.
+    return DocumentReader(limits.max_input_size, limits.max_json_depth).read(body) if body.strip() else {}
 
 
 def _add_control(app: FastAPI, service: Service, document: Document, dependencies: Sequence[Dependency]) -> None:
@@ -169,6 +172,18 @@ def _add_control(app: FastAPI, service: Service, document: Document, dependencie
         await document(request)
         await service.unload(model)
         return Response()
+
+    async def of_one() -> Response:
+        raise errors.repository_name()
+
+    for path in ("/index", "/models/{model}/load", "/models/{model}/unload"):
+        app.add_api_route(
+            "/v2/repository/{repository}" + path,
+            of_one,
+            methods=["POST"],
+            include_in_schema=False,
+            dependencies=[*dependencies],
+        )
 
 
 def _add_infer(

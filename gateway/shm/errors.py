@@ -1,0 +1,85 @@
+"""What is wrong with a client's use of shared memory, in Triton's words (server `shared_memory_manager.cc`, `grpc_utils.h`).
+
+A part of the table in `gateway/errors.py`, whose rows these are.
+"""
+
+from __future__ import annotations
+
+from gateway.errors import AlreadyExists, Internal, InvalidArgument, NotFound, Unavailable
+
+
+def reserved_region_key(name: str, key: str, prefix: str) -> InvalidArgument:
+    """A shared memory object that is the server's own."""
+    return InvalidArgument(
+        f"cannot register shared memory region '{name}' with key '{key}' as the key contains the reserved prefix '{prefix}'"
+    )
+
+
+def region_exists(name: str) -> AlreadyExists:
+    """A shared memory region of a name that another has."""
+    return AlreadyExists(f"shared memory region '{name}' already in manager")
+
+
+def region_out_of_bounds(name: str) -> InvalidArgument:
+    """A shared memory region that is empty, or not within its object."""
+    return InvalidArgument(f"failed to register shared memory region '{name}': invalid args")
+
+
+def unknown_region(name: str) -> NotFound:
+    """A tensor in a shared memory region that was not registered."""
+    return NotFound(f"Unable to find shared memory region: '{name}'")
+
+
+def unknown_system_region(name: str) -> NotFound:
+    """The status of a shared memory region that was not registered."""
+    return NotFound(f"Unable to find system shared memory region: '{name}'")
+
+
+def bad_region_offset(name: str) -> InvalidArgument:
+    """A tensor that begins behind the end of its shared memory region."""
+    return InvalidArgument(f"Invalid offset for shared memory region: '{name}'")
+
+
+def bad_region_end(name: str) -> InvalidArgument:
+    """A tensor that ends behind the end of its shared memory region."""
+    return InvalidArgument(f"Invalid offset + byte size for shared memory region: '{name}'")
+
+
+def region_overflow(name: str, offset: int, size: int, most: int) -> InvalidArgument:
+    """A tensor whose place in shared memory does not fit 64 bits."""
+    return InvalidArgument(
+        f"Integer overflow detected: byte_size ({size}) + offset ({offset}) exceeds maximum value ({most}) "
+        f"for region '{name}'"
+    )
+
+
+def output_too_large(output: str, room: int, size: int) -> Internal:
+    """An output that its place in shared memory does not hold."""
+    return Internal(
+        f"shared memory size specified with the request for output '{output}' ({room} bytes) should be at least "
+        f"{size} bytes to hold the results"
+    )
+
+
+def no_place_size(tensor: str) -> InvalidArgument:
+    """A tensor in shared memory without `shared_memory_byte_size`."""
+    return InvalidArgument(
+        f"'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for tensor '{tensor}'"
+    )
+
+
+def no_place_region(tensor: str, parameter: str) -> InvalidArgument:
+    """A parameter of a tensor in shared memory, without the region."""
+    return InvalidArgument(
+        f"'{parameter}' can not be specified without 'shared_memory_region' parameter for tensor '{tensor}'"
+    )
+
+
+def no_cuda_regions(name: str) -> Unavailable:
+    """CUDA shared memory, which this server cannot open."""
+    return Unavailable(f"failed to register CUDA shared memory region: '{name}', GPUs not supported")
+
+
+def unknown_cuda_region(name: str) -> NotFound:
+    """The status of a CUDA shared memory region: there are none."""
+    return NotFound(f"Unable to find cuda shared memory region: '{name}'")
