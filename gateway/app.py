@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway import engines, errors, placement
+from gateway.config.ensemble import PLATFORM
 from gateway.config.settings import Settings
-from gateway.config.trace import read_trace_config
 from gateway.devices.cpu import CpuMeter
 from gateway.devices.monitor import Monitor
 from gateway.devices.nvml import open_nvml
@@ -27,12 +27,11 @@ from gateway.jobs.parameters import by_parameter
 from gateway.middleware.access_log import access_log
 from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
+from gateway.middleware.ensemble import Ensembles
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.shared_memory import Limits, shared_memory
-from gateway.middleware.spans import span_sink
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
-from gateway.middleware.trace_file import TraceFile
-from gateway.middleware.tracing import tracing
+from gateway.middleware.traced import traced
 from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
@@ -63,6 +62,7 @@ class Gateway:
 
     service: Service
     queue: Queue
+    ensembles: Ensembles
     monitor: Monitor  # of the GPUs
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
@@ -123,7 +123,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             controls=fleet.controls(settings),
         )
         children.infer = service.infer
-        gateway = Gateway(service, queue, monitor, children=children)
+        ensembles = _ensembles(statistics, service, worker)
+        gateway = Gateway(service, queue, ensembles, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -141,6 +142,13 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
                     queue.close()
         if working is not None:
             working.cancel()
+
+
+def _ensembles(statistics: Statistics, service: Service, worker: Worker) -> Ensembles:
+    ensembles = Ensembles(statistics, service.infer)
+    service.composed = {PLATFORM: ensembles.route}
+    worker.ensembles_drained = ensembles.drained
+    return ensembles
 
 
 async def _monitor(settings: Settings) -> Monitor:
@@ -199,15 +207,17 @@ def _options(settings: Settings) -> ServiceOptions:
     )
 
 
-async def _endpoint(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> Infer:
+async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway, fleet: Fleet) -> Infer:
     """The whole stack that both transports call."""
+    service = gateway.service
     repeats, responses = await _stores(stack, settings, fleet.redis)
     infer: Infer = service.infer
     if settings.response_cache_bytes:
         infer = response_cache(infer, service.prepare, service.model_config, responses)
+    gateway.ensembles.root = infer  # a step is no client's request: nothing to log, to record or to know again
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
-    infer = await _traced(stack, settings, service, infer)
+    infer = await traced(stack, settings, infer, service.controls.traces)
     return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
 
 
@@ -223,19 +233,6 @@ async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue |
     return await stack.enter_async_context(shared), SharedStore(
         client, client.keys.cached, seal, settings.response_cache_bytes
     )
-
-
-async def _traced(stack: AsyncExitStack, settings: Settings, service: Service, infer: Infer) -> Infer:
-    """Without a place for traces nobody can ask for them later, and requests need not pass here."""
-    config, traces = read_trace_config(settings.trace_config), service.controls.traces
-    if config.mode == "opentelemetry":
-        return tracing(infer, traces, (await stack.enter_async_context(span_sink(config))).keep)
-    path = config.file
-    if path is None:
-        return infer
-    if settings.process_name:  # of a fleet, whose processes may share the folder
-        path = path.with_name(f"{path.name}.{settings.process_name}")
-    return tracing(infer, traces, (await stack.enter_async_context(TraceFile(path))).keep)
 
 
 async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
@@ -257,7 +254,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
     regions = stack.enter_context(registered()) if settings.allow_client_shm else None
-    infer = await _endpoint(stack, settings, service, fleet)
+    infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
     infer = shared_memory(infer, regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":

@@ -7,6 +7,7 @@ from typing import Any
 
 from gateway.config.check import ACCELERATORS, check, default_deadline_ms, response_cache_public
 from gateway.config.complete import normalise
+from gateway.config.ensemble import read_steps
 from gateway.config.model import (
     Batching,
     InstanceGroup,
@@ -55,6 +56,7 @@ def build(
         default_deadline_ms=default_deadline_ms(full, source),
         response_cache=ResponseCache(public) if _caches(full) else None,
         accelerators=_accelerators(full),
+        steps=read_steps(full),
     )
 
 
@@ -82,7 +84,7 @@ def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
 
 def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]) -> tuple[InstanceGroup, ...]:
     # The count as the author gave it: the full message holds Triton's default, which says nothing of this machine.
-    counts = [group.count for group in given.instance_group] or [0]
+    counts = [group.count for group in given.instance_group] or [0] * len(full.instance_group)
     one = int(given.backend == "python")  # its code may rely on being there once
     return tuple(
         InstanceGroup(kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus))

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gateway.config.complete import FORMATS
+from gateway.config.ensemble import check_ensemble
 from gateway.config.model import ModelConfigProto, may_leave_gpu
 from gateway.config.parse import Source
 
@@ -33,6 +34,7 @@ def check(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> None:
 def checks(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> Iterator[Callable[[], object]]:
     """All checks, one by one: each raises `InvalidArgument` for what it finds wrong."""
     yield partial(_check_platform, proto, source)
+    yield partial(check_ensemble, proto, source)
     for kind, tensors in (("input", proto.input), ("output", proto.output)):
         yield partial(_check_some, proto.name, tensors, kind, source)
         yield from _tensor_checks(proto, kind, tensors, source)

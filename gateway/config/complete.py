@@ -119,6 +119,8 @@ def normalise(proto: ModelConfigProto, gpus: Sequence[int]) -> ModelConfigProto:
     if result.HasField("dynamic_batching") and result.max_batch_size > 0:
         sizes = result.dynamic_batching.preferred_batch_size
         sizes.extend([] if sizes else [result.max_batch_size])
+    if result.HasField("ensemble_scheduling"):
+        return result  # it runs nowhere
     if not result.optimization.HasField("input_pinned_memory"):
         result.optimization.input_pinned_memory.enable = True
     if not result.optimization.HasField("output_pinned_memory"):

@@ -96,6 +96,21 @@ class ResponseCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One call of a model in an ensemble: its inputs and outputs by name, and the ensemble's tensors that they are.
+
+    `batched` and `dims`, of its inputs, are what the model itself says, known once it is loaded.
+    """
+
+    model: str
+    version: str  # empty: the newest that is loaded
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    batched: bool = False
+    dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's configuration, complete and checked: every field filled, inputs and outputs known."""
 
@@ -116,6 +131,7 @@ class ModelConfig:
     default_deadline_ms: float | None = None  # of requests that bring none; 0: none, None: the gateway's default
     response_cache: ResponseCache | None = None
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
+    steps: tuple[Step, ...] = ()  # of an ensemble, which has them instead of a backend
 
     @property
     def is_code(self) -> bool:

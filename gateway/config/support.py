@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from gateway.config.backends import instead_of
+from gateway.config.ensemble import is_ensemble
 from gateway.config.model import ModelConfigProto
 from gateway.config.parse import Source
 from gateway.errors import InvalidArgument
@@ -37,6 +38,8 @@ def unsupported(proto: ModelConfigProto, backends: Collection[str], source: Sour
     for gap in _REFUSED:
         if gap.asked(proto):
             yield source.error(f"{gap.words[-1]} is not supported by this version. {gap.text}", *gap.words)
+    if is_ensemble(proto):
+        return
     if proto.backend == "python" and "python" not in backends:
         yield source.error(
             f"backend 'python' runs the code in '{proto.default_model_filename or 'model.py'}', which is not allowed. If "
@@ -85,11 +88,6 @@ def _set_in(message: ModelConfigProto, fields: Iterable[str]) -> bool:
 
 
 _REFUSED = (
-    Gap(
-        lambda proto: proto.HasField("ensemble_scheduling") or proto.platform == "ensemble",
-        ("ensemble_scheduling",),
-        "Call the models of the ensemble one after the other from the client",
-    ),
     Gap(_has("sequence_batching"), ("sequence_batching",), "Keep the state in the client, as inputs and outputs"),
     Gap(
         lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",

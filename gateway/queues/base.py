@@ -162,9 +162,13 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Stop routing to the model, answer what was accepted, and drop it."""
+    """Stop routing to the model, answer what was accepted, and drop it.
+
+    With `dependents` do so with the models, too, that were loaded along with it because it needs them.
+    """
 
     model: str
+    dependents: bool = False
 
 
 Command = Load | Unload

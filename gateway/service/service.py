@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 
 from gateway import __version__, errors
 from gateway.config.model import ModelConfig
-from gateway.queues.base import NO_WORKER, Lane, Load, PoolState, Queue, Unload, VersionState
+from gateway.queues.base import Lane, Load, PoolState, Queue, Unload
 from gateway.service.check import Checker
 from gateway.service.controls import Controls
 from gateway.service.inference import Inference
 from gateway.service.parameters import apply_parameters
 from gateway.service.reports import Reports, count, degraded, running
-from gateway.service.route import Route
+from gateway.service.route import MakeSubmit, Route, Submit, pick
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Responses
 
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
@@ -101,6 +102,7 @@ class Service:
         self._reports = reports
         self._repository_names = repository_names
         self._options = options
+        self.composed: Mapping[str, MakeSubmit] = {}  # by platform, what to submit to in place of the queue
         self._routes: dict[tuple[str, str], Route] = {}
         self._inflight_bytes = 0
         self._unread = 0
@@ -195,7 +197,7 @@ class Service:
         try:
             # A lone request is always let in, however large: the transport's own limit bounded it.
             if self._inflight_bytes and self._inflight_bytes + request.size > self._options.max_inflight_bytes:
-                raise self._full()
+                self._require_room(request)
             if route.admission is not None and (
                 request.deadline is not None or request.priority or request.tenant or route.admission.asks_all
             ):
@@ -208,7 +210,7 @@ class Service:
         self._open += 1
         route.statistics.pending += 1
         try:
-            return self._queue.submit(route.lane, request), route
+            return route.submit(route.lane, request), route
         except errors.GatewayError as error:
             route.statistics.record_refusal(error, 0)
             self.end(request, route)
@@ -228,9 +230,11 @@ class Service:
             self._all_over.set()
         route.statistics.pending -= 1
 
-    def _full(self) -> errors.GatewayError:
+    def _require_room(self, request: InferRequest) -> None:
+        if request.callers:
+            return  # what an accepted request needs is accepted too, else it would wait for its own end
         limit = self._options.max_inflight_bytes
-        return errors.too_many_bytes(
+        raise errors.too_many_bytes(
             f"the gateway holds {self._inflight_bytes} bytes of requests and its limit is {limit}"
         )
 
@@ -241,12 +245,12 @@ class Service:
         route = self._routes.get((name, version))
         if route is not None and route.pool is pool:
             return route
-        state = _pick(pool, version)
+        state = pick(pool, version)
         assert state.config is not None
-        own = state.config.default_deadline_ms
+        own, lane = state.config.default_deadline_ms, Lane(name, state.version)
         route = Route(
             pool,
-            Lane(name, state.version),
+            lane,
             state.config,
             Checker(state.config),
             self._statistics.of(name, state.version, state.epoch),
@@ -254,10 +258,15 @@ class Service:
             (self._options.default_deadline_ms if own is None else own) / 1000,
             state.digest,
             state.instances,
+            self._submit_to(lane, state.config),
         )
         self._routes = {key: kept for key, kept in self._routes.items() if self._queue.pool(key[0]) is kept.pool}
         self._routes[name, version] = route
         return route
+
+    def _submit_to(self, lane: Lane, config: ModelConfig) -> Submit:
+        make = self.composed.get(config.platform)
+        return self._queue.submit if make is None else make(lane, config)
 
     # --- health and metadata
 
@@ -284,7 +293,8 @@ class Service:
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """True when the version (the newest, if empty) answers. Raises as `infer` would for an unknown model."""
-        self._resolve(name, version)
+        for step in self._resolve(name, version).config.steps:
+            self.model_ready(step.model, step.version)
         return not self._draining
 
     def model_config(self, name: str, version: str = "") -> ModelConfig:
@@ -343,10 +353,10 @@ class Service:
         self._require_explicit()
         await self._queue.send(Load(name, parameters))
 
-    async def unload(self, name: str) -> None:
-        """Stop a model once its accepted requests are answered."""
+    async def unload(self, name: str, *, dependents: bool = False) -> None:
+        """Stop a model once its accepted requests are answered, and with `dependents` what was loaded for it alone."""
         self._require_explicit()
-        await self._queue.send(Unload(name))
+        await self._queue.send(Unload(name, dependents))
 
     def _require_explicit(self) -> None:
         if not self._options.explicit_control:
@@ -367,22 +377,6 @@ class Service:
         while self._open:
             self._all_over.clear()
             await self._all_over.wait()
-
-
-def _pick(pool: PoolState, version: str) -> VersionState:
-    if pool.reason == NO_WORKER:
-        raise errors.no_worker(pool.model)
-    ready = [state for state in pool.versions if state.state == "READY"]
-    if not version:
-        if not ready:
-            raise errors.no_versions(pool.model)
-        return max(ready, key=lambda state: int(state.version))
-    for state in pool.versions:
-        if state.version == version:
-            if state.state != "READY":
-                raise errors.version_not_ready(pool.model, version)
-            return state
-    raise errors.unknown_version(pool.model, version)
 
 
 def _pool_ready(pool: PoolState) -> bool:

@@ -11,15 +11,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import starmap
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
 from gateway import engines, errors
-from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine, EngineSpec
 from gateway.engines.fallback import FallbackEngine
 from gateway.engines.isolated.children import Children
@@ -38,6 +35,7 @@ from gateway.worker.probe import measurable, measure
 from gateway.worker.running import count, digest, state, where
 from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat, Slots
+from gateway.worker.source import Source
 from gateway.worker.warmup import warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
@@ -47,19 +45,10 @@ _AHEAD = 3  # batches for each that runs: one runs, one is ready, one comes
 _LEAST = 16  # requests
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a version is loaded from; equal fingerprints need no reload."""
-
-    config: ModelConfig
-    version: str
-    path: Path
-    fingerprint: object
-    digest: str = ""  # of what all its artefacts are made from, see `Repository`
-
-
 class Host:
     """A loaded version and the tasks that serve it."""
+
+    reason = ""  # why it cannot answer now
 
     def __init__(
         self,

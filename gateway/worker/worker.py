@@ -16,6 +16,7 @@ from functools import partial
 import msgspec
 
 from gateway import errors
+from gateway.config.model import ModelConfig
 from gateway.engines.isolated.children import Children
 from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
@@ -23,8 +24,11 @@ from gateway.repository import ModelSource
 from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
-from gateway.worker.host import Host, Source
+from gateway.worker.ensemble import UNLOADED, Drained, EnsembleHost
+from gateway.worker.host import Host
+from gateway.worker.needs import Needs
 from gateway.worker.slots import Slots
+from gateway.worker.source import Source
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
 """Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
@@ -36,10 +40,16 @@ class _Model:
 
     name: str
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    hosts: dict[str, Host] = field(default_factory=dict)
+    hosts: dict[str, Host | EnsembleHost] = field(default_factory=dict)
     states: dict[str, VersionState] = field(default_factory=dict)
     reason: str = ""
     epoch: int = 0  # of the command under way
+    along: bool = False  # loaded because an ensemble needs it
+
+    @property
+    def ready(self) -> bool:
+        """Whether any version of it answers."""
+        return any(state.state == "READY" for state in self.states.values())
 
 
 class Worker:
@@ -67,6 +77,8 @@ class Worker:
             DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
         )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
+        self.ensembles_drained: Drained | None = None  # set before anything is loaded
+        self._needs = Needs()
         self._measures = measures
         self._persists = persists
         self._statistics = statistics
@@ -83,11 +95,11 @@ class Worker:
 
     async def drain(self) -> None:
         """Answer everything accepted and stop every model, first those that may call others."""
-        for calls in (True, False):
+        for turn in range(3):
             async with asyncio.TaskGroup() as tasks:
                 for model in self._models.values():
                     for host in model.hosts.values():
-                        if host.source.config.is_code is calls:
+                        if _turn(host.source.config) == turn:
                             tasks.create_task(host.drain())
 
     def explain(self, process: str, target: str) -> bytes:
@@ -104,9 +116,10 @@ class Worker:
             async with model.lock:
                 model.epoch = order.epoch
                 if isinstance(order.command, Load):
+                    model.along = False
                     await self._load(model, order.command)
                 else:
-                    await self._unload(model)
+                    await self._unload(model, dependents=order.command.dependents)
         except asyncio.CancelledError:
             order.finish(errors.stopping())
             raise
@@ -124,6 +137,7 @@ class Worker:
     async def _load(self, model: _Model, command: Load) -> None:
         try:
             source = await asyncio.to_thread(self._read, model.name, command.parameters)
+            await self._gather(model, source.config)
         except errors.GatewayError as problem:
             raise self._unreadable(model, problem) from None
         wanted = {
@@ -148,6 +162,26 @@ class Worker:
         await self._remove_unwanted(model, wanted)
         self._report_failures(model, wanted)
 
+    async def _gather(self, model: _Model, config: ModelConfig) -> None:
+        """Have the models that an ensemble needs here, as Triton does. Raises `InvalidArgument` if it needs itself."""
+        needs = self._needs.note(config)
+        # Whoever waits for a model that waits for it would wait for ever.
+        self._needs.refuse_cycle(model.name, lambda name: name in self._models and self._models[name].lock.locked())
+        async with asyncio.TaskGroup() as tasks:
+            for name in needs:
+                tasks.create_task(self._load_along(self._models.setdefault(name, _Model(name)), model.epoch))
+        self._needs.refuse_cycle(model.name)
+
+    async def _load_along(self, model: _Model, epoch: int) -> None:
+        async with model.lock:
+            if model.ready:
+                return
+            model.along, model.epoch = True, epoch
+            try:
+                await self._load(model, Load(model.name))
+            except errors.GatewayError as problem:  # published, and the ensemble says so too
+                log_event("command_failed", logging.ERROR, model=model.name, reason=problem.message)
+
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
         """The error for a model that does not even read; what is loaded of it goes on serving."""
         if isinstance(problem, errors.NotFound) and not model.hosts:
@@ -163,19 +197,11 @@ class Worker:
 
     async def _replace(self, model: _Model, source: Source) -> None:
         """Load one version and, once it is warm, let it take over the lane from its predecessor."""
-        host = Host(
-            source,
-            self._queue,
-            self._statistics,
-            self._slots,
-            measures=self._measures,
-            persists=self._persists,
-            children=self.children,
-        )
         predecessor = model.hosts.get(source.version)
+        host = self._host(source, replaces=predecessor is not None)
         try:
             async with self._loading:
-                await host.load(plan(source.config, self._devices))
+                await host.load(() if source.config.steps else plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
             reason = _explain(problem, model.name, source.version)
             if predecessor is None:
@@ -188,16 +214,26 @@ class Worker:
         if predecessor is not None:
             await predecessor.retire()
 
-    def _open(self, model: _Model, host: Host) -> None:
+    def _host(self, source: Source, *, replaces: bool) -> Host | EnsembleHost:
+        if source.config.steps:
+            return EnsembleHost(source, self._queue.pool, self.ensembles_drained, replaces=replaces)
+        return Host(
+            source,
+            self._queue,
+            self._statistics,
+            self._slots,
+            measures=self._measures,
+            persists=self._persists,
+            children=self.children,
+        )
+
+    def _open(self, model: _Model, host: Host | EnsembleHost) -> None:
         assert self._tasks is not None
         version = host.source.version
         host.changed = partial(self._move, model, host)
         self._tasks.create_task(self._serve(model, host))
         model.hosts[version] = host
-        epoch = self._statistics.epoch(model.name, version)
-        model.states[version] = VersionState(
-            version, "READY", "", host.source.config, host.instances, host, epoch, host.digest
-        )
+        model.states[version] = self._state(model, host)
         self._publish(model)
         for warning in host.warnings:
             log_event("model_warning", logging.WARNING, model=model.name, version=version, warning=warning)
@@ -206,14 +242,19 @@ class Worker:
                 "model_ready", model=model.name, version=version, device=instance.device, provider=instance.provider
             )
 
-    def _move(self, model: _Model, host: Host) -> None:
+    def _state(self, model: _Model, host: Host | EnsembleHost) -> VersionState:
+        state, version = "UNAVAILABLE" if host.reason else "READY", host.source.version
+        epoch = self._statistics.epoch(model.name, version)
+        return VersionState(version, state, host.reason, host.source.config, host.instances, host, epoch, host.digest)
+
+    def _move(self, model: _Model, host: Host | EnsembleHost) -> None:
         """A version's engines run on something else now."""
         version = host.source.version
         if model.hosts.get(version) is host and model.states[version].state == "READY":
             model.states[version] = replace(model.states[version], instances=host.instances)
             self._publish(model)
 
-    async def _serve(self, model: _Model, host: Host) -> None:
+    async def _serve(self, model: _Model, host: Host | EnsembleHost) -> None:
         try:
             await host.serve()
         except Exception as fault:  # noqa: BLE001 - a fault of ours in one version must not end the others
@@ -226,7 +267,7 @@ class Worker:
                 self._publish(model)
                 await self._refuse_rest(host, reason)
 
-    async def _refuse_rest(self, host: Host, reason: str) -> None:
+    async def _refuse_rest(self, host: Host | EnsembleHost, reason: str) -> None:
         """Answer what was accepted for a version that will never run it."""
         consumer = self._queue.consumer([host.lane])
         async with asyncio.TaskGroup() as tasks:
@@ -255,22 +296,30 @@ class Worker:
             for version in [version for version in model.hosts if version not in wanted]:
                 await self._remove(model, version)
 
-    async def _unload(self, model: _Model) -> None:
+    async def _unload(self, model: _Model, *, dependents: bool = False) -> None:
+        """Unload a model and, if they were loaded along with it and nobody else needs them, what it depends on."""
         if not model.states and not model.reason:
             return
+        needs = self._needs.of(model.name) if dependents else ()
+        self._needs.forget(model.name)
         for version in list(model.hosts):
             await self._remove(model, version)
-        model.states = {v: VersionState(v, "UNAVAILABLE", "unloaded") for v in model.states}
+        model.states = {v: VersionState(v, "UNAVAILABLE", UNLOADED) for v in model.states}
         model.reason = ""
         self._publish(model)
         log_event("model_unloaded", model=model.name)
+        for need in map(self._models.__getitem__, needs):
+            async with need.lock:
+                if need.along and not any(self._needs.users(need.name)):
+                    need.epoch = model.epoch
+                    await self._unload(need, dependents=True)
 
     async def _remove(self, model: _Model, version: str) -> None:
         model.states[version] = VersionState(version, "UNLOADING")
         self._publish(model)
         await model.hosts[version].drain()
         del model.hosts[version]  # not sooner: a shutdown that begins meanwhile must wait for it too
-        model.states[version] = VersionState(version, "UNAVAILABLE", "unloaded")
+        model.states[version] = VersionState(version, "UNAVAILABLE", UNLOADED)
         self._statistics.forget(model.name, version, model.epoch)
         self._publish(model)
 
@@ -282,9 +331,28 @@ class Worker:
     def _publish(self, model: _Model) -> None:
         states = tuple(model.states[version] for version in sorted(model.states, key=int))
         self._queue.publish(PoolState(model.name, states, model.reason))
+        for user in self._needs.users(model.name):
+            self._refit(self._models[user])
+
+    def _refit(self, model: _Model) -> None:
+        """What an ensemble needs has changed."""
+        before = dict(model.states)
+        for version, host in model.hosts.items():
+            if isinstance(host, EnsembleHost) and model.states[version].state in ("READY", "UNAVAILABLE"):
+                host.refit()
+                model.states[version] = self._state(model, host)
+        if model.states != before:
+            self._publish(model)
 
 
-def _same(host: Host | None, source: Source) -> bool:
+def _turn(config: ModelConfig) -> int:
+    """When a model may stop, among those that call others and those that are called."""
+    if config.steps:
+        return 0
+    return 1 if config.is_code else 2
+
+
+def _same(host: Host | EnsembleHost | None, source: Source) -> bool:
     return host is not None and host.source.fingerprint == source.fingerprint and host.source.path == source.path
 
 

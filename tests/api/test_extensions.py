@@ -13,7 +13,6 @@ import requests
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from gateway.config.settings import Settings
 from tests.system.process import CONFIG, GatewayProcess, started, write_model
 
 ORDER = [  # core/src/server.cc
@@ -72,10 +71,6 @@ def settles(call: str, message: Any) -> Callable[[GatewayProcess], bool]:
     return works
 
 
-def shared_memory(_: GatewayProcess) -> bool:
-    return "allow_client_shm" in Settings.model_fields  # it is there and turned off until somebody asks for it
-
-
 WORKS: dict[str, Callable[[GatewayProcess], bool]] = {
     "classification": lambda process: infer(process, {"classification": 1})["datatype"] == "BYTES",
     "sequence": answers("/v2/models/sequences/ready"),
@@ -83,8 +78,8 @@ WORKS: dict[str, Callable[[GatewayProcess], bool]] = {
     "model_repository(unload_dependents)": answers("/v2/models/ensemble/ready"),  # what else has dependents
     "schedule_policy": answers("/v2/models/levels/ready"),
     "model_configuration": answers("/v2/models/m/config"),
-    "system_shared_memory": shared_memory,
-    "cuda_shared_memory": shared_memory,
+    "system_shared_memory": settles("SystemSharedMemoryStatus", pb.SystemSharedMemoryStatusRequest()),
+    "cuda_shared_memory": settles("CudaSharedMemoryRegister", pb.CudaSharedMemoryRegisterRequest(name="x")),
     "binary_tensor_data": lambda process: infer(process, {"binary_data": True}) == {"binary": True},
     "parameters": lambda process: "datatype" in infer(process, {}, parameters={"any": 1}),
     "statistics": answers("/v2/models/m/stats"),

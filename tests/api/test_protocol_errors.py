@@ -256,7 +256,12 @@ def stopping(_: Wires) -> tuple[Answer, Answer]:
     return (str(http.http), http.message), ({14: "UNAVAILABLE"}[call.grpc], call.message)
 
 
-REGION = {"name": "IN", "datatype": "FP32", "shape": [1, 16], "parameters": {"shared_memory_region": "x"}}
+REGION = {
+    "name": "IN",
+    "datatype": "FP32",
+    "shape": [1, 16],
+    "parameters": {"shared_memory_region": "x", "shared_memory_byte_size": 64},
+}
 UNKNOWN = {"inputs": [tensor("IN")]}
 PROBES: dict[str, Probe] = {
     "INVALID_ARG": of(errors.InvalidArgument),

@@ -29,6 +29,7 @@ _ANSWERED = 1.0  # seconds within which a live process answers a question
 _ASK_AGAIN = 5.0  # seconds that a command waits for reports
 _TRIES = 3  # times that a process is asked again which has not said a word
 _ORDERS_KNOWN = 1000
+_DEPENDENTS = "unload_dependents"  # a parameter, whatever its value
 
 LOAD, UNLOAD, QUESTION, CANCEL, NEWS, GIVEN = "load", "unload", "question", "cancel", "news", "given"
 
@@ -103,8 +104,7 @@ class Events:
             raise errors.stopping()
         if not workers:
             raise errors.Unavailable("no worker is alive to carry this out; start one, or look at its log")
-        kind = LOAD if isinstance(command, Load) else UNLOAD
-        parameters = command.parameters if isinstance(command, Load) else {}
+        kind, parameters = _words(command)
         asked = await self._ask(kind, command.model, workers, parameters)
         try:
             while asked.expected:
@@ -255,7 +255,8 @@ class Events:
     def _take(self, event: wire.Broadcast) -> None:
         order = self._taken.get(event.id)
         if order is None:  # else whoever sent it has not heard of us
-            command = Load(event.text, event.parameters) if event.kind == LOAD else Unload(event.text)
+            loads, told = event.kind == LOAD, event.parameters
+            command = Load(event.text, told) if loads else Unload(event.text, _DEPENDENTS in told)
             epoch = wire.milliseconds(self._last)  # of its entry: for all the same
             order = self._taken[event.id] = RedisOrder(command, epoch, event.sender, event.id, self._outbox)
             self._give(order)
@@ -319,3 +320,10 @@ class Events:
 
 def _has_no_such_model(error: errors.GatewayError) -> bool:
     return "failed to poll from model repository" in error.message
+
+
+def _words(command: Command) -> tuple[str, dict[str, str]]:
+    """A command's kind and parameters as others are told."""
+    if isinstance(command, Load):
+        return LOAD, command.parameters
+    return UNLOAD, {_DEPENDENTS: ""} if command.dependents else {}

@@ -103,7 +103,7 @@ class Control:
 
     async def _unload(self, request: Any) -> Any:
         _refuse_repository(request)
-        await self._service.unload(request.model_name)
+        await self._service.unload(request.model_name, dependents=_unload_dependents(request.parameters))
         return pb.RepositoryModelUnloadResponse()
 
     async def _trace_setting(self, request: Any) -> Any:
@@ -163,3 +163,12 @@ def _log_value(name: str, value: Any) -> Any:
     if name == "log_format" and told not in FORMATS:
         raise errors.InvalidArgument(f"invalid argument for log_format, got: {told}")
     return told
+
+
+def _unload_dependents(parameters: Any) -> bool:
+    if "unload_dependents" not in parameters:
+        return False
+    found = parameters["unload_dependents"]
+    if found.WhichOneof("parameter_choice") != "bool_param":
+        raise errors.InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
+    return bool(found.bool_param)

@@ -138,6 +138,15 @@ def load_parameters(body: dict[str, Any]) -> dict[str, str]:
     return parameters
 
 
+def unload_dependents(body: dict[str, Any]) -> bool:
+    """The parameter `unload_dependents` of an unload request."""
+    parameters = body.get("parameters", {})
+    found = parameters.get("unload_dependents", False) if isinstance(parameters, dict) else None
+    if type(found) is not bool:
+        raise InvalidArgument("Unable to parse 'unload_dependents': expected a boolean in 'parameters'")
+    return found
+
+
 def _entry(entry: IndexEntry) -> dict[str, str]:
     members = {"name": entry.name, "version": entry.version, "state": entry.state, "reason": entry.reason}
     return {key: value for key, value in members.items() if value}

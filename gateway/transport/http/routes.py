@@ -169,8 +169,7 @@ def _add_control(app: FastAPI, service: Service, document: Document, dependencie
 
     @app.post("/v2/repository/models/{model}/unload", summary="Unload a model", dependencies=dependencies)
     async def unload(model: Model, request: Request) -> Response:
-        await document(request)
-        await service.unload(model)
+        await service.unload(model, dependents=control.unload_dependents(await document(request)))
         return Response()
 
     async def of_one() -> Response:
