@@ -31,6 +31,7 @@ from gateway.middleware.ensemble import Ensembles
 from gateway.middleware.idempotency import idempotency
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
+from gateway.middleware.traced import traced
 from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
@@ -120,6 +121,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             _options(settings),
             fleet=fleet.statistics,
             reports=fleet.reports(worker.explain if works else None),
+            controls=fleet.controls(settings),
         )
         children.infer = service.infer
         ensembles = _ensembles(statistics, service, worker)
@@ -127,7 +129,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
-            models = tasks.create_task(_keep_models(settings, repository, gateway, names))
+            models = tasks.create_task(_begin(settings, repository, gateway, names))
             try:
                 yield gateway
             finally:
@@ -216,6 +218,7 @@ async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway,
     gateway.ensembles.root = infer  # a step is no client's request: nothing to log, to record or to know again
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
+    infer = await traced(stack, settings, infer, service.controls.traces)
     return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
 
 
@@ -290,9 +293,9 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         )
         await _open(stack, gateway, "grpc", grpc)
     if settings.allow_http:
-        app = await stack.enter_async_context(
-            HttpApp(service, infer, configured.http_limits(settings), callers, gateway.jobs, regions=regions)
-        )
+        http_limits, rules = configured.http_limits(settings), configured.http_rules(settings)
+        app = HttpApp(service, infer, http_limits, callers, gateway.jobs, rules=rules, regions=regions)
+        await stack.enter_async_context(app)
         http = HttpServer(
             app,
             settings.http_address,
@@ -314,6 +317,12 @@ async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: Ht
 
 
 # --- models
+
+
+async def _begin(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(gateway.service.controls.informed())
+        await _keep_models(settings, repository, gateway, names)
 
 
 async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import errors
 from gateway.config.settings import Settings
+from gateway.config.trace import read_trace_config
 from gateway.queues.base import Queue
 from gateway.queues.figures import FleetFigures
 from gateway.queues.memory import MemoryQueue
+from gateway.service.controls import Controls
+from gateway.service.registers import QUESTION as SETTINGS
 from gateway.service.reports import QUESTION as EXPLAIN
 from gateway.service.reports import WorkerReports
 from gateway.statistics import Statistics
@@ -43,6 +46,15 @@ class Fleet:
     def figures(self) -> Callable[[], Awaitable[FleetFigures]] | None:
         """What the queue tells operators of itself."""
         return None if self.redis is None else self.redis.figures
+
+    def controls(self, settings: Settings) -> Controls:
+        """What clients may change, the same in all processes."""
+        traces = read_trace_config(settings.trace_config)
+        ask = None if self.redis is None else self.redis.ask
+        controls = Controls(self.process, ask, verbose=settings.log_verbose, traces=traces)
+        if self.redis is not None:
+            self.redis.answers[SETTINGS] = controls.registers.answer
+        return controls
 
     def reports(self, explain: Explain | None) -> WorkerReports | None:
         """What all workers say of a version; `explain` is this process's own, if it has one."""

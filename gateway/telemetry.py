@@ -1,6 +1,6 @@
-"""How the process tells people what happens: log lines, and metrics in Prometheus' text format.
+"""How the process tells people what happens: log lines, metrics in Prometheus' text format, and OpenTelemetry spans.
 
-The only module that knows the log format or Prometheus. It imports nothing of ours: callers hand it an
+The only module that knows the log format, Prometheus or OpenTelemetry. It imports nothing of ours: callers hand it an
 event with plain fields, or metric families with plain numbers. One event is one line, and a field is a
 scalar, so a tensor cannot be logged. Lines go to standard error from the calling thread.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Field: TypeAlias = str | int | float | bool | None
 LogFormat: TypeAlias = Literal["text", "json"]
@@ -53,9 +53,29 @@ def configure_logging(log_format: LogFormat, verbose: int, process: str = "") ->
     for a log that several processes write. Call it again to change it.
     """
     handler = logging.StreamHandler()
+    handler.addFilter(_switches)
     handler.setFormatter(_JsonFormatter(process) if log_format == "json" else _TextFormatter(process))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    switch_logging(info=True, warning=True, error=True, verbose=verbose)
+
+
+def switch_logging(*, info: bool, warning: bool, error: bool, verbose: int) -> None:
+    """Which levels are written from now on; `verbose` > 0 adds DEBUG events, whatever the others say."""
+    levels = {logging.INFO: info, logging.WARNING: warning, logging.ERROR: error}
+    _switches.off = frozenset(level for level, on in levels.items() if not on)
     logging.getLogger(_LOGGER).setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
+
+
+class _Switches(logging.Filter):
+    """Drops the records of the levels that are off."""
+
+    off: frozenset[int] = frozenset()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno not in self.off
+
+
+_switches = _Switches()
 
 
 class Refusals:
@@ -211,3 +231,61 @@ def process_metrics(labels: Mapping[str, str]) -> list[Family]:
             )
         )
     return families
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of work. Times, of events by name too, are `time.monotonic_ns`; `error` is why it failed, if it did."""
+
+    name: str
+    started: int
+    ended: int
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    events: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
+    children: tuple[Span, ...] = ()
+
+
+class Spans:
+    """Sends spans to a collector by OTLP over HTTP, in batches from a thread of the SDK. Needs the extra `otel`."""
+
+    def __init__(self, url: str, resource: Mapping[str, str], exporter: Any = None) -> None:
+        """Raises ModuleNotFoundError without the extra. An `exporter` of the SDK's goes in place of the one to `url`."""
+        from opentelemetry import trace
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        if exporter is None:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+            exporter = OTLPSpanExporter(endpoint=url)
+        self._api = trace
+        self._propagator = TraceContextTextMapPropagator()
+        self._provider = TracerProvider(resource=Resource.create(dict(resource)), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer(_LOGGER)
+
+    def send(self, span: Span, parent: Mapping[str, str]) -> None:
+        """Have a span sent, with its children; `parent` are the W3C headers of the caller's. Waits for nobody."""
+        # To the spans of other machines these belong by the time of day.
+        offset = time.time_ns() - time.monotonic_ns()
+        self._send(span, self._propagator.extract(dict(parent)), self._api.SpanKind.SERVER, offset)
+
+    def close(self) -> None:
+        """Send what is left. Blocks: call it off the event loop."""
+        self._provider.shutdown()
+
+    def _send(self, span: Span, parent: Any, kind: Any, offset: int) -> None:
+        sent = self._tracer.start_span(
+            span.name, parent, kind=kind, attributes=dict(span.attributes), start_time=span.started + offset
+        )
+        for name, ns in span.events.items():
+            sent.add_event(name, timestamp=ns + offset)
+        if span.error:
+            sent.set_status(self._api.Status(self._api.StatusCode.ERROR, span.error))
+        context = self._api.set_span_in_context(sent)
+        for child in span.children:
+            self._send(child, context, self._api.SpanKind.INTERNAL, offset)
+        sent.end(end_time=span.ended + offset)

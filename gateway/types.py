@@ -28,6 +28,7 @@ Parameter: TypeAlias = str | int | float | bool
 
 
 NO_PARAMETERS: Mapping[str, Parameter] = MappingProxyType({})
+NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
@@ -221,7 +222,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     Requests of a tenant with the same `idempotency_key` are one request that is repeated; without one it is empty.
     `callers` are the models that wait for the answer, where it is no client that does. With `places` some tensors are in
     shared memory, and the inputs among them have no data until they were read (`middleware/shared_memory.py`).
-    `one_answer` says that whoever asks can take one only.
+    `one_answer` says that whoever asks can take one only. `trace_context` are the W3C trace context's headers, where spans are
+    made of requests: by the gateway, so that no worker gets them.
     """
 
     model_name: str
@@ -242,6 +244,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     callers: tuple[str, ...] = ()
     places: Places | None = None
     one_answer: bool = False
+    trace_context: Mapping[str, str] = NO_CONTEXT
 
 
 class Timings(msgspec.Struct, gc=False):

@@ -16,6 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.config.restricted import checked_pattern, read_restricted
+from gateway.config.trace import read_trace_config
+
 MIB = 1 << 20
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -159,6 +162,13 @@ class Settings(BaseSettings):
     http_tls_cert: FilePath | None = _setting(None, "http", "PEM file of the certificate chain; turns TLS on")
     http_tls_key: FilePath | None = _setting(None, "http", "PEM file of the certificate's private key")
 
+    http_restricted_api: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (), "http", "APIS:KEY=VALUE: groups of APIs that need this header; repeatable (variable: separated by ';')"
+    )
+    http_header_forward_pattern: str = _setting(
+        "", "http", "which headers become request parameters: a regular expression"
+    )
+
     allow_grpc: bool = _setting(True, "grpc", "serve gRPC")
     grpc_address: str = _setting("127.0.0.1", "grpc", "address to listen on")
     grpc_port: Port = _setting(8001, "grpc", "port to listen on; 0 for any free one")
@@ -186,6 +196,15 @@ class Settings(BaseSettings):
     grpc_max_connection_age: NonNegativeInt = _setting(0, "grpc", "ms that a connection may live; 0: for ever")
     grpc_max_connection_age_grace: NonNegativeInt = _setting(
         0, "grpc", "ms that its open calls then have to finish; 0: any time"
+    )
+
+    grpc_restricted_protocol: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (),
+        "grpc",
+        "APIS:KEY=VALUE: groups of APIs that need metadata triton-grpc-protocol-KEY; repeatable (variable: separated by ';')",
+    )
+    grpc_header_forward_pattern: str = _setting(
+        "", "grpc", "which metadata become request parameters: a regular expression"
     )
 
     allow_metrics: bool = _setting(True, "metrics", "serve Prometheus metrics at /metrics")
@@ -220,6 +239,12 @@ class Settings(BaseSettings):
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
+    trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
+        (),
+        "logging",
+        "what is traced, as Triton has it: level=TIMESTAMPS|TENSORS, rate=N, count=N, mode=triton|opentelemetry, "
+        "triton,file=PATH, triton,log-frequency=N, opentelemetry,url=URL, opentelemetry,resource=K=V; repeatable (variable: separated by ';')",
+    )
     log_access: bool = _setting(False, "logging", "log a line for every request")
     record: Path | None = _setting(
         None, "logging", "folder to write arrivals to, for gateway simulate; nothing is recorded without it"
@@ -237,6 +262,28 @@ class Settings(BaseSettings):
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("trace_config", "http_restricted_api", "grpc_restricted_protocol", mode="before")
+    @classmethod
+    def _split_entries(cls, value: Any) -> Any:
+        return value.split(";") if isinstance(value, str) else value
+
+    @field_validator("trace_config")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        read_trace_config(value)
+        return value
+
+    @field_validator("http_restricted_api", "grpc_restricted_protocol")
+    @classmethod
+    def _known_apis(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        read_restricted(value)
+        return value
+
+    @field_validator("http_header_forward_pattern", "grpc_header_forward_pattern")
+    @classmethod
+    def _regular(cls, value: str) -> str:
+        return checked_pattern(value)
 
     @field_validator("response_cache_bytes", mode="before")
     @classmethod

@@ -52,15 +52,13 @@ def _only(name: str, takes: tuple[str, ...], remedy: str) -> tuple[str, Flag]:
 _THREADS = "remove it; one event loop serves each process, and --workers and --http-workers with --queue embedded add processes"
 _POOL = "remove it; tensors are not staged in a pool of this kind"
 _PLUGIN = "remove it; nothing is loaded from shared libraries"
-_TRACE = "remove it; a request is explained by `gateway explain MODEL`, and --log-access logs a line for each"
-_HEADERS = "remove it, and have clients send what the model needs as request parameters"
-_RESTRICT = "remove it; let --token-file FILE say who may call, or restrict paths in a proxy"
+_TRACE = "remove it, and give it as --trace-config: triton,file=PATH, level=L, rate=N, count=N, triton,log-frequency=N"
 _SAGEMAKER = (
     "remove it; put a proxy that maps /ping and /invocations to /v2/health/ready and /v2/models/MODEL/infer in front"
 )
 _VERTEX = "remove it; put a proxy that maps Vertex AI's routes to /v2/health/ready and /v2/models/MODEL/infer in front"
 _RATE = "remove it; instances share a device by its slots, and instance_group count says how many run at once"
-_LEVELS = "remove it; the log has all levels, each line names its own, and --log-verbose adds more"
+_LEVELS = "remove it; levels are switched while the server runs, by POST /v2/logging, and --log-verbose adds more"
 
 FLAGS: dict[str, Flag] = dict(
     (
@@ -96,16 +94,16 @@ FLAGS: dict[str, Flag] = dict(
         _same("http-address"),
         _same("http-port"),
         ("reuse-http-port", Flag("share_ports", kind="bool")),
-        _only("http-header-forward-pattern", (), _HEADERS),
+        _same("http-header-forward-pattern"),
         _only("http-thread-count", (), _THREADS),
-        _only("http-restricted-api", (), _RESTRICT),
+        _same("http-restricted-api"),
         _same("http-max-input-size"),
         # gRPC
         _same("allow-grpc", "bool"),
         _same("grpc-address"),
         _same("grpc-port"),
         ("reuse-grpc-port", Flag("share_ports", kind="bool")),
-        _only("grpc-header-forward-pattern", (), _HEADERS),
+        _same("grpc-header-forward-pattern"),
         _only("grpc-infer-thread-count", (), _THREADS),
         _only(
             "grpc-infer-allocation-pool-size",
@@ -127,7 +125,7 @@ FLAGS: dict[str, Flag] = dict(
         _same("grpc-http2-max-ping-strikes"),
         _same("grpc-max-connection-age"),
         _same("grpc-max-connection-age-grace"),
-        _only("grpc-restricted-protocol", (), _RESTRICT),
+        _same("grpc-restricted-protocol"),
         # clouds
         _only("allow-sagemaker", _OFF, _SAGEMAKER),
         _only("sagemaker-port", (), _SAGEMAKER),
@@ -150,7 +148,7 @@ FLAGS: dict[str, Flag] = dict(
             "remove it; /metrics has Triton's counters, and histograms of ours",
         ),
         # tracing
-        _only("trace-config", ("level=OFF",), _TRACE),
+        _same("trace-config"),
         _only("trace-file", (), _TRACE),
         _only("trace-level", ("OFF",), _TRACE),
         _only("trace-rate", (), _TRACE),

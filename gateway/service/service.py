@@ -16,6 +16,7 @@ from gateway import __version__, errors
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Lane, Load, PoolState, Queue, Unload
 from gateway.service.check import Checker
+from gateway.service.controls import Controls
 from gateway.service.inference import Inference
 from gateway.service.parameters import apply_parameters
 from gateway.service.reports import Reports, count, degraded, running
@@ -34,6 +35,8 @@ EXTENSIONS = (
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "trace",
+    "logging",
 )
 """The Triton extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`)."""
 
@@ -88,10 +91,12 @@ class Service:
         *,
         fleet: Callable[[], Awaitable[Statistics]] | None = None,
         reports: Reports | None = None,
+        controls: Controls | None = None,
     ) -> None:
         """`statistics` are this process's own. Where there are others, `fleet` gives the sum over all, and `reports`
         what each worker has to say of a version.
         """
+        self.controls = controls or Controls()
         self._queue = queue
         self._statistics = statistics
         self._fleet = fleet or statistics.whole

@@ -6,8 +6,10 @@ import socket
 
 from gateway import errors
 from gateway.config.settings import Settings
+from gateway.config.trace import read_trace_config
 from gateway.transport.auth import Tokens
 from gateway.transport.grpc import GrpcOptions, Keepalive, Tls
+from gateway.transport.header_rules import HeaderRules
 from gateway.transport.http import HttpLimits, TlsFiles
 
 
@@ -73,4 +75,20 @@ def grpc_options(settings: Settings) -> GrpcOptions:
         max_connections=settings.max_connections,
         grace=float(settings.exit_timeout_secs),
         share=settings.share_ports,
+        rules=HeaderRules.of(
+            settings.grpc_restricted_protocol,
+            settings.grpc_header_forward_pattern,
+            grpc=True,
+            traced=_traced(settings),
+        ),
     )
+
+
+def http_rules(settings: Settings) -> HeaderRules:
+    """What HTTP headers decide."""
+    pattern = settings.http_header_forward_pattern
+    return HeaderRules.of(settings.http_restricted_api, pattern, traced=_traced(settings))
+
+
+def _traced(settings: Settings) -> bool:
+    return read_trace_config(settings.trace_config).mode == "opentelemetry"

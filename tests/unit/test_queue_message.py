@@ -119,7 +119,7 @@ def test_a_request_comes_back_as_it_was(sent):
     assert version_of(header) == VERSION
     got = unpack_request(header, b"".join(parts))
     same_tensors(got.inputs, sent.inputs)
-    left_here = ("inputs", "form", "deadline", "admitted", "idempotency_key")
+    left_here = ("inputs", "form", "deadline", "admitted", "idempotency_key", "trace_context")
     assert fields(got, *left_here) == fields(sent, *left_here)
     assert (got.form, got.deadline, got.admitted, got.idempotency_key) == (None, None, False, "")
     assert hash(got.signature) == hash(sent.signature)
@@ -138,10 +138,10 @@ def test_a_response_comes_back_as_it_was(sent):
 def test_every_field_of_a_request_is_sent_or_left_out_on_purpose():
     assert InferRequest.__struct_fields__ == (
         "model_name", "inputs", "model_version", "id", "outputs", "parameters", "deadline", "priority", "tenant", "form",
-        "rows", "size", "signature", "admitted", "idempotency_key", "callers", "one_answer",
+        "rows", "size", "signature", "admitted", "idempotency_key", "callers", "places", "one_answer", "trace_context",
     )  # fmt: skip
     assert InferResponse.__struct_fields__ == (
-        "model_name", "model_version", "outputs", "id", "parameters", "timings", "final", "digest",
+        "model_name", "model_version", "outputs", "id", "parameters", "timings", "final", "digest", "placed",
     )  # fmt: skip
 
 

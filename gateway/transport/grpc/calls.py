@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -21,7 +21,7 @@ from gateway.transport.auth import Header
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions
 from gateway.transport.idempotency import HEADER, checked
-from gateway.types import Infer, InferRequest, InferResponse
+from gateway.types import NO_CONTEXT, NO_PARAMETERS, Infer, InferRequest, InferResponse, Parameter
 
 _T = TypeVar("_T")
 Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
@@ -34,14 +34,16 @@ _log = logging.getLogger("gateway.grpc")
 
 
 class Caller(NamedTuple):
-    """Who is calling, when the call ends (`time.monotonic` seconds), how many seconds a request of it has, and the key
-    under which its one request is repeated.
+    """Who is calling, when the call ends (`time.monotonic` seconds), how many seconds a request of it has, the key
+    under which its one request is repeated, the metadata that are parameters of its requests, and their trace context.
     """
 
     tenant: str
     deadline: float | None
     timeout: float | None
     key: str | None = None
+    forwarded: Mapping[str, Parameter] = NO_PARAMETERS
+    context: Mapping[str, str] = NO_CONTEXT
 
 
 class Running:
@@ -116,6 +118,23 @@ class Calls:
         self._max_bytes = options.max_request_bytes
         self._max_tensors = options.max_request_tensors
         self._refusals = Refusals()
+        self._rules = options.rules
+        self._plain = not options.rules.restricted and options.rules.forward is None and not options.rules.traced
+
+    def allow(self, rpc: str, metadata: Metadata) -> None:
+        """Raise `Unavailable` for a call that lacks the metadata which its protocol demands."""
+        if self._rules.restricted:
+            values: dict[str, Any] = dict(reversed(metadata))
+            self._rules.check_rpc(rpc, values.get)
+
+    def inferring(self, rpc: str, metadata: Metadata, remaining: float | None) -> Caller:
+        """`caller`, of a call that asks for inference."""
+        if self._plain:
+            return self.caller(metadata, remaining)
+        self.allow(rpc, metadata)
+        values: dict[str, Any] = dict(reversed(metadata))
+        forwarded, context = self._rules.forwarded(metadata), self._rules.context(values.get)
+        return self.caller(metadata, remaining)._replace(forwarded=forwarded, context=context)
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
@@ -145,6 +164,9 @@ class Calls:
             raise self._too_many(request)
         request.tenant = caller.tenant
         request.deadline = caller.deadline
+        request.trace_context = caller.context
+        if caller.forwarded:
+            request.parameters = {**request.parameters, **caller.forwarded}
         if caller.timeout is not None:
             until = time.monotonic() + caller.timeout
             request.deadline = until if caller.deadline is None else min(until, caller.deadline)
@@ -154,7 +176,7 @@ class Calls:
         """ModelInfer: the one answer to a request, both serialized. Raises `GatewayError` only."""
         try:
             with self.running:
-                caller = self.caller(metadata, remaining)
+                caller = self.inferring("ModelInfer", metadata, remaining)
                 request = self.request(payload, caller)
                 request.one_answer = True
                 if caller.key is not None:

@@ -16,13 +16,17 @@ from tritonclient.grpc import service_pb2 as pb
 from gateway import errors
 from gateway.config.model import TensorConfig
 from gateway.service import Service
+from gateway.service.log_settings import FORMATS, LOG_NAMES
 from gateway.shm import Regions
 from gateway.transport.grpc import shared_memory
 from gateway.transport.grpc.codec import check_version
 from gateway.transport.instances import configuration
+from gateway.transport.traceable import require_traceable
 
 OPEN = frozenset({"ServerLive", "ServerReady"})
 """RPCs that need no token, so that probes work."""
+
+_LOG_KINDS = {"log_verbose_level": ("int32", "uint32_param"), "log_format": ("string", "string_param")}
 
 
 class Control:
@@ -42,8 +46,8 @@ class Control:
             "RepositoryModelLoad": self._load,
             "RepositoryModelUnload": self._unload,
             **shared_memory.answers(regions),
-            "TraceSetting": _no_trace,
-            "LogSettings": _no_log_settings,
+            "TraceSetting": self._trace_setting,
+            "LogSettings": self._log_settings,
         }
 
     async def _server_live(self, _: Any) -> Any:
@@ -102,6 +106,28 @@ class Control:
         await self._service.unload(request.model_name, dependents=_unload_dependents(request.parameters))
         return pb.RepositoryModelUnloadResponse()
 
+    async def _trace_setting(self, request: Any) -> Any:
+        require_traceable(self._service, request.model_name)
+        traces = self._service.controls.traces
+        if request.settings:
+            news = {name: [*setting.value] or None for name, setting in request.settings.items()}
+            settings = await traces.change(request.model_name, news)
+        else:
+            settings = await traces.read(request.model_name)
+        answer = pb.TraceSettingResponse()
+        for name, value in settings.items():
+            answer.settings[name].value.extend([value] if isinstance(value, str) else value)
+        return answer
+
+    async def _log_settings(self, request: Any) -> Any:
+        logs = self._service.controls.logs
+        news = {name: _log_value(name, value) for name, value in request.settings.items() if name in LOG_NAMES}
+        answer = pb.LogSettingsResponse()
+        for name, value in (await logs.change(news)).items():
+            kind = {bool: "bool_param", int: "uint32_param", str: "string_param"}[type(value)]
+            setattr(answer.settings[name], kind, value)
+        return answer
+
 
 def _tensor_metadata(tensor: TensorConfig, batch: tuple[int, ...]) -> Any:
     return pb.ModelMetadataResponse.TensorMetadata(
@@ -127,6 +153,18 @@ def _load_parameter(key: str, parameter: Any) -> str:
     raise errors.InvalidArgument(f"invalid value type for load parameter '{key}', expected {expected}.")
 
 
+def _log_value(name: str, value: Any) -> Any:
+    if name == "log_file":
+        raise errors.Unsupported("log file location can not be updated through network protocol")
+    word, kind = _LOG_KINDS.get(name, ("boolean", "bool_param"))
+    if value.WhichOneof("parameter_choice") != kind:
+        raise errors.InvalidArgument(f"expect {word} for '{name}'")
+    told = getattr(value, kind)
+    if name == "log_format" and told not in FORMATS:
+        raise errors.InvalidArgument(f"invalid argument for log_format, got: {told}")
+    return told
+
+
 def _unload_dependents(parameters: Any) -> bool:
     if "unload_dependents" not in parameters:
         return False
@@ -134,13 +172,3 @@ def _unload_dependents(parameters: Any) -> bool:
     if found.WhichOneof("parameter_choice") != "bool_param":
         raise errors.InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
     return bool(found.bool_param)
-
-
-async def _no_trace(_: Any) -> Any:
-    raise errors.Unsupported("trace settings cannot be changed on this server yet; start it without them")
-
-
-async def _no_log_settings(_: Any) -> Any:
-    raise errors.Unsupported(
-        "log settings cannot be read or changed on a running server; start it with --log-verbose and --log-format"
-    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.transport.header_rules import NO_RULES, HeaderRules
+
 INT32_MAX = 2_147_483_647  # bytes of a message, as Triton and its clients have it
 
 
@@ -53,3 +55,4 @@ class GrpcOptions:
     native: bool = True
     grace: float = 30.0
     share: bool = False
+    rules: HeaderRules = NO_RULES

@@ -36,7 +36,7 @@ def add_handlers(server: Any, service: Service, calls: Calls, regions: Regions |
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(SERVICE, _inference(calls, Control(service, regions))),)
     )
-    health_pb2_grpc.add_HealthServicer_to_server(_Health(service), server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Health(service, calls), server)
     names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     add_ServerReflectionServicer_to_server(_Reflection(names, calls), server)
 
@@ -50,7 +50,7 @@ def _inference(calls: Calls, control: Control) -> dict[str, Any]:
     for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods:
         if method.name in answers:
             handlers[method.name] = grpc.unary_unary_rpc_method_handler(
-                _control(calls, answers[method.name], open_to_all=method.name in OPEN),
+                _control(calls, method.name, answers[method.name]),
                 request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
                 response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
             )
@@ -77,12 +77,11 @@ def _model_stream_infer(calls: Calls) -> Callable[[Any, Any], Awaitable[None]]:
     return model_stream_infer
 
 
-def _control(
-    calls: Calls, answer: Callable[[Any], Awaitable[Any]], *, open_to_all: bool
-) -> Callable[[Any, Any], Awaitable[Any]]:
+def _control(calls: Calls, rpc: str, answer: Callable[[Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def control(request: Any, context: Any) -> Any:
         try:
-            if open_to_all:
+            calls.allow(rpc, context.invocation_metadata())
+            if rpc in OPEN:
                 return await answer(request)
             with calls.running:
                 calls.caller(context.invocation_metadata(), None)
@@ -101,11 +100,16 @@ async def _abort(context: Any, error: errors.GatewayError) -> NoReturn:
 class _Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Readiness of the whole server, whichever service is asked about. Needs no token, so that probes work."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, calls: Calls) -> None:
         self._service = service
+        self._calls = calls
 
     async def Check(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - the name and the call are gRPC's
         """SERVING while `Service.ready` is true."""
+        try:
+            self._calls.allow("ServerReady", context.invocation_metadata())
+        except errors.GatewayError as error:
+            await _abort(context, error)
         status = health_pb2.HealthCheckResponse.ServingStatus
         return health_pb2.HealthCheckResponse(status=status.SERVING if self._service.ready() else status.NOT_SERVING)
 

@@ -27,7 +27,7 @@ class Stream:
         metadata = context.invocation_metadata()
         self._calls = calls
         self._context = context
-        self._caller: Caller = calls.caller(metadata, context.time_remaining())
+        self._caller: Caller = calls.inferring("ModelStreamInfer", metadata, context.time_remaining())
         if self._caller.key is not None:
             raise errors.InvalidArgument(
                 f"metadata '{HEADER}' is for one request, and a ModelStreamInfer call has many; send it with ModelInfer"

@@ -8,7 +8,7 @@ request, on a thread, because its import takes as long as all the rest of the st
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
@@ -21,21 +21,24 @@ from gateway.service import Service
 from gateway.shm import Regions
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
+from gateway.transport.header_rules import NO_RULES, HeaderRules
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
 from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.door import InferDoor, infer_target
 from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
+from gateway.transport.http.generate import GenerateEndpoint, generate_target
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.http.replies import Reply, error_reply, fault_reply
-from gateway.types import Infer
+from gateway.types import NO_CONTEXT, NO_PARAMETERS, Infer, Parameter
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
+_NOTHING = (NO_PARAMETERS, NO_CONTEXT)
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
 
@@ -54,12 +57,17 @@ class HttpApp:
         callers: Callers | None = None,
         jobs: Jobs | None = None,
         *,
+        rules: HeaderRules = NO_RULES,
         regions: Regions | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service
+        self._rules = rules
+        self._restricted = bool(rules.restricted)
+        self._reads = rules.forward is not None or rules.traced
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
+        self._generate = GenerateEndpoint(service, infer, self._limits)
         self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._regions = regions
         self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
@@ -104,6 +112,8 @@ class HttpApp:
     async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
         path: str = scope.path
         try:
+            if self._restricted:
+                self._rules.check_path(path, scope.headers.get)
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
@@ -111,13 +121,14 @@ class HttpApp:
                 size = self._small + 1 if declared is None else int(declared)
                 query = scope.query_string
                 job = query and wants_job(query)
-                deadline = deadline_of(headers.get, arrived)
+                told = self._told(headers) if self._reads else _NOTHING
+                caller = (tenant, deadline_of(headers.get, arrived), *told)
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 if job:
-                    return await self._jobs.submit(target, headers.get, body, (tenant, deadline), query)
-                return 200, *await self._endpoint.answer(target, headers.get, body, tenant, deadline)
-            return await self._other(scope, protocol)
+                    return await self._jobs.submit(target, headers.get, body, caller, query)
+                return 200, *await self._endpoint.answer(target, headers.get, body, caller)
+            return await self._other(scope, protocol, arrived)
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
             if self.door is not None:
@@ -128,8 +139,16 @@ class HttpApp:
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
 
-    async def _other(self, scope: Any, protocol: Any) -> Reply | Stream:
+    async def _other(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
         path: str = scope.path
+        if scope.method == "POST" and (target := generate_target(path)) is not None:
+            headers = scope.headers
+            caller = (
+                self._callers.tenant(headers.get),
+                deadline_of(headers.get, arrived),
+                *(self._told(headers) if self._reads else _NOTHING),
+            )
+            return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:
             return health(self._service, word)
         if path.startswith(JOBS) and path[len(JOBS) :][:1] in ("", "/"):
@@ -137,6 +156,10 @@ class HttpApp:
             return await self._jobs.reply(scope.method, path, scope.query_string, get, self._callers.tenant(get))
         asgi = self._asgi or await self._build()
         return await call_asgi(asgi, scope, partial(self._body, scope.headers, protocol))
+
+    def _told(self, headers: Any) -> tuple[Mapping[str, Parameter], Mapping[str, str]]:
+        """What headers say beside who calls: parameters, and the trace context."""
+        return self._rules.forwarded(headers.items()), self._rules.context(headers.get)
 
     async def _body(self, headers: Any, protocol: Any) -> bytes:
         declared = headers.get("content-length")
@@ -176,7 +199,15 @@ class HttpApp:
     def _import(self) -> AsgiApp:
         from gateway.transport.http.routes import build
 
-        return build(self._service, self._endpoint, self._limits, self._callers, self._jobs, regions=self._regions)
+        return build(
+            self._service,
+            self._endpoint,
+            self._limits,
+            self._callers,
+            self._jobs,
+            generate=self._generate,
+            regions=self._regions,
+        )
 
 
 async def _send(transport: Any, pieces: AsyncGenerator[bytes, None]) -> None:

@@ -137,7 +137,7 @@ def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]
             if len(wire):
                 blobs.append(wire)
         else:
-            output["data"] = _json_data(name, tensor)
+            output["data"] = json_data(name, tensor)
         outputs.append(output)
     head: dict[str, Any] = {"id": response.id} if response.id else {}
     head["model_name"] = response.model_name
@@ -231,8 +231,8 @@ def _deduced(name: str, dims: tuple[int, ...], itemsize: int, size: int) -> tupl
     return tuple(filled if dim == -1 else dim for dim in dims)
 
 
-def _json_data(name: str, tensor: Tensor) -> Any:
-    """The tensor as flat JSON: a list, or finished text."""
+def json_data(name: str, tensor: Tensor) -> Any:
+    """The tensor as flat JSON: a list, or finished text. Raises InvalidArgument for what JSON cannot carry."""
     if tensor.datatype in _NOT_JSON:
         raise InvalidArgument(
             f"sending {tensor.datatype.name} data via JSON is not supported. "

@@ -9,12 +9,19 @@ from msgspec import json
 
 from gateway.config.model import TensorConfig
 from gateway.config.parse import config_json
-from gateway.errors import InvalidArgument, stopping
+from gateway.errors import Internal, InvalidArgument, Unavailable, Unsupported, stopping
 from gateway.service import Service
+from gateway.service.log_settings import FORMATS, LOG_NAMES, LogValue
 from gateway.service.service import IndexEntry
 from gateway.transport.explanation import merged
 from gateway.transport.http.replies import JSON, Reply
 from gateway.transport.instances import configuration
+from gateway.transport.traceable import require_traceable
+
+_LOG_KINDS: dict[str, tuple[str, type[Any]]] = {
+    "log_verbose_level": ("unsigned-integer", int),
+    "log_format": ("string", str),
+}
 
 
 def health(service: Service, word: str) -> Reply:
@@ -82,6 +89,45 @@ async def repository_index(service: Service, body: dict[str, Any]) -> list[dict[
     if type(ready) is not bool:
         raise InvalidArgument("Invalid value for 'ready': expected a boolean")
     return [_entry(entry) for entry in await service.index(ready=ready)]
+
+
+async def log_settings(service: Service, body: dict[str, Any] | None) -> dict[str, Any]:
+    """The body of `GET` and, with what to change, `POST /v2/logging`; members that are null change nothing."""
+    if body is None:
+        return {**await service.controls.logs.read()}
+    news = {name: _log_value(name, value) for name, value in body.items() if name in LOG_NAMES and value is not None}
+    return {**await service.controls.logs.change(news)}
+
+
+def _log_value(name: str, value: Any) -> LogValue:
+    if name == "log_file":
+        raise Unsupported("log file location can not be updated through network protocol")
+    wanted, kind = _LOG_KINDS.get(name, ("boolean", bool))
+    if type(value) is not kind or (name == "log_verbose_level" and not 0 <= value < 1 << 32):
+        raise Internal(f"attempt to access JSON non-{wanted} as {wanted}")
+    if name == "log_format" and value not in FORMATS:
+        raise Unavailable(f"invalid argument for --log_format, got: {value}")
+    return value  # type: ignore[no-any-return]
+
+
+async def trace_settings(service: Service, model: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    """The body of `GET` and, with what to change, `POST /v2/trace/setting` and `/v2/models/{model}/trace/setting`."""
+    require_traceable(service, model)
+    if body is None:
+        return {**await service.controls.traces.read(model)}
+    return {**await service.controls.traces.change(model, {name: _trace_value(name, body[name]) for name in body})}
+
+
+def _trace_value(name: str, value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    many = name == "trace_level"
+    if many and not isinstance(value, list):
+        raise Internal("attempt to access JSON non-array as array")
+    values = value if many else [value]
+    if not all(type(each) is str for each in values):
+        raise Internal("attempt to access JSON non-string as string")
+    return values
 
 
 def load_parameters(body: dict[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -28,8 +29,13 @@ _NUMBERS: dict[NumberKind, tuple[str, type[np.generic]]] = {
     "i": ("integer", np.int64),
     "u": ("unsigned-integer", np.uint64),
 }
+_NO_OBJECT = "failed to parse the request JSON buffer: expected a JSON object at 0"
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class Members(list[tuple[str, Any]]):
+    """The members of a JSON object in their order, each as often as it is there."""
 
 
 class DocumentReader:
@@ -45,18 +51,32 @@ class DocumentReader:
 
         Raises Internal for text that is not a JSON object (Triton's 500), InvalidArgument over a limit.
         """
-        if len(text) > self._max_bytes:
-            raise too_large(len(text), self._max_bytes)
-        if _depth_exceeds(text, self._max_depth):
-            raise self._too_deep()
+        self._check(text)
         document = self._parse(text)
         if isinstance(document, simdjson.Object):
             return {
                 key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)
             }
         if not isinstance(document, dict):
-            raise Internal("failed to parse the request JSON buffer: expected a JSON object at 0")
+            raise Internal(_NO_OBJECT)
         return document
+
+    def members(self, text: bytes) -> Members:
+        """As `read`, with every object as its `Members`; a text of nothing has none."""
+        self._check(text)
+        try:
+            document = _parse_slowly(text, Members) if text else Members()
+        except RecursionError:
+            raise self._too_deep() from None
+        if not isinstance(document, Members):
+            raise Internal(_NO_OBJECT)
+        return document
+
+    def _check(self, text: bytes) -> None:
+        if len(text) > self._max_bytes:
+            raise too_large(len(text), self._max_bytes)
+        if _depth_exceeds(text, self._max_depth):
+            raise self._too_deep()
 
     def _parse(self, text: bytes) -> Any:
         try:
@@ -160,12 +180,12 @@ def _plain(value: Any) -> Any:
     return value.as_list() if isinstance(value, simdjson.Array) else value
 
 
-def _parse_slowly(text: bytes) -> Any:
+def _parse_slowly(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     if not text.strip():
         raise Internal("failed to parse the request JSON buffer: The document is empty. at 0")
     try:
         decoded = text.decode()
-        value = json.loads(decoded)
+        value = json.loads(decoded, object_pairs_hook=members)
         if _SURROGATES.search(decoded):
             # Half a surrogate pair is accepted there, and could not be written back in an answer.
             json.dumps(value, ensure_ascii=False).encode()

@@ -7,7 +7,8 @@ else for the caller to log and hide.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import TypeAlias
 
 from gateway.errors import Internal, InvalidArgument, Unsupported
 from gateway.service import Service
@@ -17,7 +18,10 @@ from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
-from gateway.types import Infer, InferRequest
+from gateway.types import Infer, InferRequest, Parameter
+
+Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter], Mapping[str, str]]
+"""Of a request: its tenant, its deadline, the headers that are parameters of it, and its trace context."""
 
 
 class InferEndpoint:
@@ -30,12 +34,13 @@ class InferEndpoint:
         self._codec = Codec(limits)
 
     async def answer(
-        self, target: tuple[str, str], header: Header, body: bytes, tenant: str, deadline: float | None
+        self, target: tuple[str, str], header: Header, body: bytes, caller: Caller
     ) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
         request, plan = await self.read(target, header, body)
-        request.tenant = tenant
-        request.deadline = deadline
+        request.tenant, request.deadline, forwarded, request.trace_context = caller
+        if forwarded:
+            request.parameters = {**request.parameters, **forwarded}
         responses = self._infer(request)
         try:
             response = await anext(responses)

@@ -146,7 +146,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
             f"'{_REGION}' in 'parameters'. But input '{name}' sets {as_json + as_binary + as_region} of them"
         )
     if as_json:
-        return InputHeader(name, datatype, shape, 0, _array(member["data"], name, datatype, shape))
+        return InputHeader(name, datatype, shape, 0, json_array(member["data"], name, datatype, shape))
     if as_region:
         return InputHeader(name, datatype, shape, 0, None, _place(name, parameters))
     return InputHeader(name, datatype, shape, _unsigned(parameters["binary_data_size"], "binary_data_size"), None)
@@ -167,7 +167,8 @@ def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, 
     return shape
 
 
-def _array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...]) -> Array:
+def json_array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...]) -> Array:
+    """The tensor in a JSON array. Raises `GatewayError` for elements of another type or number."""
     if datatype is DataType.FP16 or datatype is DataType.BF16:
         raise InvalidArgument(
             f"receiving {datatype.name} data via JSON is not supported. "

@@ -28,7 +28,7 @@ from gateway.jobs.record import STATES
 from gateway.jobs.view import view
 from gateway.transport.auth import Header
 from gateway.transport.http.codec import encode
-from gateway.transport.http.endpoint import InferEndpoint, packed
+from gateway.transport.http.endpoint import Caller, InferEndpoint, packed
 from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.replies import JSON, Reply, error_reply
 
@@ -68,13 +68,12 @@ class JobsEndpoint:
             raise Unsupported(REMEDY)
         return self._jobs
 
-    async def submit(
-        self, target: tuple[str, str], header: Header, body: bytes, caller: tuple[str, float | None], query: str
-    ) -> Reply:
-        """Make an infer request a job; `caller` is its tenant and its deadline, by which the job must have been run."""
+    async def submit(self, target: tuple[str, str], header: Header, body: bytes, caller: Caller, query: str) -> Reply:
+        """Make an infer request a job; the job must have been run by the deadline of its `caller`."""
         jobs = self.jobs
         request, plan = await self._endpoint.read(target, header, body)
-        request.tenant, request.deadline = caller
+        request.tenant, request.deadline, forwarded, request.trace_context = caller
+        request.parameters = {**request.parameters, **forwarded}
         callback = _query(query).get("callback") or header("lockgate-callback") or ""
         job = await jobs.submit(request, Plan(plan.binary, dict(plan.listed)), callback)
         return 202, [JSON, ("location", f"{PATH}/{job.id}")], orjson.dumps(view(job))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeAlias
 import orjson
 from fastapi import Depends, FastAPI, Path, Request
 from fastapi.params import Depends as Dependency
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -27,11 +27,14 @@ from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
 from gateway.transport.http.document import DocumentReader
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, read_body
+from gateway.transport.http.extension_routes import add_generate, add_settings, respond
+from gateway.transport.http.generate import GenerateEndpoint
 from gateway.transport.http.jobs import PATH as JOBS
-from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
+from gateway.transport.http.jobs import JobsEndpoint, wants_job
 from gateway.transport.http.limits import HttpLimits
-from gateway.transport.http.replies import Reply, error_reply, fault_reply
+from gateway.transport.http.replies import error_reply, fault_reply
 from gateway.transport.http.shared_memory import Document, add_shared_memory
+from gateway.types import NO_CONTEXT, NO_PARAMETERS
 
 Model = Annotated[str, Path(description="Name of a model in the repository.")]
 Version = Annotated[str, Path(description="One of the model's versions; without it the newest that is ready.")]
@@ -63,6 +66,7 @@ def build(
     callers: Callers,
     jobs: JobsEndpoint | None = None,
     *,
+    generate: GenerateEndpoint | None = None,
     regions: Regions | None = None,
 ) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
@@ -96,7 +100,10 @@ def build(
     document = partial(_document, limits)
     _add_control(app, service, document, protected)
     add_shared_memory(app, regions, document, protected)
+    add_settings(app, service, document, protected)
     _add_infer(app, endpoint, jobs, limits, protected)
+    if generate is not None:
+        add_generate(app, generate, limits, protected)
     _add_jobs(app, jobs, protected)
     return app
 
@@ -104,11 +111,11 @@ def build(
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/v2/health/live", summary="Is the process serving at all?")
     async def live() -> Response:
-        return _response(control.health(service, "live"))
+        return respond(control.health(service, "live"))
 
     @app.get("/v2/health/ready", summary="Can requests be served?")
     async def ready() -> Response:
-        return _response(control.health(service, "ready"))
+        return respond(control.health(service, "ready"))
 
 
 def _add_metadata(app: FastAPI, service: Service, dependencies: Sequence[Dependency]) -> None:
@@ -186,13 +193,13 @@ def _add_infer(
     dependencies: Sequence[Dependency],
 ) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
-        header, tenant = request.headers.get, request.state.tenant
-        deadline = deadline_of(header)
+        header = request.headers.get
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT
         body = await read_body(request.stream(), limits.max_request_bytes)
         if (query := request.url.query) and wants_job(query):
-            return _response(await jobs.submit((model, version), header, body, (tenant, deadline), query))
-        headers, content = await endpoint.answer((model, version), header, body, tenant, deadline)
-        return _response((200, headers, content))
+            return respond(await jobs.submit((model, version), header, body, caller, query))
+        headers, content = await endpoint.answer((model, version), header, body, caller)
+        return respond((200, headers, content))
 
     async def newest(model: Model, request: Request) -> Response:
         return await answer(request, model, "")
@@ -217,7 +224,7 @@ def _add_jobs(app: FastAPI, jobs: JobsEndpoint, dependencies: Sequence[Dependenc
     async def answer(request: Request) -> Response:
         query, path = request.url.query, request.url.path
         reply = await jobs.reply(request.method, path, query, request.headers.get, request.state.tenant)
-        return _response(reply)
+        return respond(reply)
 
     for method, path, summary in (
         ("GET", JOBS, "Your jobs, the newest first; query parameters: state, limit"),
@@ -240,21 +247,14 @@ def _number(version: str) -> str:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, errors.GatewayError):
-        return _response(error_reply(error))
+        return respond(error_reply(error))
     if isinstance(error, HTTPException):
         row = errors.MethodNotAllowed if error.status_code == 405 else errors.NotFound
-        return _response(error_reply(row(error.detail)))
+        return respond(error_reply(row(error.detail)))
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)
-    return _response(fault_reply(error, request.url.path))
+    return respond(fault_reply(error, request.url.path))
 
 
 def _json(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
-
-
-def _response(reply: Reply | Stream) -> Response:
-    status, headers, body = reply
-    if isinstance(body, bytes):
-        return Response(body, status, dict(headers))
-    return StreamingResponse(body, status, dict(headers))

@@ -1,0 +1,125 @@
+"""Triton's trace files: a JSON array of activities, written off the event loop.
+
+With a log frequency of N each N traces become a file `PATH.0`, `PATH.1` and so on. Without one all go to PATH, which is
+a complete array once the gateway has stopped. The path is the operator's; no client can name another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from gateway.middleware.tracing import Sampling, Trace
+from gateway.telemetry import log_event
+from gateway.types import DataType, Tensor
+
+_MANY = 256  # traces that are written at once, where no number is set
+_BATCHES = 64  # that wait for a slow disk; more are lost
+Batch: TypeAlias = list[tuple[Trace, tuple[str, ...]]]
+
+
+class TraceFile:
+    """Where traces are written; an async context manager that writes the last of them when it is left."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._waiting: Batch = []
+        self._index = 0
+        self._begun = False
+        self._frequency = 0
+        self._queue: asyncio.Queue[tuple[Batch, Path | None] | None] = asyncio.Queue(_BATCHES)
+        self._group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._group.create_task(self._write_all(), name="trace file")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hand_over()
+        await self._queue.put(None)
+        await self._group.__aexit__(None, None, None)
+
+    def keep(self, trace: Trace, sampling: Sampling) -> None:
+        """Have a trace written."""
+        if sampling.log_frequency != self._frequency:
+            self._hand_over()
+            self._frequency = sampling.log_frequency
+        self._waiting.append((trace, sampling.level))
+        if len(self._waiting) >= (self._frequency or _MANY):
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        if not self._waiting:
+            return
+        path = None
+        if self._frequency:
+            path = self._path.with_name(f"{self._path.name}.{self._index}")
+            self._index += 1
+        batch, self._waiting = self._waiting, []
+        try:
+            self._queue.put_nowait((batch, path))
+        except asyncio.QueueFull:
+            self._lost(batch, "the disk is too slow for so many; raise trace_rate")
+
+    async def _write_all(self) -> None:
+        while (batch := await self._queue.get()) is not None:
+            await self._attempt(*batch)
+        if self._begun:
+            await self._attempt([], None)
+
+    async def _attempt(self, batch: Batch, path: Path | None) -> None:
+        try:
+            await asyncio.to_thread(self._write, batch, path)
+        except OSError as problem:
+            self._lost(batch, problem.strerror or "")
+
+    def _lost(self, batch: Batch, reason: str) -> None:
+        log_event("traces_lost", logging.ERROR, traces=len(batch), file=self._path.name, reason=reason)
+
+    def _write(self, batch: Batch, path: Path | None) -> None:
+        text = ",\n".join(json.dumps(each) for trace, level in batch for each in activities(trace, level))
+        if path is not None:
+            path.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+            return
+        with self._path.open("a" if self._begun else "w", encoding="utf-8") as file:
+            file.write(f"{',' if self._begun else '['}\n{text}" if batch else "\n]\n")
+        self._begun = True
+
+
+def activities(trace: Trace, level: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """A trace as Triton writes it: whose it is, its timestamps, its tensors."""
+    request = trace.request
+    version = int(trace.version) if trace.version else -1
+    head = {"id": trace.number, "model_name": request.model_name, "model_version": version}
+    yield head | ({"request_id": request.id} if request.id else {})
+    for name, ns in trace.timestamps(wanted="TIMESTAMPS" in level):
+        yield {"id": trace.number, "timestamps": [{"name": name, "ns": ns}]}
+    seen = [("TENSOR_QUEUE_INPUT", trace.inputs), *(("TENSOR_BACKEND_OUTPUT", each) for each in trace.outputs)]
+    for activity, tensors in seen:
+        for name, tensor in tensors.items():
+            yield {"id": trace.number, "activity": activity, "tensor": {"name": name, **_told(tensor)}}
+
+
+def _told(tensor: Tensor) -> dict[str, str]:
+    return {
+        "data": ",".join(map(_text(tensor.datatype), tensor.array.reshape(-1).tolist())),
+        "shape": ",".join(map(str, tensor.shape)),
+        "dtype": tensor.datatype.value,
+    }
+
+
+def _text(datatype: DataType) -> Any:
+    return _quoted if datatype is DataType.BYTES else str
+
+
+def _quoted(element: bytes | str) -> str:
+    text = element if isinstance(element, str) else bytes(element).decode(errors="replace")
+    return json.dumps(text, ensure_ascii=False)
