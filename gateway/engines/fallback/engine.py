@@ -251,7 +251,7 @@ class FallbackEngine:
 
     def _judge_crash(self, link: LiveLink, batch: Batch, error: EngineCrashed) -> None:
         """Raise it when the batch is to blame: its parts are tried again, and one that crashes alone is not run elsewhere."""
-        if link.health.crashed(frozenset(map(id, batch.requests))):
+        if link.health.crashed(batch.requests):
             self._tender.trip(link, "crash", str(error))
             return
         self._tender.prepare(link)

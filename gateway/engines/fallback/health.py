@@ -7,7 +7,7 @@ that it works again; between probes the pause doubles.
 from __future__ import annotations
 
 import math
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 
 REASONS = {
     "load": "it does not load",
@@ -40,7 +40,9 @@ class Health:
         self._longest = longest
         self._pause = _FIRST
         self._recovered_at = -math.inf
-        self._crashed: list[AbstractSet[int]] = []
+        self._crashed: list[
+            dict[int, object]
+        ] = []  # the requests of each batch, kept because what is gone lends its identity
         self._failures = 0
 
     def ran(self) -> None:
@@ -54,18 +56,22 @@ class Health:
         self._failures += 1
         return self._failures >= _ENOUGH
 
-    def crashed(self, requests: AbstractSet[int]) -> bool:
+    def crashed(self, batch: Sequence[object]) -> bool:
         """A batch of these requests crashed the engine. True when it is the engine that is to blame.
 
         Parts of a batch that crashed are tried again, and crash again for the same request: they count once. Batches
         that have no request in common are evidence against the engine.
         """
+        requests = {id(request): request for request in batch}
         for place, known in enumerate(self._crashed):
-            if known & requests or not requests:
+            if known.keys() & requests.keys() or not requests:
                 self._crashed[place] = requests
                 return False
         self._crashed.append(requests)
-        return len(self._crashed) >= _ENOUGH
+        if len(self._crashed) < _ENOUGH:
+            return False
+        self._crashed.clear()
+        return True
 
     def trip(self, reason: str, text: str, now: float, retry_after: float = 0.0) -> None:
         """Take the link out of use."""
