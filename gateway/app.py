@@ -37,6 +37,7 @@ from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.service import ServiceOptions
+from gateway.service.shared_regions import SharedRegions
 from gateway.shm import registered
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
@@ -254,10 +255,12 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
-    regions = stack.enter_context(registered()) if settings.allow_client_shm else None
+    regions = None
+    if settings.allow_client_shm:
+        regions = SharedRegions(stack.enter_context(registered()), service.controls.registers, fleet.host)
     infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
-    infer = shared_memory(infer, regions, limits, service.model_config)
+    infer = shared_memory(infer, None if regions is None else regions.regions, limits, service.model_config)
     if fleet.client is not None and settings.role != "worker":
         from gateway.jobs.start import open_jobs, run_jobs
 

@@ -43,6 +43,11 @@ class Fleet:
         return "" if self.redis is None else self.redis.process
 
     @property
+    def host(self) -> str:
+        """Equal for processes that share memory; empty where there are no others."""
+        return "" if self.redis is None else self.redis.host
+
+    @property
     def figures(self) -> Callable[[], Awaitable[FleetFigures]] | None:
         """What the queue tells operators of itself."""
         return None if self.redis is None else self.redis.figures

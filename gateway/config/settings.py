@@ -340,11 +340,11 @@ class Settings(BaseSettings):
             )
         if self.queue == "memory" and self.queue_dir is not None:
             raise ValueError("--queue-dir is where the embedded Redis keeps its data; it needs --queue embedded")
-        # A process that a supervisor started shares its ports with those that come after it.
-        if self.allow_client_shm and (self.http_workers > 1 or (self.share_ports and self.status_fd is None)):
+        several = self.http_workers > 1 or self.share_ports
+        if self.allow_client_shm and several and (self.queue == "memory" or not self.queue_shared_memory):
             raise ValueError(
-                "--allow-client-shm needs one process that takes requests: regions are registered with the process that "
-                "the kernel gave the call to. Give --http-workers 1 and no --share-ports"
+                "--allow-client-shm needs one process that takes requests, or processes that tell each other what clients "
+                "register: --queue embedded or a Redis, and --queue-shared-memory, by which they know that they are on one host"
             )
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")

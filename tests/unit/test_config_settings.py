@@ -170,7 +170,10 @@ def test_client_certificates_stand_in_for_tokens_on_grpc_only(
         ([*BASE, "--default-deadline-ms=nan"], "--default-deadline-ms (or GATEWAY_DEFAULT_DEADLINE_MS)"),
         ([*BASE, "--tenant-header", "x tenant"], "--tenant-header (or GATEWAY_TENANT_HEADER)"),
         ([*BASE, "--record-inputs"], "--record-inputs needs --record DIR"),
-        ([*BASE, "--allow-client-shm", "--queue=embedded", "--http-workers=2"], "--allow-client-shm needs one process"),
+        (
+            [*BASE, "--allow-client-shm", "--queue=embedded", "--http-workers=2", "--queue-shared-memory=false"],
+            "--allow-client-shm needs one process",
+        ),
         ([*BASE, "--allow-client-shm", "--share-ports"], "--allow-client-shm needs one process"),
         ([*BASE, "--record=/r", "--record-sample=1.5"], "--record-sample (or GATEWAY_RECORD_SAMPLE)"),
         ([*BASE, "--record=/r", "--record-max-bytes=0"], "--record-max-bytes (or GATEWAY_RECORD_MAX_BYTES)"),

@@ -114,6 +114,11 @@ class RedisQueue:
             kind = error = trace = None  # the group would wrap an error of the block, which is none of its business
         await self._tasks.__aexit__(kind, error, trace)
 
+    @property
+    def host(self) -> str:
+        """Equal for processes that share memory, by all that this one knows."""
+        return self._link.payloads.host or self.process
+
     # --- Queue: requests
 
     def submit(self, lane: Lane, request: InferRequest) -> RedisCall:

@@ -17,7 +17,7 @@ from gateway import errors
 from gateway.config.model import TensorConfig
 from gateway.service import Service
 from gateway.service.log_settings import FORMATS, LOG_NAMES
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.transport.grpc import shared_memory
 from gateway.transport.grpc.codec import check_version
 from gateway.transport.instances import configuration
@@ -32,7 +32,7 @@ _LOG_KINDS = {"log_verbose_level": ("int32", "uint32_param"), "log_format": ("st
 class Control:
     """The unary RPCs by name, answered from `Service`; the methods raise `GatewayError`."""
 
-    def __init__(self, service: Service, regions: Regions | None) -> None:
+    def __init__(self, service: Service, regions: SharedRegions | None) -> None:
         self._service = service
         self.answers: dict[str, Callable[[Any], Awaitable[Any]]] = {
             "ServerLive": self._server_live,

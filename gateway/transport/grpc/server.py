@@ -17,7 +17,7 @@ from typing import Any, Self
 import grpc
 
 from gateway.service import Service
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.transport.grpc.calls import Authenticate, Calls
 from gateway.transport.grpc.native import Front, native_front
 from gateway.transport.grpc.options import INT32_MAX, GrpcOptions, Keepalive, Tls
@@ -44,7 +44,7 @@ class GrpcServer:
         infer: Infer,
         authenticate: Authenticate | None,
         options: GrpcOptions,
-        regions: Regions | None = None,
+        regions: SharedRegions | None = None,
     ) -> None:
         """`regions` are clients' shared memory; without them none may be used."""
         self.port = options.port

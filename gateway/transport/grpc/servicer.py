@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from gateway import errors
 from gateway.service import Service
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.transport.grpc.calls import Calls, explain
 from gateway.transport.grpc.control import OPEN, Control
 from gateway.transport.grpc.stream import Stream
@@ -31,7 +31,7 @@ SERVICE = "inference.GRPCInferenceService"
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
-def add_handlers(server: Any, service: Service, calls: Calls, regions: Regions | None = None) -> None:
+def add_handlers(server: Any, service: Service, calls: Calls, regions: SharedRegions | None = None) -> None:
     """Have a `grpc.aio` server answer everything this gateway offers on gRPC."""
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(SERVICE, _inference(calls, Control(service, regions))),)

@@ -8,11 +8,11 @@ from typing import Any
 from tritonclient.grpc import service_pb2 as pb
 
 from gateway import errors
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.shm.errors import no_cuda_regions, unknown_cuda_region
 
 
-def answers(regions: Regions | None) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+def answers(regions: SharedRegions | None) -> dict[str, Callable[[Any], Awaitable[Any]]]:
     """The unary RPCs by name; without `regions` all of them raise `Unsupported`."""
     if regions is None:
         return dict.fromkeys(_CALLS, _disabled)
@@ -37,22 +37,22 @@ async def _disabled(_: Any) -> Any:
 class _Calls:
     """From request message to response message; the methods raise `GatewayError`."""
 
-    def __init__(self, regions: Regions) -> None:
+    def __init__(self, regions: SharedRegions) -> None:
         self._regions = regions
 
     async def status(self, request: Any) -> Any:
         response = pb.SystemSharedMemoryStatusResponse()
-        for region in self._regions.status(request.name):
+        for region in await self._regions.status(request.name):
             told = response.regions[region.name]
             told.name, told.key, told.offset, told.byte_size = region.name, region.key, region.offset, region.byte_size
         return response
 
     async def register(self, request: Any) -> Any:
-        self._regions.register(request.name, request.key, request.offset, request.byte_size)
+        await self._regions.register(request.name, request.key, request.offset, request.byte_size)
         return pb.SystemSharedMemoryRegisterResponse()
 
     async def unregister(self, request: Any) -> Any:
-        self._regions.unregister(request.name)
+        await self._regions.unregister(request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
     async def cuda_status(self, request: Any) -> Any:

@@ -18,7 +18,7 @@ from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from gateway.errors import GatewayError, too_many_bytes
 from gateway.service import Service
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
 from gateway.transport.header_rules import NO_RULES, HeaderRules
@@ -58,7 +58,7 @@ class HttpApp:
         jobs: Jobs | None = None,
         *,
         rules: HeaderRules = NO_RULES,
-        regions: Regions | None = None,
+        regions: SharedRegions | None = None,
     ) -> None:
         self._limits = limits or HttpLimits()
         self._service = service

@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from gateway import __version__, errors
 from gateway.service import Service
-from gateway.shm import Regions
+from gateway.service.shared_regions import SharedRegions
 from gateway.transport.auth import Callers
 from gateway.transport.http import control
 from gateway.transport.http.bridge import AsgiApp
@@ -67,7 +67,7 @@ def build(
     jobs: JobsEndpoint | None = None,
     *,
     generate: GenerateEndpoint | None = None,
-    regions: Regions | None = None,
+    regions: SharedRegions | None = None,
 ) -> AsgiApp:
     """The application of one gateway. Reads a file: call it off the event loop."""
     jobs = jobs or JobsEndpoint(endpoint, None)

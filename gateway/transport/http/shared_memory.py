@@ -12,6 +12,8 @@ from fastapi.responses import Response
 
 from gateway import errors
 from gateway.errors import InvalidArgument
+from gateway.service.registers import Registers
+from gateway.service.shared_regions import SharedRegions
 from gateway.shm import Region, Regions
 from gateway.shm.errors import no_cuda_regions, unknown_cuda_region
 from gateway.transport.http.document import bad_member
@@ -25,7 +27,7 @@ _Register: TypeAlias = Callable[[str, Request], Awaitable[Response]]
 
 
 def add_shared_memory(
-    app: FastAPI, regions: Regions | None, document: Document, dependencies: Sequence[Dependency]
+    app: FastAPI, regions: SharedRegions | None, document: Document, dependencies: Sequence[Dependency]
 ) -> None:
     """Add the routes; without `regions` all of them answer 501."""
 
@@ -35,20 +37,22 @@ def add_shared_memory(
 
     protected = [*dependencies, Depends(allowed)]
     _add_cuda(app, protected)
-    _add_system(app, regions or Regions(), document, protected)
+    _add_system(app, regions or SharedRegions(Regions(), Registers(), ""), document, protected)
 
 
-def _add_system(app: FastAPI, regions: Regions, document: Document, dependencies: Sequence[Dependency]) -> None:
+def _add_system(app: FastAPI, regions: SharedRegions, document: Document, dependencies: Sequence[Dependency]) -> None:
     async def status(name: str) -> Response:
-        return Response(orjson.dumps([_told(each) for each in regions.status(name)]), media_type="application/json")
+        return Response(
+            orjson.dumps([_told(each) for each in await regions.status(name)]), media_type="application/json"
+        )
 
     async def register(name: str, request: Request) -> Response:
         body = await document(request)
-        regions.register(name, _text(body, "key"), _natural(body.get("offset", 0), "offset"), _size(body))
+        await regions.register(name, _text(body, "key"), _natural(body.get("offset", 0), "offset"), _size(body))
         return Response()
 
     async def unregister(name: str) -> Response:
-        regions.unregister(name)
+        await regions.unregister(name)
         return Response()
 
     _add(app, "system", (status, register, unregister), dependencies)
