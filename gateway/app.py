@@ -255,9 +255,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
-    regions = None
-    if settings.allow_client_shm:
-        regions = SharedRegions(stack.enter_context(registered()), service.controls.registers, fleet.host)
+    regions = _regions(stack, settings, service, fleet)
     infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
     infer = shared_memory(infer, None if regions is None else regions.regions, limits, service.model_config)
@@ -311,6 +309,12 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "http", http)
     if gateway.ports:
         log_event("listening", **gateway.ports)
+
+
+def _regions(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> SharedRegions | None:
+    if not settings.allow_client_shm:
+        return None
+    return SharedRegions(stack.enter_context(registered()), service.controls.registers, fleet.host)
 
 
 async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: HttpServer | GrpcServer) -> None:
