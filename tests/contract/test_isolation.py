@@ -365,10 +365,11 @@ async def test_a_broken_answer_is_the_end_of_its_process_and_not_of_us(home, tmp
 
 async def test_engines_close_when_the_caller_forgot(tmp_path):
     async with children() as home:
-        (engine,) = await engines.create(fake_spec(home, tmp_path))
-        pid = pid_of(home)
-        await run(engine, 1)
-    await gone(pid)
+        created = await engines.create(fake_spec(home, tmp_path), 3)
+        pids = [pid_of(home, engine.name) for engine in created]
+        await run(created[0], 1)
+    for pid in pids:
+        await gone(pid)
 
 
 def code_spec(home, folder, body, config=CONFIG, infer=None) -> EngineSpec:

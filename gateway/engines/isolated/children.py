@@ -78,7 +78,7 @@ class Children:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for close in self._closing:
+        for close in list(self._closing):  # each takes itself back
             close()
         try:
             await self.tasks.__aexit__(kind, error, trace)
