@@ -94,6 +94,10 @@ class LatencyModel:
         """Seconds that 19 of 20 such batches keep to."""
         return self.mean(rows) * self._tail
 
+    def rows(self, seconds: float) -> int:
+        """Rows of the largest batch, among those that may be tried, expected to take no longer; 0 if none is."""
+        return bisect_right(self._table, seconds / self._g) - 1
+
     def room(self, seconds: float) -> int:
         """Rows of the largest batch, among those that may be tried, whose bound is within `seconds`; 0 if none is."""
         if not self.known:

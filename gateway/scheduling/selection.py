@@ -15,7 +15,7 @@ from gateway.scheduling.latency import LatencyModel
 from gateway.scheduling.policy import Decision, Outlook, on_free
 
 _EASE = 2.0  # times the time it takes to run all that waits: with more left, there is no hurry
-_BRIEF = 0.05  # seconds; nobody gains from taking a shorter run apart, and a size misjudged by noise costs much
+_BRIEF = 0.05  # seconds; nobody gains from shorter runs, and a size misjudged by noise costs much
 _STALE = 1.0  # seconds without a run after which a late job is worth a try
 
 
@@ -122,8 +122,8 @@ def _share(head: Head[W], model: LatencyModel, now: float) -> int:
     pool = lane.slow if seat in lane.slow else lane.fast
     parallel = sum(each.parallel for each in pool) if len(pool) > 1 else seat.parallel
     share = -(-(lane.waiting + lane.running) // parallel)
-    batches = share // model.efficient
-    if batches > 1 and model.mean(min(share, model.cap)) > _BRIEF:
+    batches = share // max(model.efficient, model.rows(_BRIEF))
+    if batches > 1:
         # Larger batches gain little; but that little counts when the last in line is short of time.
         needed = batches * model.mean(min(share // batches, model.cap))
         if head.level.lines[head.entry.request.signature][-1].rank - now > _EASE * needed:

@@ -211,7 +211,7 @@ class Slots:
         if not seats:
             self._early.setdefault((run.lane, run.device), deque()).append(run)
             return
-        seat = seats.popleft()
+        seat = seats.pop()  # the one that ran last: its weights are still in the caches
         if seat.waiter is None or seat.waiter.done():  # cancelled in this very turn
             self.give_back(run)
         else:

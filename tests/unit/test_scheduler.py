@@ -508,6 +508,14 @@ def test_a_batch_does_not_grow_where_nothing_is_gained_unless_it_must():
     assert rows(bench) == [1, 1, 1, 1]
 
 
+def test_short_runs_are_not_taken_apart_whatever_they_gain():
+    bench = occupied(lanes={"m": Limits(32, joins=True)}, true=lambda rows: 0.012 * rows)
+    for _ in range(24):
+        bench.ask(5.0)
+    bench.advance(1.0)
+    assert rows(bench) == [4] * 6
+
+
 FAST_AND_SLOW = (Place("gpu", 1), Place("cpu", 1))
 
 

@@ -93,8 +93,9 @@ async def test_arrivals_of_one_turn_are_one_batch(new_model):
 async def test_a_lone_run_gets_every_core_and_a_loaded_device_shares_them(new_model):
     slots = Slots(2)
     model = new_model(slots, 1, 1)
-    first, second = model.seats
-    async with background(first.next(), second.next()) as waiting:
+    first, second = reversed(model.seats)  # the one that sits down last is the first to run
+    async with background(second.next(), first.next()) as (*others, ran):
+        waiting = [ran, *others]
         await model.add(request(rows=8))
         assignment = await waiting[0]
         assert assignment.cores == 2
@@ -213,7 +214,23 @@ async def test_waiting_rows_are_split_between_idle_instances(new_model):
     async with background(*(seat.next() for seat in model.seats)) as waiting:
         await settle()
         await model.add(*(request(id=str(n)) for n in range(6)))
-        assert [ids(await each) for each in waiting] == [["0", "1", "2"], ["3", "4", "5"]]
+        assert sorted([ids(await each) for each in waiting]) == [["0", "1", "2"], ["3", "4", "5"]]
+
+
+async def test_the_instance_that_ran_last_runs_next(new_model):
+    slots = Slots(2)
+    model = new_model(slots, 1, 1, 1)
+    seats = list(model.seats)
+    async with background(*(seat.next() for seat in seats)) as waiting:
+        await settle()
+        await model.add(request())
+        await settle()
+        (ran,) = [place for place, each in enumerate(waiting) if each.done()]
+        seats[ran].release(await waiting[ran], learn=True)
+        async with background(seats[ran].next()) as (again,):
+            await settle()
+            await model.add(request(id="next"))
+            assert ids(await again) == ["next"]
 
 
 async def test_a_seat_cancelled_before_its_batch_loses_none(new_model):
