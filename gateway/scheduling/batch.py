@@ -12,22 +12,28 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.types import Array, DataType, InferRequest, Tensor, wires
+from gateway.types import Array, DataType, InferRequest, Pieces, Tensor, wires
 
 _JOIN_BYTES = 64 * 1024  # below this, joining bytes is quicker than concatenating arrays (4 us against 58 for 32 rows)
 
 
 def stack(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Array]:
     """The model's inputs for these requests, batch dimension first, `reshape` applied."""
-    inputs: dict[str, Array] = {}
+    return {name: _join(pieces) for name, pieces in gather(requests, config).items()}
+
+
+def gather(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Pieces]:
+    """The same, and nothing is copied yet."""
+    inputs: dict[str, Pieces] = {}
     for tensor in config.inputs:
         if tensor.name not in requests[0].inputs:
             continue  # optional, and absent from all: presence is part of the signature
         parts = [request.inputs[tensor.name] for request in requests]
-        array = parts[0].array if len(parts) == 1 else _join(parts)
+        first = parts[0].shape
+        shape = first if len(parts) == 1 else (sum([part.shape[0] for part in parts]), *first[1:])
         if tensor.reshape is not None:
-            array = array.reshape(_translate(array.shape, tensor.dims, tensor.reshape))
-        inputs[tensor.name] = array
+            shape = _translate(shape, tensor.dims, tensor.reshape)
+        inputs[tensor.name] = Pieces(shape, parts)
     return inputs
 
 
@@ -82,12 +88,16 @@ def pick(outputs: dict[str, Array], request: InferRequest, config: ModelConfig) 
     }
 
 
-def _join(parts: list[Tensor]) -> Array:
+def _join(pieces: Pieces) -> Array:
+    parts = pieces.tensors
     first = parts[0]
-    shape = (sum([part.shape[0] for part in parts]), *first.shape[1:])
-    if first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
-        return np.frombuffer(b"".join(wires(parts)), first.datatype.dtype).reshape(shape)
-    return np.concatenate([part.array for part in parts])
+    if len(parts) == 1:
+        array = first.array
+    elif first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
+        array = np.frombuffer(b"".join(wires(parts)), first.datatype.dtype)
+    else:
+        array = np.concatenate([part.array for part in parts])
+    return array.reshape(pieces.shape)
 
 
 def _translate(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
