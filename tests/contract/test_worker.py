@@ -650,7 +650,7 @@ async def test_an_instance_whose_engine_is_not_there_leaves_the_work_to_the_othe
 
     async def gone(batch):
         tried.append(batch.rows)
-        raise errors.Unavailable("its process does not start", 0.05)
+        raise errors.Unavailable("its process does not start", 1.0)
         yield
 
     engine.run = gone
