@@ -34,7 +34,7 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
                 await _run(engine, request, config, cores)
         except Exception as problem:  # an engine may raise anything, and the operator must know which sample did it
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
-    if not config.warmup and not config.is_code and not any(-1 in tensor.dims for tensor in config.inputs):
+    if not config.warmup and measurable(config):
         try:
             return await _run(engine, zeros(config), config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
@@ -54,6 +54,11 @@ async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores
                         raise answer.error
         first = first or time.monotonic() - started
     return first
+
+
+def measurable(config: ModelConfig) -> bool:
+    """Whether rows of zeros are typical of the model: open dimensions say nothing of what will come, and zeros are no shape."""
+    return not config.is_code and not any(-1 in tensor.dims or tensor.whole for tensor in config.inputs)
 
 
 def zeros(config: ModelConfig, rows: int = 1) -> InferRequest:
@@ -78,10 +83,11 @@ def _fill(datatype: DataType, shape: tuple[int, ...]) -> Array:
 def _request(sample: Warmup, config: ModelConfig, folder: Path) -> InferRequest:
     """A sample as a client would send it, the same row `batch_size` times over. Blocking: reads files."""
     rows = max(sample.batch_size, 1) if config.max_batch_size else 1
+    whole = {tensor.name for tensor in config.inputs if tensor.whole}
     inputs = {}
     for name, spec in sample.inputs.items():
         row = _data(sample, name, spec, folder)
-        array = np.stack([row] * rows) if config.max_batch_size else row
+        array = np.stack([row] * rows) if config.max_batch_size and name not in whole else row
         inputs[name] = Tensor.from_array(spec.datatype, array)
     return InferRequest(config.name, inputs, rows=rows)
 

@@ -9,8 +9,7 @@ import pytest
 from gateway import errors
 from gateway.config.model import Warmup, WarmupInput
 from gateway.types import Answer, BatchResult, DataType, Tensor
-from gateway.worker.probe import measurable
-from gateway.worker.warmup import warm_up
+from gateway.worker.warmup import measurable, warm_up
 from tests.support import model_config, tensor_config
 
 FP32, INT64, BYTES = DataType.FP32, DataType.INT64, DataType.BYTES
