@@ -127,7 +127,7 @@ def reshaper(folder: Path, name: str = "reshaper") -> Path:
     input { name: "SHAPE" data_type: TYPE_INT64 dims: [ -1 ] is_shape_tensor: true }
     output { name: "Y" data_type: TYPE_FP32 dims: [ -1, -1 ] }
     output { name: "OF" data_type: TYPE_INT64 dims: [ -1 ] is_shape_tensor: true }
-    dynamic_batching { max_queue_delay_microseconds: 100000 }"""
+    dynamic_batching { max_queue_delay_microseconds: 60000000 }"""
     nodes = [
         helper.make_node("Concat", ["rows", "SHAPE"], ["target"], axis=0),
         helper.make_node("Reshape", ["X", "target"], ["Y"]),
@@ -145,18 +145,18 @@ def reshaper(folder: Path, name: str = "reshaper") -> Path:
 
 def defaulted(folder: Path, name: str = "defaulted", *, batched: bool = False) -> Path:
     """IN + INITIALIZER, which is ones where the client gives none (onnxruntime_backend/test/initializer_as_input)."""
-    lead: list[int | str] = ["r"] if batched else [1]
-    dims, size = ("[ 3 ]", 4) if batched else ("[ 1, 3 ]", 0)
+    shape: list[int | str] = ["r", "n"] if batched else [1, 3]
+    dims, size = ("[ -1 ]", 4) if batched else ("[ 1, 3 ]", 0)
     config = f"""max_batch_size: {size}
     input {{ name: "INPUT" data_type: TYPE_FP32 dims: {dims} }}
     input {{ name: "INITIALIZER" data_type: TYPE_FP32 dims: {dims} optional: true }}
     output {{ name: "OUTPUT" data_type: TYPE_FP32 dims: {dims} }}
-    {"dynamic_batching { max_queue_delay_microseconds: 100000 }" if batched else ""}"""
+    {"dynamic_batching { max_queue_delay_microseconds: 60000000 }" if batched else ""}"""
     graph = helper.make_graph(
         [helper.make_node("Add", ["INPUT", "INITIALIZER"], ["OUTPUT"])],
         name,
-        [value("INPUT", FLOAT, [*lead, 3]), value("INITIALIZER", FLOAT, [*lead, 3])],
-        [value("OUTPUT", FLOAT, [*lead, 3])],
+        [value("INPUT", FLOAT, shape), value("INITIALIZER", FLOAT, shape)],
+        [value("OUTPUT", FLOAT, shape)],
         [helper.make_tensor("INITIALIZER", FLOAT, [1, 3], [1.0, 1.0, 1.0])],
     )
     return saved(folder, config, graph)
