@@ -245,6 +245,24 @@ async def test_shared_memory_in_and_out(tmp_path: Path) -> None:
             shm.destroy_shared_memory_region(region)
 
 
+def ensemble(folder: Path, name: str, model: str, given: str, made: str, io: str) -> None:
+    (folder / name / "1").mkdir(parents=True)
+    (folder / name / "config.pbtxt").write_text(f"""platform: "ensemble" max_batch_size: 4 {io}
+    ensemble_scheduling {{ step {{ model_name: "{model}" {given} output_map {{ key: "{made}" value: "{made}" }} }} }}""")
+
+
+async def test_a_step_of_an_ensemble_may_be_ragged(start: Start) -> None:
+    def write(folder: Path) -> None:
+        models.sums(folder)
+        io = """input { name: "IN" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
+        output { name: "SUM" data_type: TYPE_FP32 dims: [ 1 ] }"""
+        ensemble(folder, "added", "sums", 'input_map { key: "IN" value: "IN" }', "SUM", io)
+
+    app = await start(write)
+    answers = await together(*(app.infer("added", IN=np.ones((1, size), np.float32)) for size in range(1, 5)))
+    assert [answer["SUM"].tolist() for answer in answers] == [[[1.0]], [[2.0]], [[3.0]], [[4.0]]]
+
+
 async def test_fewer_rows_than_the_requests_have_are_nobodys(start: Start) -> None:
     app = await start(models.sums)
     with pytest.raises(InferenceServerException) as caught:
@@ -278,6 +296,19 @@ async def test_a_shape_tensor_has_no_batch_dimension(start: Start) -> None:
     assert (
         "unexpected shape for input 'SHAPE' for model 'reshaper'. Expected [-1], got [4,2]." in caught.value.message()
     )
+
+
+async def test_a_shape_tensor_in_an_ensemble_is_refused(tmp_path: Path) -> None:
+    models.reshaper(tmp_path)
+    io = """input { name: "X" data_type: TYPE_FP32 dims: [ 4 ] } input { name: "SHAPE" data_type: TYPE_INT64 dims: [ -1 ] }
+    output { name: "Y" data_type: TYPE_FP32 dims: [ -1, -1 ] }"""
+    given = " ".join(f'input_map {{ key: "{name}" value: "{name}" }}' for name in ("X", "SHAPE"))
+    ensemble(tmp_path, "e", "reshaper", given, "Y", io)
+    async with running(Settings(model_repository=(tmp_path,), http_port=0, grpc_port=0, metrics_port=0)) as gateway:
+        await gateway.loaded.wait()
+        (version,) = gateway.service._queue.pool("e").versions
+        assert version.state == "UNAVAILABLE"
+        assert "in ensemble 'e', model 'reshaper' has the shape tensor 'SHAPE'" in version.reason
 
 
 # --- inputs that may be absent
