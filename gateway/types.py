@@ -312,10 +312,11 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelIO:
-    """What a model file takes and gives, batch dimension included."""
+    """What a model file takes and gives, batch dimension included; for `defaults`, inputs too, it has values of its own."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    defaults: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(slots=True)

@@ -161,11 +161,7 @@ def fit(ensemble: ModelConfig, config_of: ConfigOf) -> ModelConfig:
                 f"ensemble '{ensemble.name}' allows maximum batch size {ensemble.max_batch_size}, but it contains model "
                 f"'{step.model}' which only allows maximum batch size to be {config.max_batch_size}"
             )
-        if config.decoupled:
-            raise InvalidArgument(
-                f"in ensemble '{ensemble.name}', model '{step.model}' has a decoupled transaction policy, which this "
-                "version does not support in an ensemble. Use a model that gives one response per request"
-            )
+        _check_done(ensemble.name, step, config)
         inputs = {each.name: each for each in config.inputs}
         outputs = {each.name: each for each in config.outputs}
         _check_names(ensemble.name, step, inputs, outputs)
@@ -178,6 +174,21 @@ def fit(ensemble: ModelConfig, config_of: ConfigOf) -> ModelConfig:
         steps.append(replace(step, batched=config.max_batch_size > 0, dims=dims))
     given = tuple(replace(each, labels=each.labels or labels.get(each.name, ())) for each in ensemble.outputs)
     return replace(ensemble, steps=tuple(steps), outputs=given)
+
+
+def _check_done(ensemble: str, step: Step, config: ModelConfig) -> None:
+    """Raise for what this version does not do in an ensemble."""
+    if config.decoupled:
+        raise InvalidArgument(
+            f"in ensemble '{ensemble}', model '{step.model}' has a decoupled transaction policy, which this "
+            "version does not support in an ensemble. Use a model that gives one response per request"
+        )
+    whole = {each.name for each in (*config.inputs, *config.outputs) if each.whole}
+    for name in sorted(whole.intersection((*step.inputs, *step.outputs))):
+        raise InvalidArgument(
+            f"in ensemble '{ensemble}', model '{step.model}' has the shape tensor '{name}', which this version does not "
+            "support in an ensemble. Let clients call the model itself"
+        )
 
 
 def _check_names(
