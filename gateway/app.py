@@ -125,7 +125,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             controls=fleet.controls(settings),
         )
         children.infer = service.infer
-        ensembles = _ensembles(statistics, service, worker)
+        ensembles = _ensembles(statistics, service, worker, tasks)
         gateway = Gateway(service, queue, ensembles, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
@@ -146,8 +146,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             working.cancel()
 
 
-def _ensembles(statistics: Statistics, service: Service, worker: Worker) -> Ensembles:
-    ensembles = Ensembles(statistics, service.infer)
+def _ensembles(statistics: Statistics, service: Service, worker: Worker, tasks: asyncio.TaskGroup) -> Ensembles:
+    ensembles = Ensembles(statistics, service.infer, tasks)
     service.composed = {PLATFORM: ensembles.route}
     worker.ensembles_drained = ensembles.drained
     return ensembles
