@@ -29,9 +29,11 @@ from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.ensemble import Ensembles
 from gateway.middleware.idempotency import idempotency
+from gateway.middleware.recorded import recorded
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.middleware.traced import traced
+from gateway.middleware.tracing import tracing_parts
 from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
@@ -124,7 +126,7 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             reports=fleet.reports(worker.explain if works else None),
             controls=fleet.controls(settings),
         )
-        children.infer = service.infer
+        children.infer = tracing_parts(service.infer)
         ensembles = _ensembles(statistics, service, worker, tasks)
         gateway = Gateway(service, queue, ensembles, monitor, children=children)
         working = tasks.create_task(worker.run()) if works else None
@@ -216,11 +218,13 @@ async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway,
     infer: Infer = service.infer
     if settings.response_cache_bytes:
         infer = response_cache(infer, service.prepare, service.model_config, responses)
-    gateway.ensembles.root = infer  # a step is no client's request: nothing to log, to record or to know again
+    gateway.ensembles.root = tracing_parts(
+        infer
+    )  # a step is no client's request: nothing to log, to record or to know again
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
     infer = await traced(stack, settings, infer, service.controls.traces)
-    return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
+    return await recorded(stack, settings, access_log(infer) if settings.log_access else infer)
 
 
 async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue | None) -> tuple[ClaimStore, Store]:
@@ -235,16 +239,6 @@ async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue |
     return await stack.enter_async_context(shared), SharedStore(
         client, client.keys.cached, seal, settings.response_cache_bytes
     )
-
-
-async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
-    """Entered before the listeners, so that what they answer last is recorded too."""
-    if settings.record is None:
-        return infer
-    from gateway.middleware.record import Recorder, RecordOptions, recording
-
-    options = RecordOptions(settings.record, settings.record_inputs, settings.record_sample, settings.record_max_bytes)
-    return recording(infer, await stack.enter_async_context(Recorder(options)))
 
 
 # --- listeners

@@ -29,6 +29,7 @@ from gateway.middleware.ensemble_plan import Plan, make_plan
 from gateway.middleware.ensemble_run import Run, named
 from gateway.middleware.ensemble_stream import Give, Stream, follow
 from gateway.middleware.flights import OneAnswer
+from gateway.middleware.tracing import compose
 from gateway.queues.base import Lane
 from gateway.statistics import Statistics
 from gateway.types import Infer, InferRequest, InferResponse, Responses, Tensor
@@ -108,6 +109,7 @@ class Ensemble:
 
     @contextmanager
     def _running(self, request: InferRequest) -> Iterator[tuple[Run, Plan]]:
+        compose(request)
         run = Run(self._owner.root, self._config.name, request)
         self._owner.begin(self._lane)
         try:
