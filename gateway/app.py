@@ -38,9 +38,8 @@ from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
+from gateway.service.client_memory import client_memory, without_memory
 from gateway.service.service import ServiceOptions
-from gateway.service.shared_regions import SharedRegions
-from gateway.shm import registered
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.transport import configured
@@ -207,7 +206,7 @@ def _options(settings: Settings) -> ServiceOptions:
         explicit_control=settings.model_control_mode == "explicit",
         max_inflight_bytes=settings.max_inflight_bytes,
         default_deadline_ms=settings.default_deadline_ms,
-        client_shm=settings.allow_client_shm,
+        without=without_memory(settings),
     )
 
 
@@ -249,7 +248,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
-    regions = _regions(stack, settings, service, fleet)
+    regions = await client_memory(stack, settings, service.controls.registers, fleet.host)
     infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
     infer = shared_memory(infer, None if regions is None else regions.regions, limits, service.model_config)
@@ -303,12 +302,6 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "http", http)
     if gateway.ports:
         log_event("listening", **gateway.ports)
-
-
-def _regions(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> SharedRegions | None:
-    if not settings.allow_client_shm:
-        return None
-    return SharedRegions(stack.enter_context(registered()), service.controls.registers, fleet.host)
 
 
 async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: HttpServer | GrpcServer) -> None:
