@@ -230,7 +230,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     `callers` are the models that wait for the answer, where it is no client that does. With `places` some tensors are in
     shared memory, and the inputs among them have no data until they were read (`middleware/shared_memory.py`).
     `one_answer` says that whoever asks can take one only. `trace_context` are the W3C trace context's headers, where spans are
-    made of requests: by the gateway, so that no worker gets them.
+    made of requests: by the gateway, so that no worker gets them. Nor does it get the `trace`, which is `middleware/tracing.py`'s:
+    of the request or, where models wait for it, of theirs. A model's code has in its place the request that it works on.
     """
 
     model_name: str
@@ -252,6 +253,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     places: Places | None = None
     one_answer: bool = False
     trace_context: Mapping[str, str] = NO_CONTEXT
+    trace: object = None
 
 
 class Timings(msgspec.Struct, gc=False):

@@ -161,7 +161,7 @@ class SequenceBatching:
 class Step:
     """One call of a model in an ensemble: its inputs and outputs by name, and the ensemble's tensors that they are.
 
-    `batched` and `dims`, of its inputs, are what the model itself says, known once it is loaded.
+    `batched`, `dims`, of its inputs, and `decoupled` are what the model itself says, known once it is loaded.
     """
 
     model: str
@@ -170,6 +170,7 @@ class Step:
     outputs: Mapping[str, str]
     batched: bool = False
     dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decoupled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

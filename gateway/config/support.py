@@ -121,7 +121,11 @@ _REFUSED = (
         "As in Triton a Python model keeps its own state, by correlation_id()",
     ),
     Gap(
-        lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",
+        lambda proto: (
+            bool(proto.model_transaction_policy.decoupled)
+            and proto.backend != "python"
+            and not proto.HasField("ensemble_scheduling")  # whose models say it
+        ),
         ("model_transaction_policy", "decoupled"),
         "Only models of backend 'python' can be. Set it to false if the model gives exactly one response per request",
     ),
