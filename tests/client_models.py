@@ -73,6 +73,43 @@ _PARAMETERS = '''class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse(outputs))
         return responses
 '''
+_KEYS_AND_VALUES = '''class TritonPythonModel:
+    """The request's parameters: their names, and their values as text."""
+
+    def execute(self, requests):
+        import json
+
+        responses = []
+        for request in requests:
+            parameters = json.loads(request.parameters() or "{}")
+            texts = {"key": list(parameters), "value": [str(each) for each in parameters.values()]}
+            outputs = [pb_utils.Tensor(name, np.array(each, object)) for name, each in texts.items()]
+            responses.append(pb_utils.InferenceResponse(outputs))
+        return responses
+'''
+_MOCK_LLM = '''class TritonPythonModel:
+    """PROMPT back as TEXT, once, or with STREAM as often as the parameter REPETITION says; FAIL_LAST ends in an error."""
+
+    def execute(self, requests):
+        import json
+
+        for request in requests:
+            parameters = json.loads(request.parameters() or "{}")
+            sender = request.get_response_sender()
+            prompt = pb_utils.get_input_tensor_by_name(request, "PROMPT").as_numpy()
+            response = pb_utils.InferenceResponse([pb_utils.Tensor("TEXT", prompt)])
+            if not pb_utils.get_input_tensor_by_name(request, "STREAM").as_numpy().reshape(-1)[0]:
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                continue
+            for _ in range(parameters.get("REPETITION", 1)):
+                time.sleep(parameters.get("DELAY", 0))
+                sender.send(response)
+            last = None
+            if parameters.get("FAIL_LAST"):
+                code = getattr(pb_utils.TritonError, parameters.get("ERROR_CODE", "INTERNAL"))
+                last = pb_utils.InferenceResponse(error=pb_utils.TritonError("An Error Occurred", code))
+            sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+'''
 _PREPROCESS = '''from PIL import Image
 
 
@@ -290,10 +327,38 @@ def more(folder: Path) -> None:
     write(folder, "slow", slow + tensors("INT32", "1", inputs=["INPUT"], outputs=["OUTPUT"]))
 
 
+def zero(folder: Path, name: str, kind: str, dims: str, count: int = 1, rows: int = 8) -> None:
+    """What comes back as it went in, of the fake backend."""
+    names = {side: [f"{side}{n}" for n in range(count)] for side in ("INPUT", "OUTPUT")}
+    config = tensors(kind, dims, inputs=names["INPUT"], outputs=names["OUTPUT"])
+    write(folder, name, f'backend: "fake" max_batch_size: {rows}\n{config}')
+
+
+def server_tests(folder: Path) -> None:
+    """Models by the names that they have in Triton's test suite."""
+    zero(folder, "onnx_zero_1_float32", "FP32", "-1")
+    zero(folder, "onnx_zero_1_object_1_element", "STRING", "1", rows=0)
+    zero(folder, "onnx_zero_1_object", "STRING", "-1")
+    zero(folder, "onnx_zero_1_float16", "FP16", "-1, -1")
+    zero(folder, "onnx_zero_3_float32", "FP32", "-1", count=3)
+    zero(folder, "simple_identity_int64", "INT64", "-1")
+    text = "".join(f'output {{ name: "{name}" data_type: TYPE_STRING dims: [ -1 ] }}\n' for name in ("key", "value"))
+    ends = f'input {{ name: "INPUT0" data_type: TYPE_FP32 dims: [ 1 ] }}\n{text}'
+    write(folder, "parameter", f'backend: "python" max_batch_size: 0\n{ends}', _KEYS_AND_VALUES)
+    whole = step("parameter", {"INPUT0": "INPUT0"}, {"key": "key", "value": "value"})
+    write(folder, "ensemble", f'platform: "ensemble" max_batch_size: 0\n{ends}ensemble_scheduling {{ {whole} }}')
+    config = """backend: "python" max_batch_size: 0 model_transaction_policy { decoupled: true }
+input [ { name: "PROMPT" data_type: TYPE_STRING dims: [ 1, 1 ] }, { name: "STREAM" data_type: TYPE_BOOL dims: [ 1, 1 ] } ]
+output [ { name: "TEXT" data_type: TYPE_STRING dims: [ 1, -1 ] } ]
+instance_group [ { count: 1 kind: KIND_MODEL } ]"""
+    write(folder, "mock_llm", config, _MOCK_LLM)
+
+
 def make(folder: Path) -> tuple[str, ...]:
     """Write both repositories; the flags with which a gateway serves them."""
     examples(folder / "examples")
     more(folder / "more")
+    server_tests(folder / "more")
     repositories = ("--model-repository", str(folder / "examples"), "--model-repository", str(folder / "more"))
     return (*repositories, "--allow-python-models", "--allow-client-shm", "true")
 
