@@ -296,11 +296,15 @@ Infer: TypeAlias = Callable[[InferRequest], Responses]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a model file says of one input or output; -1 is a dimension it leaves open."""
+    """What a model file says of one input or output; -1 is a dimension it leaves open.
+
+    An `optional` input has a value in the file, which a request may replace.
+    """
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def misfits(config: ModelConfig, io: ModelIO) -> Iterator[Misfit]:
             yield Misfit(kind, tensor.name, text)
     given = {tensor.name for tensor in config.inputs}
     for spec in io.inputs:
-        if spec.name not in given:
+        if spec.name not in given and not spec.optional:
             yield Misfit(
                 "input",
                 spec.name,
@@ -62,6 +62,11 @@ def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) ->
         yield (
             f"{head}: the model has data type {spec.datatype.name} and the configuration {tensor.datatype.name}. "
             f"Write data_type: {proto_type(spec.datatype)}"
+        )
+    if tensor.optional and not spec.optional:
+        yield (
+            f"{head}: the configuration says optional: true, and the model has no value of its own for it. Remove "
+            "optional, or export the model with an initializer of this name among its inputs"
         )
     batched = config.max_batch_size > 0
     if batched and spec.shape and spec.shape[0] != -1:
