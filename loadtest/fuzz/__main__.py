@@ -25,7 +25,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000, help="good and malformed together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", type=int, action="append", default=[], help="only the model of this number; repeatable")
+    parser.add_argument(
+        "--model", type=int, action="append", default=[], help="only the model of this number; repeatable"
+    )
     parser.add_argument("--gateway", default=f"{shlex.quote(sys.executable)} -m gateway", help="the gateway's command")
     parser.add_argument("--flags", default="", help="more flags for it, e.g. '--queue embedded --isolation process'")
     parser.add_argument("--out", type=Path, help="JSON result file")

@@ -348,7 +348,12 @@ def _json_count(case: Case, _: bytes, __: bytes) -> tuple[bytes, bytes, str, Due
     part.typed = [*(part.typed or []), {"BYTES": "x", "BOOL": True}.get(part.datatype, 1)]
     inputs = [part if each.name == part.name else each for each in case.message.inputs]
     head, blobs = messages.http(replace(case.message, inputs=inputs))
-    return head, blobs, str(len(head)), Due(500, "", "Unable to parse 'data': Shape does not match true shape of 'data' field")
+    return (
+        head,
+        blobs,
+        str(len(head)),
+        Due(500, "", "Unable to parse 'data': Shape does not match true shape of 'data' field"),
+    )
 
 
 def _json_type(case: Case, _: bytes, __: bytes) -> tuple[bytes, bytes, str, Due] | None:
@@ -424,7 +429,9 @@ def _no_raw(case: Case, message: Any) -> tuple[Any, str]:
 def _one_raw_more(case: Case, message: Any) -> tuple[Any, str]:
     message.raw_input_contents.append(b"")
     count = len(message.inputs)
-    text = rf"expected {count} raw_input_contents, one for each input, but got {count + 1} for model '{case.model.name}'"
+    text = (
+        rf"expected {count} raw_input_contents, one for each input, but got {count + 1} for model '{case.model.name}'"
+    )
     return message, text
 
 
@@ -433,7 +440,10 @@ def _contents_too(case: Case, message: Any) -> tuple[Any, str]:
     message.inputs[place].contents.fp32_contents.append(1.0)
     name = re.escape(message.inputs[place].name)
     if message.inputs[place].datatype != "FP32":
-        return message, rf"unexpected explicit tensor data for input tensor '{name}' for model '{case.model.name}' of type 'FP32', expected datatype '.+'"
+        return (
+            message,
+            rf"unexpected explicit tensor data for input tensor '{name}' for model '{case.model.name}' of type 'FP32', expected datatype '.+'",
+        )
     return message, (
         rf"contents field must not be specified when using raw_input_contents for '{name}' for model '{case.model.name}'"
     )
@@ -453,7 +463,7 @@ def _cut_message(case: Case, message: Any) -> tuple[Any, str] | None:
     return message.SerializeToString()[:-fewer], r".+"
 
 
-ONLY_GRPC: dict[str, Callable[[Case, Any], "tuple[Any, str] | None"]] = {
+ONLY_GRPC: dict[str, Callable[[Case, Any], tuple[Any, str] | None]] = {
     "a raw tensor is missing": _no_raw,
     "one raw tensor more": _one_raw_more,
     "contents beside raw tensors": _contents_too,

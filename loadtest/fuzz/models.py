@@ -14,7 +14,19 @@ import numpy as np
 from numpy.random import Generator
 from onnx import helper
 
-from loadtest.fuzz.operators import ALL, INTEGERS, MOST_DIMS, NUMBERS, TYPES, Dim, Made, Site, Value, choose, tensor_info
+from loadtest.fuzz.operators import (
+    ALL,
+    INTEGERS,
+    MOST_DIMS,
+    NUMBERS,
+    TYPES,
+    Dim,
+    Made,
+    Site,
+    Value,
+    choose,
+    tensor_info,
+)
 
 Shape = tuple[int, ...]
 MOST_BATCH = 8
@@ -228,4 +240,3 @@ def _listed(kind: str, tensors: Iterable[Tensor], batch: int) -> list[str]:
         + " }\n"
         for each in tensors
     ]
-

@@ -52,7 +52,9 @@ def make(model: Model, rng: Generator) -> Request:
     sizes = {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
     moderate = not all(each.exact for each in model.outputs)
     inputs = {
-        each.name: values(rng, each.datatype, (*rows, *_filled(each.dims, [sizes[key] for key in each.symbols])), moderate)
+        each.name: values(
+            rng, each.datatype, (*rows, *_filled(each.dims, [sizes[key] for key in each.symbols])), moderate
+        )
         for each in model.inputs
         if not each.optional or rng.random() < 0.5
     }
@@ -68,7 +70,9 @@ def values(rng: Generator, datatype: str, shape: Shape, moderate: bool) -> Array
     """Random values of a type, its extremes among them unless they are to be `moderate`."""
     if datatype == "BYTES":
         array = np.empty(shape, object)
-        array[...] = np.array([_WORDS[place].encode() for place in rng.integers(len(_WORDS), size=array.size)] + [b""], object)[:-1].reshape(shape)
+        array[...] = np.array(
+            [_WORDS[place].encode() for place in rng.integers(len(_WORDS), size=array.size)] + [b""], object
+        )[:-1].reshape(shape)
         return array
     dtype = DTYPES[datatype]
     if datatype == "BOOL":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,9 @@ class Session:
         for kind, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
             want = sorted((each.name, each.datatype, [-1] * model.batch + list(each.dims)) for each in tensors)
             for wire, told in (("http", over_http), ("grpc", over_grpc)):
-                got = sorted((each["name"], each["datatype"], [int(dim) for dim in each["shape"]]) for each in told[kind])
+                got = sorted(
+                    (each["name"], each["datatype"], [int(dim) for dim in each["shape"]]) for each in told[kind]
+                )
                 if got != want:
                     self._fault(model, f"{wire} metadata", f"{kind} {got}, not {want}")
 

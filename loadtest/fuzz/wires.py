@@ -121,13 +121,17 @@ class Wires:
         except grpc.RpcError as error:
             raise Failed(error.code().name, error.details() or "") from None
 
-    async def send(self, wire: str, model: Model, request: Request, want: Mapping[str, Array], rng: Generator) -> Outputs:
+    async def send(
+        self, wire: str, model: Model, request: Request, want: Mapping[str, Array], rng: Generator
+    ) -> Outputs:
         """The answer to a request sent this way; `want` tells how large outputs in shared memory are. Raises `Failed`."""
         kinds = {each.name: each.datatype for each in (*model.inputs, *model.outputs)}
         async with asyncio.timeout(TIMEOUT):
             match wire:
                 case "http json":
-                    return await self.post(model.name, *messages.http(_json(model, request, kinds), nested=rng.random() < 0.5))
+                    return await self.post(
+                        model.name, *messages.http(_json(model, request, kinds), nested=rng.random() < 0.5)
+                    )
                 case "grpc contents" if not set(NOT_JSON) & {kinds[name] for name in request.inputs}:
                     return await self.call(messages.grpc(_json(model, request, kinds)))
                 case "http shm" | "grpc shm":
@@ -174,7 +178,10 @@ class Wires:
         if wire == "http shm":
             return await self._shared_http(message, places)
         answer = await self._model_infer(messages.grpc(message))
-        return {each.name: (each.datatype, self._read(places[each.name], each.datatype, each.shape)) for each in answer.outputs}
+        return {
+            each.name: (each.datatype, self._read(places[each.name], each.datatype, each.shape))
+            for each in answer.outputs
+        }
 
     async def _shared_http(self, message: Message, places: Mapping[str, dict[str, Any]]) -> Outputs:
         head, _ = messages.http(message)

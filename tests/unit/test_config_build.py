@@ -563,7 +563,9 @@ def test_an_optional_input_of_the_file_may_be_left_out_or_given() -> None:
     model = with_default((-1, 3))
     check_fit(configured(one), model)
     check_fit(configured(one + 'input { name: "more" data_type: TYPE_FP32 dims: 3 optional: true }'), model)
-    with pytest.raises(InvalidArgument, match="tensor 'x': the configuration says optional: true, and the model has no"):
+    with pytest.raises(
+        InvalidArgument, match="tensor 'x': the configuration says optional: true, and the model has no"
+    ):
         check_fit(configured(one.replace("dims", "optional: true dims")), model)
 
 
