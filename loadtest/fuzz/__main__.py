@@ -11,12 +11,12 @@ import tempfile
 from pathlib import Path
 
 from loadtest.bench import servers
-from loadtest.fuzz.report import reproduction, result
+from loadtest.fuzz.report import complaints, reproduction, result
 from loadtest.fuzz.session import Session, Tally
 from loadtest.fuzz.wires import Ports, Wires
 from loadtest.record import provenance
 
-PER_MODEL = 12  # good requests to each model
+PER_MODEL = 24  # good requests to each model
 SHOWN = 5  # faults, in full
 
 
@@ -36,24 +36,31 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
         ports = servers.free_ports(3)
         line = [*shlex.split(options.gateway), "serve", "--model-repository", folder, *shlex.split(options.flags)]
-        line += ["--model-control-mode", "explicit", "--allow-client-shm", "true", "--persist-latency", "false"]
+        line += [
+            "--model-control-mode",
+            "explicit",
+            "--allow-client-shm",
+            "true",
+            "--persist-latency",
+            "false",
+            "--log-format",
+            "json",
+        ]
         line += ["--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", str(ports[2])]
         with servers.Server(line, lambda: servers.get(ports[0], "/v2/health/ready")[0] == 200) as server:
             numbers = tuple(options.model)
             wanted = (options.seed, numbers, options.requests)
             tally = asyncio.run(play(Ports(ports[0], ports[1]), Path(folder), *wanted))
-            log = server.log_tail(1 << 20)
+            log = server.log_tail(1 << 30)
     command = f"python -m loadtest.fuzz --flags {shlex.quote(options.flags)}"
     for fault in tally.faults[:SHOWN]:
         print("\n" + reproduction(fault, command))
-    found = result(tally)
-    if "Traceback" in log:
-        found["faults"].append("the gateway's log has a traceback: " + log[log.index("Traceback") :][:3000])
+    found = result(tally, complaints(log, tally.failing))
     print(json.dumps(found, indent=1, ensure_ascii=False))
     if options.out:
         written = {**provenance(), "seed": options.seed, "flags": options.flags, **found}
         options.out.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 1 if found["faults"] else 0
+    return 1 if found["faults"] or found["log"] else 0
 
 
 async def play(ports: Ports, repository: Path, seed: int, numbers: tuple[int, ...], most: int) -> Tally:

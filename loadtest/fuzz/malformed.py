@@ -15,6 +15,7 @@ from loadtest.fuzz.models import Model
 from loadtest.fuzz.requests import DTYPES, Request
 from loadtest.fuzz.wires import REGION, ROOM, Wires
 
+NOT_UTF8 = "a string that is not UTF-8"
 PREFIX = r"\[request id: <id_unknown>\] "
 
 
@@ -34,6 +35,11 @@ class Wrong:
     due: Due
     wire: str
     send: Callable[[Wires], Any]
+
+    @property
+    def runs(self) -> bool:
+        """Whether only the model finds out, and the batch fails."""
+        return self.kind == NOT_UTF8
 
     def expected(self) -> tuple[int | str, str]:
         """The status on its wire, and the pattern."""
@@ -75,7 +81,7 @@ def make(model: Model, rng: Generator) -> list[Wrong]:
 
 
 def _case(model: Model, rng: Generator) -> Case:
-    request = requests.make(model, rng)
+    request = requests.make(model, rng, requests.sizes_of(model, rng))
     kinds = {each.name: each.datatype for each in model.inputs}
     parts = [Part(name, kinds[name], list(array.shape), to_wire(array)) for name, array in request.inputs.items()]
     return Case(model, request, Message(model.name, parts, [(name, {}) for name in request.outputs]), rng)
@@ -88,7 +94,7 @@ def _both(kind: str, case: Case) -> list[Wrong]:
     message, due = spoilt
     body, proto = messages.http(message), messages.grpc(message)
     return [
-        Wrong(kind, due, "http", lambda wires: wires.post(message.model, *body, header_length=str(len(body[0])))),
+        Wrong(kind, due, "http", lambda wires: wires.post(message.path, *body, header_length=str(len(body[0])))),
         Wrong(kind, due, "grpc", lambda wires: wires.call(proto)),
     ]
 
@@ -278,6 +284,23 @@ def _beyond(case: Case) -> tuple[Message, Due]:
     return _with(case.message, part, place=place), _invalid(text)
 
 
+def _no_room(case: Case) -> tuple[Message, Due] | None:
+    output = case.model.outputs[0]
+    if output.datatype == "BYTES" or any(0 in array.shape for array in case.request.inputs.values()):
+        return None  # nothing may be all that there is
+    place = {"shared_memory_region": REGION, "shared_memory_offset": 0, "shared_memory_byte_size": 0}
+    text = (
+        rf"shared memory size specified with the request for output '{output.name}' \(0 bytes\) "
+        r"should be at least [0-9]+ bytes to hold the results"
+    )
+    return replace(case.message, outputs=[(output.name, place)]), Due(500, "INTERNAL", text)
+
+
+def _unknown_version(case: Case) -> tuple[Message, Due]:
+    text = f"Request for unknown model: '{case.model.name}' version 99 is not found"
+    return replace(case.message, version="99"), Due(404, "NOT_FOUND", text)
+
+
 def _not_utf8(case: Case) -> tuple[Message, Due] | None:
     part = case.part
     if part.datatype != "BYTES" or not part.data:
@@ -305,7 +328,9 @@ BOTH: dict[str, Spoil] = {
     "an unknown model": _unknown_model,
     "an unknown region": _region,
     "beyond the region": _beyond,
-    "a string that is not UTF-8": _not_utf8,
+    "too little room for an output": _no_room,
+    "an unknown version": _unknown_version,
+    NOT_UTF8: _not_utf8,
 }
 
 

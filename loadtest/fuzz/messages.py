@@ -35,12 +35,17 @@ class Part:
 
 @dataclass(slots=True)
 class Message:
-    """A request. `outputs` are names and parameters; `json` wants answers as JSON where that can be."""
+    """A request. `outputs` are names and parameters."""
 
     model: str
     inputs: list[Part]
     outputs: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     version: str = ""
+
+    @property
+    def path(self) -> str:
+        """Its model, and version if it has one, in a URL."""
+        return self.model + (f"/versions/{self.version}" if self.version else "")
 
 
 def to_wire(array: Array) -> bytes:

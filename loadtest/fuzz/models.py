@@ -29,15 +29,16 @@ from loadtest.fuzz.operators import (
 )
 
 Shape = tuple[int, ...]
-MOST_BATCH = 8
+MOST_BATCH = 16
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
 _NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}")
+_WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
 _SCHEDULERS = (
     "",
     "dynamic_batching {}\n",
-    "dynamic_batching { max_queue_delay_microseconds: 3000 }\n",
-    "dynamic_batching { max_queue_delay_microseconds: 20000 preserve_ordering: true }\n",
-    "dynamic_batching { priority_levels: 3 default_priority_level: 2 }\n",
+    f"dynamic_batching {{ {_WAIT} }}\n",
+    f"dynamic_batching {{ {_WAIT} preserve_ordering: true }}\n",
+    f"dynamic_batching {{ {_WAIT} priority_levels: 3 default_priority_level: 2 }}\n",
 )
 
 

@@ -6,6 +6,7 @@ Arrays are as the gateway's own: BYTES are objects of `bytes`, BF16 is its bits 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,16 +41,17 @@ class Request:
     outputs: tuple[str, ...] = ()
 
 
-class Refused(Exception):
-    """ONNX Runtime raised, so that the gateway has to answer with an error."""
-
-
-def make(model: Model, rng: Generator) -> Request:
-    """A request of 1 to `max_batch_size` rows, with or without each optional input."""
-    rows = [int(rng.integers(max(model.max_batch_size, 1)) + 1)] * model.batch
+def sizes_of(model: Model, rng: Generator) -> dict[str, int]:
+    """A size for each open dimension."""
     odds = np.array(_ODDS) / sum(_ODDS)
     symbols = sorted({symbol for each in model.inputs for symbol in each.symbols})
-    sizes = {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
+    return {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
+
+
+def make(model: Model, rng: Generator, sizes: Mapping[str, int]) -> Request:
+    """A request of 1 to `max_batch_size` rows, fewer more often, with or without each optional input."""
+    most = max(model.max_batch_size, 1)
+    rows = [int(rng.integers(rng.integers(most) + 1) + 1)] * model.batch
     moderate = not all(each.exact for each in model.outputs)
     inputs = {
         each.name: values(
@@ -69,18 +71,18 @@ def make(model: Model, rng: Generator) -> Request:
 def values(rng: Generator, datatype: str, shape: Shape, moderate: bool) -> Array:
     """Random values of a type, its extremes among them unless they are to be `moderate`."""
     if datatype == "BYTES":
-        array = np.empty(shape, object)
-        array[...] = np.array(
-            [_WORDS[place].encode() for place in rng.integers(len(_WORDS), size=array.size)] + [b""], object
-        )[:-1].reshape(shape)
-        return array
+        words = rng.integers(len(_WORDS), size=math.prod(shape))
+        array = np.empty(words.size, object)
+        array[:] = [_WORDS[place].encode() for place in words]
+        return array.reshape(shape)
     dtype = DTYPES[datatype]
     if datatype == "BOOL":
         return rng.integers(0, 2, shape).astype(np.bool_)
     if datatype == "BF16":
         return _floats(rng, shape, moderate).astype(ml_dtypes.bfloat16).view(np.uint16)
     if dtype.kind == "f":
-        return _floats(rng, shape, moderate).astype(dtype)
+        with np.errstate(over="ignore"):
+            return _floats(rng, shape, moderate).astype(dtype)
     limits = np.iinfo(dtype)
     small = rng.integers(0 if dtype.kind == "u" else -9, 10, shape)
     large = rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
@@ -112,8 +114,8 @@ class Reference:
         self._inputs = {each.name: each for each in model.inputs}
         self._by_value = any(each.datatype == "BF16" for each in (*model.inputs, *model.outputs))
 
-    def answer(self, request: Request) -> dict[str, Array]:
-        """The outputs that the request wants, in the shapes that clients see. Raises `Refused`."""
+    def answer(self, request: Request) -> dict[str, Array] | None:
+        """The outputs that the request wants, in the shapes that clients see; None where ONNX Runtime raises."""
         batch = self._model.batch
         feed = {}
         for name, array in request.inputs.items():
@@ -121,25 +123,19 @@ class Reference:
             sizes = [size for size, dim in zip(array.shape[batch:], tensor.dims, strict=True) if dim == -1]
             feed[name] = array.reshape((*array.shape[:batch], *_filled(tensor.inner, sizes)))
         wanted = [each for each in self._model.outputs if each.name in (request.outputs or (each.name,))]
-        arrays = self._run([each.name for each in wanted], feed)
+        try:
+            arrays = self._run([each.name for each in wanted], feed)
+        except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
+            return None
         return {each.name: self._seen(each, array) for each, array in zip(wanted, arrays, strict=True)}
 
     def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
         options = ort.RunOptions()
         options.log_severity_level = 4
-        try:
-            if self._by_value:
-                return self._run_values(names, feed, options)
-            texts = {
-                name: np.array([each.decode() for each in array.reshape(-1)] + [""], object)[:-1].reshape(array.shape)
-                if array.dtype == object
-                else array
-                for name, array in feed.items()
-            }
-            arrays = self._session.run(names, texts, options)
-        except Exception as problem:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
-            raise Refused(str(problem)) from None
-        return [_as_bytes(each) for each in arrays]
+        if self._by_value:
+            return self._run_values(names, feed, options)
+        texts = {name: _as_text(array) if array.dtype == object else array for name, array in feed.items()}
+        return [_as_bytes(each) for each in self._session.run(names, texts, options)]
 
     def _run_values(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
         """BF16 goes in and out as values with memory of their own, because numpy does not have it."""
@@ -168,12 +164,18 @@ def _bits(value: Any) -> Array:
     return array
 
 
+def _as_text(array: Array) -> Array:
+    made = np.empty(array.size, object)
+    made[:] = [each.decode() for each in array.reshape(-1)]
+    return made.reshape(array.shape)
+
+
 def _as_bytes(array: Array) -> Array:
     if array.dtype != object:
         return array
-    made = np.empty(array.shape, object)
-    made.reshape(-1)[:] = [each.encode() for each in array.reshape(-1)]
-    return made
+    made = np.empty(array.size, object)
+    made[:] = [each.encode() for each in array.reshape(-1)]
+    return made.reshape(array.shape)
 
 
 def difference(want: Array, got: Array, datatype: str, *, exact: bool) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,21 @@ from tritonclient.utils import InferenceServerException
 
 from loadtest.fuzz import malformed, models, requests
 from loadtest.fuzz.models import Model
-from loadtest.fuzz.requests import Array, Reference, Refused, Request, difference
+from loadtest.fuzz.requests import Array, Reference, Request, difference
 from loadtest.fuzz.wires import WIRES, Failed, Wires
 
-TOGETHER = 8  # requests at a time, at most
+TOGETHER = 16  # requests at a time, at most
 WRONG_EVERY = 4  # good requests to a malformed one
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A good request, its wire, the answer that is due, None where ONNX Runtime refuses, and a seed for what is left to chance."""
+
+    request: Request
+    wire: str
+    want: Mapping[str, Array] | None
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +59,8 @@ class Tally:
     refused: int = 0  # by ONNX Runtime and by the gateway alike
     rows: int = 0
     batches: int = 0
+    shared: int = 0  # good requests that were not alone in their batch, at the least
+    failing: set[str] = field(default_factory=set)  # models of which batches have to fail
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -114,63 +128,60 @@ class Session:
     async def _requests(self, model: Model, rng: Generator, count: int) -> None:
         reference = Reference(model)
         while count > 0:
-            size = min(count, int(rng.choice([1, 2, TOGETHER])))
-            made = [requests.make(model, rng) for _ in range(size)]
-            wires = [WIRES[place] for place in rng.integers(len(WIRES), size=size)]
-            seeds = rng.integers(1 << 30, size=size)
-            async with asyncio.TaskGroup() as group:
-                for request, wire, seed in zip(made, wires, seeds, strict=True):
-                    group.create_task(self._ask(reference, model, request, wire, int(seed)))
-                if rng.random() < size / WRONG_EVERY:
-                    for wrong in malformed.make(model, rng):
-                        group.create_task(self._ask_wrongly(model, wrong))
+            size = min(count, int(rng.choice([1, 2, TOGETHER, TOGETHER])))
+            # Requests of the same shapes, which can share a batch, and others among them.
+            sizes = [requests.sizes_of(model, rng) for _ in range(2)]
+            asks = [self._ask_of(reference, model, sizes[int(rng.random() < 0.2)], rng) for _ in range(size)]
+            wrong = malformed.make(model, rng) if rng.random() < size / WRONG_EVERY else []
+            async with asyncio.TaskGroup() as group:  # all is made, so that they come together
+                for ask in asks:
+                    group.create_task(self._ask(reference, model, ask))
+                for each in wrong:
+                    group.create_task(self._ask_wrongly(model, each))
             count -= size
 
-    async def _ask(self, reference: Reference, model: Model, request: Request, wire: str, seed: int) -> None:
-        self.tally.requests += 1
-        self.tally.wires[wire] += 1
-        text = await self._trouble(reference, model, request, wire, seed)
-        if text:
-            alone = await self._smallest(reference, model, request, wire)
-            self._fault(model, wire, text, request, alone)
+    def _ask_of(self, reference: Reference, model: Model, sizes: Mapping[str, int], rng: Generator) -> Ask:
+        request = requests.make(model, rng, sizes)
+        return Ask(request, WIRES[rng.integers(len(WIRES))], reference.answer(request), int(rng.integers(1 << 30)))
 
-    async def _trouble(self, reference: Reference, model: Model, request: Request, wire: str, seed: int) -> str:
+    async def _ask(self, reference: Reference, model: Model, ask: Ask) -> None:
+        self.tally.requests += 1
+        self.tally.wires[ask.wire] += 1
+        if ask.want is None:
+            self.tally.refused += 1
+            self.tally.failing.add(model.name)
+        text = await self._trouble(model, ask)
+        if text:
+            self._fault(model, ask.wire, text, ask.request, await self._smallest(reference, model, ask))
+
+    async def _trouble(self, model: Model, ask: Ask) -> str:
         """What is wrong with the answer; empty if nothing is."""
+        rng = np.random.default_rng(ask.seed)
         try:
-            want: dict[str, Array] | None = reference.answer(request)
-        except Refused:
-            want = None
-        rng = np.random.default_rng(seed)
-        try:
-            got = await self._wires.send(wire, model, request, want or {}, rng)
+            got = await self._wires.send(ask.wire, model, ask.request, ask.want or {}, rng)
         except Failed as error:
-            if want is None and error.status in (400, 500, "INVALID_ARGUMENT", "INTERNAL"):
-                self.tally.refused += 1
-                return ""
-            return f"answered {error}"
+            due = ask.want is None and error.status in (400, 500, "INVALID_ARGUMENT", "INTERNAL")
+            return "" if due else f"answered {error}"
         except Exception as error:  # noqa: BLE001 - whatever a client chokes on is a fault of the answer
             return f"{type(error).__name__}: {error}"
-        if want is None:
+        if ask.want is None:
             return f"answered {list(got)}, where ONNX Runtime refuses"
-        return _compared(model, want, got)
+        return _compared(model, ask.want, got)
 
-    async def _smallest(self, reference: Reference, model: Model, request: Request, wire: str) -> str:
-        """What comes of the request by itself, and of its first row."""
-        first = Request({name: array[:1] for name, array in request.inputs.items()}, request.outputs)
-        tries = [("alone", request, wire)]
+    async def _smallest(self, reference: Reference, model: Model, ask: Ask) -> str:
+        """What comes of the request by itself, of its first row, and on other wires."""
+        tries = [("alone", ask)]
         if model.batch:
-            tries.append(("its first row alone", first, wire))
-        tries += [(f"alone by {other}", request, other) for other in WIRES if other != wire]
-        told = [
-            f"{label}: {await self._trouble(reference, model, each, way, 0) or 'right'}" for label, each, way in tries
-        ]
-        return "; ".join(told)
+            first = Request({name: array[:1] for name, array in ask.request.inputs.items()}, ask.request.outputs)
+            tries.append(("its first row alone", replace(ask, request=first, want=reference.answer(first))))
+        tries += [(f"alone by {other}", replace(ask, wire=other)) for other in WIRES if other != ask.wire]
+        return "; ".join([f"{label}: {await self._trouble(model, each) or 'right'}" for label, each in tries])
 
     async def _ask_wrongly(self, model: Model, wrong: malformed.Wrong) -> None:
-        import re
-
         self.tally.requests += 1
         self.tally.wrong[f"{wrong.wire}: {wrong.kind}"] += 1
+        if wrong.runs:
+            self.tally.failing.add(model.name)
         status, pattern = wrong.expected()
         try:
             got: Any = await wrong.send(self._wires)
@@ -187,12 +198,13 @@ class Session:
         told = (await self._wires.http.get_inference_statistics(model.name))["model_stats"][0]
         self.tally.rows += told["inference_count"]
         self.tally.batches += told["execution_count"]
+        self.tally.shared += max(0, told["inference_stats"]["success"]["count"] - told["execution_count"])
 
     def _fault(self, model: Model, wire: str, text: str, request: Request | None = None, alone: str = "") -> None:
         self.tally.faults.append(Fault(model, wire, text, request, alone))
 
 
-def _compared(model: Model, want: dict[str, Array], got: Any) -> str:
+def _compared(model: Model, want: Mapping[str, Array], got: Any) -> str:
     if got.keys() != want.keys():
         return f"outputs {list(got)}, not {list(want)}"
     for tensor in model.outputs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
@@ -29,7 +29,9 @@ from loadtest.fuzz.messages import NOT_JSON, Message, Part, from_wire, to_wire
 from loadtest.fuzz.models import Model
 from loadtest.fuzz.requests import Array, Request
 
-WIRES = ("http json", "http binary", "http gzip", "http shm", "grpc raw", "grpc contents", "grpc shm")
+WIRES = (
+    "http json", "http binary", "http gzip", "http raw", "http shm", "grpc raw", "grpc contents", "grpc stream", "grpc shm",
+)  # fmt: skip
 REGION = "fuzz"
 ROOM = 8 << 20  # bytes of the region
 TIMEOUT = 30.0
@@ -134,10 +136,31 @@ class Wires:
                     )
                 case "grpc contents" if not set(NOT_JSON) & {kinds[name] for name in request.inputs}:
                     return await self.call(messages.grpc(_json(model, request, kinds)))
+                case "http raw" if _fits_raw(model, request):
+                    (array,) = request.inputs.values()
+                    body = to_wire(array)[4 * (array.dtype == object) :]
+                    return await self.post(model.name, b"", body, "0")
+                case "grpc stream":
+                    return await self._stream(messages.grpc(_binary(model, request, kinds)))
                 case "http shm" | "grpc shm":
                     return await self._shared(wire, model, request, want, rng)
                 case _:
                     return await self._triton(wire, model, request, kinds)
+
+    async def _stream(self, message: Any) -> Outputs:
+        """The one answer to one request of a ModelStreamInfer."""
+
+        async def requests() -> AsyncIterator[Any]:
+            yield message
+
+        found = [answer async for answer in self._stub.ModelStreamInfer(requests(), timeout=TIMEOUT)]
+        if len(found) != 1:
+            raise ValueError(f"{len(found)} answers to one request")
+        if found[0].error_message:
+            raise Failed("INVALID_ARGUMENT", found[0].error_message)
+        if not found[0].infer_response.parameters["triton_final_response"].bool_param:
+            raise ValueError("the only answer is not the last")
+        return messages.read_grpc(found[0].infer_response)
 
     async def _triton(self, wire: str, model: Model, request: Request, kinds: Mapping[str, str]) -> Outputs:
         http = wire.startswith("http")
@@ -204,6 +227,19 @@ class Wires:
         start = place["shared_memory_offset"]
         data = bytes(self._memory.buf[start : start + place["shared_memory_byte_size"]])
         return from_wire(data, datatype, shape)
+
+
+def _fits_raw(model: Model, request: Request) -> bool:
+    """Whether a body of nothing but the tensor tells all: one input, one row, every output."""
+    (first, *more) = model.inputs
+    one = not more and not request.outputs and first.dims.count(-1) < 2
+    array = next(iter(request.inputs.values()))
+    return one and (not model.batch or array.shape[0] == 1) and (first.datatype != "BYTES" or first.dims == (1,))
+
+
+def _binary(model: Model, request: Request, kinds: Mapping[str, str]) -> Message:
+    parts = [Part(name, kinds[name], list(array.shape), to_wire(array)) for name, array in request.inputs.items()]
+    return Message(model.name, parts, [(name, {}) for name in request.outputs])
 
 
 def _json(model: Model, request: Request, kinds: Mapping[str, str]) -> Message:
