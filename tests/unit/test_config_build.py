@@ -561,6 +561,29 @@ def test_dims_without_the_batch_and_no_batching() -> None:
         check_fit(config, io({"x": (1, 3)}, {"y": (1, 10)}))
 
 
+def with_default(shape: tuple[int, ...]) -> ModelIO:
+    """A model whose input `more` has a value of its own."""
+    more = TensorSpec("more", DataType.FP32, shape, optional=True)
+    return ModelIO((*io({"x": (-1, 3)}, {}).inputs, more), io({}, {"y": (-1, 10)}).outputs)
+
+
+def test_an_optional_input_of_the_file_may_be_left_out_or_given() -> None:
+    one = 'input { name: "x" data_type: TYPE_FP32 dims: 3 }'
+    model = with_default((-1, 3))
+    check_fit(configured(one), model)
+    check_fit(configured(one + 'input { name: "more" data_type: TYPE_FP32 dims: 3 optional: true }'), model)
+    with pytest.raises(
+        InvalidArgument, match="tensor 'x': the configuration says optional: true, and the model has no"
+    ):
+        check_fit(configured(one.replace("dims", "optional: true dims")), model)
+
+
+def test_an_optional_input_of_the_file_is_not_filled_in() -> None:
+    proto = completed("", with_default((3,)))
+    assert [tensor.name for tensor in proto.input] == ["x"]
+    assert proto.max_batch_size == 4  # as the others take batches
+
+
 def test_an_auto_completed_scalar_fits() -> None:
     for model in (io({"x": ()}, {"y": (2,)}), io({"x": (-1,)}, {"y": (-1,)})):
         check_fit(build(completed("", model), Source("f")), model)
