@@ -14,8 +14,18 @@ import pytest
 pytest.register_assert_rewrite("tests.api.protocol")
 
 from tests.api.protocol import (  # noqa: E402
-    section_1, section_2, section_3, section_4, section_5, section_6, section_7, section_8, section_9, section_10,
-    section_11, section_12,
+    section_1,
+    section_2,
+    section_3,
+    section_4,
+    section_5,
+    section_6,
+    section_7,
+    section_8,
+    section_9,
+    section_10,
+    section_11,
+    section_12,
 )  # fmt: skip
 from tests.api.protocol.facts import WIRES, Fact, Section, close  # noqa: E402
 from tests.api.protocol.not_done import NOT_DONE  # noqa: E402

@@ -6,7 +6,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-
 from gateway.config import tritonserver
 from gateway.config.arguments import parse_args
 from gateway.config.parse import Source, parse_text
@@ -113,7 +112,7 @@ def _(_: Any) -> None:
     text = (
         "max_batch_size: 8 # a comment\n"
         "input: [ { name: 'A', data_type: TYPE_FP32, dims: 64, reshape {} }, ]\n"
-        "input { name: \"B\" data_type: TYPE_FP32 dims: [ 1, 2 ] optional: True }\n"
+        'input { name: "B" data_type: TYPE_FP32 dims: [ 1, 2 ] optional: True }\n'
         "output [ { name: 'C' data_type: TYPE_FP32 dims: [ -1 ] } ]"
     )
     try:
@@ -319,5 +318,3 @@ def _(on: Http | Grpc) -> None:
     told = on.infer("hundred", tensor("IN", [[5]]), parameters=ends)
     assert told.ok, told
     assert told.arrays["OUT"].tolist() == [[105]]
-
-

@@ -15,8 +15,8 @@ IN = tensor("IN", [[1, 2]])
 SECTION.beyond = {
     "On Debian 12 a plain": "how to install perf_analyzer",
     "situation | result": "the heading of a table",
-    "\"statistics\" not advertised": "it is: section 6",
-    "dims −1 without": "the client's",
+    '"statistics" not advertised': "it is: section 6",
+    "dims \N{MINUS SIGN}1 without": "the client's",
     "`-b N` with max_batch_size 0": "the client's",
     "model_version not given and no version's queue": "the row of the queue's count",
     "unstable latency": "the client's",

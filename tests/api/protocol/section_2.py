@@ -45,6 +45,21 @@ def _(on: Http | Grpc) -> None:
     assert on.server_ready()
 
 
+@fact(STRICT, "without strict readiness a broken model is no hindrance", needs="lenient")
+def _(on: Http | Grpc) -> None:
+    assert on.server_ready()
+    assert not on.ready("bad")
+    assert on.ready("good")
+
+
+@fact(STRICT, "a server without models is ready and has empty lists", needs="empty")
+def _(on: Http | Grpc) -> None:
+    assert on.server_ready()
+    assert on.index() == []
+    assert on.statistics() == []
+    assert on.server()["name"] == "triton"
+
+
 @fact(STRICT, "a model that did not load keeps the server from being ready")
 def _(on: Http | Grpc) -> None:
     assert not on.server_ready()

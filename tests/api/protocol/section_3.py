@@ -368,7 +368,13 @@ for each in DataType:
 
 @fact(NAN, "NaN and infinities are read as words", HTTP)
 def _(on: Http) -> None:
-    for word, value in (("NaN", np.nan), ("Infinity", np.inf), ("-Infinity", -np.inf), ("Inf", np.inf), ("-Inf", -np.inf)):
+    for word, value in (
+        ("NaN", np.nan),
+        ("Infinity", np.inf),
+        ("-Infinity", -np.inf),
+        ("Inf", np.inf),
+        ("-Inf", -np.inf),
+    ):
         text = f'{{"inputs":[{{"name":"IN","datatype":"FP32","shape":[1,2],"data":[{word},1]}}]}}'.encode()
         told = on.post("/v2/models/m/infer", text)
         assert told.ok, (word, told.text)
@@ -400,7 +406,12 @@ def _(on: Http) -> None:
 
 @fact(BOOL, "integers beyond their type wrap", HTTP)
 def _(on: Http) -> None:
-    for kind, given, wrapped in (("INT8", 200, -56), ("UINT8", 257, 1), ("INT16", 40000, -25536), ("INT32", 1 << 31, -(1 << 31))):
+    for kind, given, wrapped in (
+        ("INT8", 200, -56),
+        ("UINT8", 257, 1),
+        ("INT16", 40000, -25536),
+        ("INT32", 1 << 31, -(1 << 31)),
+    ):
         asked = {"name": "IN", "datatype": kind, "shape": [1, 1], "data": [given]}
         told = on.post(f"/v2/models/echo_{kind}/infer", {"inputs": [asked]})
         assert told.head["outputs"][0]["data"] == [wrapped], kind

@@ -47,7 +47,9 @@ def _(on: Http | Grpc) -> None:
 def _(on: Grpc) -> None:
     for kind in ("int64_param", "uint64_param"):
         assert on.infer("levels", IN, parameters={"priority": (kind, 1)}).ok
-    on.infer("levels", IN, parameters={"priority": -1}).refuses(400, "invalid value for 'priority', expected value >= 0")
+    on.infer("levels", IN, parameters={"priority": -1}).refuses(
+        400, "invalid value for 'priority', expected value >= 0"
+    )
     on.infer("levels", IN, parameters={"priority": "1"}).refuses(400, "invalid value type for 'priority' parameter")
 
 
@@ -164,6 +166,14 @@ def _(on: Http | Grpc) -> None:
     told = on.infer("parameters", IN, parameters={**reserved, "own": "x"})
     assert told.ok, told
     assert json.loads(told.arrays["OUT"].flat[0]) == {"own": "x"}
+
+
+@fact(HEADERS, "no header takes the place of what the protocol has a use for")
+def _(on: Http | Grpc) -> None:
+    headers = {"priority": "u=1", "sequence_id": "x", "forward_me": "y"}
+    told = on.infer("parameters", IN, headers=headers, parameters={"priority": 1})
+    assert json.loads(told.arrays["OUT"].flat[0]) == {"forward-me": "y"}
+    assert on.infer("levels", IN, headers=headers).ok
 
 
 @fact(HEADERS, "headers that match become string parameters")

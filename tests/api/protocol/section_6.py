@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import shared_memory
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
+from gateway.config import tritonserver
+from gateway.config.arguments import parse_args
+from gateway.engines.fake import Gate
 from tests.api.protocol.facts import GRPC, HTTP, Grpc, Http, Section, tensor
-from tests.api.protocol.world import UNLOADED, identity
+from tests.api.protocol.world import identity
 
 SECTION = Section("6")
 fact = SECTION.fact
@@ -113,6 +119,12 @@ def _(on: Http) -> None:
     assert on.request("GET", "/v2/models/latest/versions/1").status_code == 404
 
 
+@fact(SERVER, "the server's name may be chosen", needs="", queues=("memory",))
+def _(_: Any) -> None:
+    words = tritonserver.translate(["--model-repository=/x", "--id=edge"])
+    assert parse_args(words).server_id == "edge"
+
+
 # --- configurations
 
 FULL: dict[str, Any] = {
@@ -190,6 +202,16 @@ def _(on: Http) -> None:
     policies = on.config("levels")["dynamic_batching"]["priority_queue_policy"]
     assert list(policies) == ["1"]
     assert policies["1"]["max_queue_size"] == 99
+
+
+@fact(CONFIG, "the numbers of warm-up samples are numbers", HTTP)
+def _(on: Http) -> None:
+    assert on.config("field_warmup")["model_warmup"] == [
+        {
+            "name": "w", "batch_size": 2, "count": 0,
+            "inputs": {"IN": {"data_type": "TYPE_FP32", "dims": [2], "zero_data": True}},
+        }
+    ]  # fmt: skip
 
 
 @fact(CONFIG, "a version's configuration is at its path", HTTP)
@@ -324,7 +346,7 @@ def _(on: Http) -> None:
 
 @fact(INDEX, "a model that was never loaded has a name only")
 def _(on: Http | Grpc) -> None:
-    assert {"name": UNLOADED} in on.index()
+    assert {"name": "unloaded"} in on.index()
 
 
 @fact(INDEX, "a broken model is UNAVAILABLE and its reason is told")
@@ -349,9 +371,7 @@ def _(on: Http | Grpc) -> None:
 @fact(INDEX, "ready of another type is refused", HTTP)
 def _(on: Http) -> None:
     for value in (1, "true", None, []):
-        on.post("/v2/repository/index", {"ready": value}).refuses(
-            400, "Invalid value for 'ready': expected a boolean"
-        )
+        on.post("/v2/repository/index", {"ready": value}).refuses(400, "Invalid value for 'ready': expected a boolean")
 
 
 @fact(INDEX, "GET is no method of the index", HTTP)
@@ -364,11 +384,62 @@ def _(on: Http | Grpc) -> None:
     assert on.load("reload").ok
     assert on.ready("reload")
     assert on.unload("reload").ok
-    entries = [each for each in on.index() if each["name"] == "reload"]
-    assert entries[0]["state"] in ("UNAVAILABLE", "UNLOADING"), entries
-    assert entries[0].get("reason", "unloaded") == "unloaded"
+    gone = {"name": "reload", "version": "1", "state": "UNAVAILABLE", "reason": "unloaded"}
+    until(lambda: [each for each in on.index() if each["name"] == "reload"] == [gone])
+    on.infer("reload", IN).refuses(404, "Request for unknown model: 'reload' has no available versions")
     assert on.load("reload").ok
     assert on.infer("reload", IN).ok
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Ask again and again, for five seconds at most."""
+    end = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@fact(LOAD, "an unload returns before the model is gone, and what was accepted is answered")
+def _(on: Http | Grpc) -> None:
+    path = Path(on.config("leaving")["parameters"]["gate"]["string_value"])
+    asyncio.run(asyncio.wait_for(_unloaded_at_work(on, Gate(path)), 15))
+    assert on.load("leaving").ok
+
+
+async def _unloaded_at_work(on: Http | Grpc, gate: Gate) -> None:
+    rows = tensor("IN", np.ones((3, 2)))
+    async with gate:
+        asked = asyncio.create_task(asyncio.to_thread(on.infer, "leaving", rows))
+        while (run := await gate.arrival()).rows != 3:  # those that measure come here too
+            run.release()
+        told = await asyncio.to_thread(on.unload, "leaving")
+        assert told.ok, told
+        entries = await asyncio.to_thread(on.index)
+        assert [each["state"] for each in entries if each["name"] == "leaving"] == ["UNLOADING"]
+        refused = await asyncio.to_thread(on.infer, "leaving", IN)
+        refused.refuses(404, "Request for unknown model: 'leaving' has no available versions")
+        run.release()
+        answer = await asked
+        assert answer.arrays["OUT"].tolist() == [[1, 1]] * 3
+
+
+@fact(LOAD, "an ensemble brings its models, and takes them away if told to")
+def _(on: Http | Grpc) -> None:
+    assert on.load("implying").ok
+    assert on.ready("implied")
+    assert on.unload("implying", dependents=False).ok
+    assert on.ready("implied")
+    assert on.load("implying").ok
+    assert on.unload("implying", dependents=True).ok
+    until(lambda: not on.ready("implied"))
+    on.unload("implied")
+
+
+@fact(LOAD, "where changes are polled loads and unloads are refused", needs="lenient")
+def _(on: Http | Grpc) -> None:
+    text = "explicit model load / unload is not allowed if polling is enabled"
+    on.load("good").refuses(503, text)
+    on.unload("good").refuses(503, text)
 
 
 def _changed(on: Http | Grpc, **changes: Any) -> str:
@@ -419,14 +490,6 @@ def _(on: Http | Grpc) -> None:
 def _(on: Http | Grpc) -> None:
     told = on.load("auto_one", nonsense="x")
     assert told.code in ("400", "INVALID_ARGUMENT"), told
-
-
-@fact(LOAD, "an unload leaves what depends on the model unless it is told otherwise")
-def _(on: Http | Grpc) -> None:
-    assert on.unload("brief", dependents=False).ok
-    assert on.load("brief").ok
-    assert on.load("dependent").ok
-    assert on.ready("dependent")
 
 
 @fact(LOAD, "an unload of a model that nobody knows is no error or says that it is unknown")

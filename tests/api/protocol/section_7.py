@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from gateway.config.settings import Settings
+from gateway.errors import InvalidArgument
+from gateway.transport.grpc.calls import sendable
 from gateway.transport.grpc.options import INT32_MAX, Keepalive
 from tests.api.protocol.facts import GRPC, HTTP, Answer, Grpc, Http, Section, tensor
 from tests.system.process import ROOT
@@ -62,6 +65,16 @@ def _(_: Any) -> None:
     assert Settings.model_fields["max_request_bytes"].default == INT32_MAX
 
 
+@fact(MESSAGE, "a response beyond the limit is INVALID_ARGUMENT", GRPC, needs="", queues=("memory",))
+def _(_: Any) -> None:
+    class Long(bytes):
+        def __len__(self) -> int:
+            return INT32_MAX + 1
+
+    with pytest.raises(InvalidArgument):
+        sendable(Long())
+
+
 @fact(KEEPALIVE, "keepalive and connection ages have Triton's defaults", GRPC, needs="", queues=("memory",))
 def _(_: Any) -> None:
     assert Keepalive() == Keepalive(
@@ -114,9 +127,12 @@ def _typed(datatype: str) -> None:
         assert on.infer(f"echo_{datatype}", tensor("IN", [TYPED[datatype][1]], datatype)).arrays["OUT"].tolist() == [
             TYPED[datatype][1]
         ]
-        assert found.raw_output_contents[0] == on.ask(
-            "ModelInfer", on.message(f"echo_{datatype}", tensor("IN", [TYPED[datatype][1]], datatype))
-        ).raw_output_contents[0]
+        assert (
+            found.raw_output_contents[0]
+            == on.ask(
+                "ModelInfer", on.message(f"echo_{datatype}", tensor("IN", [TYPED[datatype][1]], datatype))
+            ).raw_output_contents[0]
+        )
 
 
 for each in TYPED:

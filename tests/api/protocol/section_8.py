@@ -67,8 +67,11 @@ def _(on: Http) -> None:
 
 @fact(LINE, "values of FP16, BF16, BOOL and BYTES have no classes")
 def _(on: Http | Grpc) -> None:
-    for kind, values in (("FP16", [[1]]), ("BOOL", [[True]]), ("BYTES", [[b"a"]])):
-        classes(on, f"{kind}_labels", tensor("IN", values, kind)).refuses(
+    upper = {"name": "IN", "datatype": "BF16", "shape": [1, 1], "data": np.zeros((1, 1), "<u2")}
+    given = [tensor("IN", values, kind) for kind, values in (("FP16", [[1]]), ("BOOL", [[True]]), ("BYTES", [[b"a"]]))]
+    for each in (upper, *given):
+        kind = each["datatype"]
+        classes(on, f"{kind}_labels", each).refuses(
             400, f"class result not available for output due to unsupported type '{kind}'"
         )
 

@@ -1,7 +1,8 @@
 """The gateways that facts are asked of, and the models that they serve.
 
 `main` has all that can be allowed, in explicit mode, and some models that are broken; `strict` allows nothing that has
-to be, wants tokens, restricts two groups of APIs, and has good models only.
+to be, wants tokens, restricts two groups of APIs, and has good models only; `lenient` polls and is ready in spite of a
+broken model; `empty` has no models.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.sequence_support import accumulator, controls, named
 from tests.system.process import GatewayProcess, started
 
 TOKEN = "t" * 16
+FORWARD = "^(forward-|priority|sequence_id)"
 LIMIT = 5000  # bytes, strict's --http-max-input-size
 REST = 10  # dims of the labelled model's output
 FAKE = 'backend: "fake" max_batch_size: 8 instance_group { kind: KIND_CPU count: 1 }\n'
@@ -121,7 +123,7 @@ FAKES = {
 """Configurations of models without a file, by name."""
 
 GOOD = ("m", "pair", "slow", "echo_BYTES", "raw")  # that `strict` serves
-UNLOADED = "unloaded"  # is in main's repository, and not asked for at the start
+UNLOADED = ("unloaded", "implied", "implying")  # are in main's repository, and not asked for at the start
 
 REPEAT = """def execute(self, requests):
     for request in requests:
@@ -229,7 +231,13 @@ def repositories(folder: Path) -> None:
         fake(main, name, config, *versions)
     for name in GOOD:
         fake(strict, name, FAKES[name])
-    fake(main, UNLOADED, FAKES["m"])
+    fake(main, "leaving", FAKE + parameter("gate", folder / "gate") + io())
+    fake(main, "unloaded", FAKES["m"])
+    fake(main, "implied", FAKES["m"])
+    fake(main, "implying", FAKES["ensemble"].replace('"m"', '"implied"'))
+    fake(folder / "lenient", "good", FAKES["m"])
+    fake(folder / "lenient", "bad", FAKES["gone"])
+    (folder / "empty").mkdir()
     fake(main, "double", FAKES["m"])
     fake(twice, "double", FAKES["m"])
     (main / "labels" / "labels.txt").write_text("\n".join(f"l{number}" for number in range(REST - 1)))
@@ -246,11 +254,11 @@ def repositories(folder: Path) -> None:
 
 @contextmanager
 def serving(queue: str) -> Iterator[dict[str, GatewayProcess]]:
-    """Both gateways over a queue, by name."""
+    """The gateways over a queue, by name."""
     with tempfile.TemporaryDirectory(prefix="gw") as name, ExitStack() as stack:
         folder = Path(name)
         repositories(folder)
-        loaded = sorted(each.name for each in (folder / "main").iterdir() if each.name != UNLOADED)
+        loaded = sorted(each.name for each in (folder / "main").iterdir() if each.name not in UNLOADED)
         common = ("--queue", queue, "--metrics-port", "0", "--persist-latency", "false")
         main = stack.enter_context(
             started(
@@ -258,7 +266,7 @@ def serving(queue: str) -> Iterator[dict[str, GatewayProcess]]:
                 "--model-control-mode", "explicit", *(word for each in loaded for word in ("--load-model", each)),
                 "--allow-python-models", "--allow-client-shm", "true", "--response-cache-bytes", str(1 << 20),
                 "--model-config-name", "custom",
-                "--http-header-forward-pattern", "^forward-", "--grpc-header-forward-pattern", "^forward-",
+                "--http-header-forward-pattern", FORWARD, "--grpc-header-forward-pattern", FORWARD,
             )
         )  # fmt: skip
         strict = stack.enter_context(
@@ -269,6 +277,14 @@ def serving(queue: str) -> Iterator[dict[str, GatewayProcess]]:
                 "--grpc-restricted-protocol", "statistics,logging:key=word",
             )
         )  # fmt: skip
-        for gateway in (main, strict):
+        lenient = stack.enter_context(
+            started(
+                *common, "--model-repository", str(folder / "lenient"), "--strict-readiness", "false",
+                "--model-control-mode", "poll",
+            )
+        )  # fmt: skip
+        empty = stack.enter_context(started(*common, "--model-repository", str(folder / "empty")))
+        gateways = {"main": main, "strict": strict, "lenient": lenient, "empty": empty}
+        for gateway in gateways.values():
             gateway.wait_ready()
-        yield {"main": main, "strict": strict}
+        yield gateways
