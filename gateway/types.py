@@ -33,6 +33,9 @@ NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
 
+RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+"""The parameters that the protocol gives a meaning; the others are the model's."""
+
 _NUMPY = {
     "BOOL": "?",
     "UINT8": "u1",
