@@ -453,7 +453,6 @@ def test_what_would_change_answers_is_refused(text: str, field: str) -> None:
     [
         ("dynamic_batching { default_priority_level: 1 }", "priority_levels"),
         ("dynamic_batching { priority_queue_policy { key: 1 value { max_queue_size: 1 } } }", "priority_levels"),
-        ("instance_group { rate_limiter { priority: 1 } }", "rate_limiter"),
         ('instance_group { host_policy: "a" }', "instance_group"),
         ("instance_group { kind: KIND_MODEL }", "KIND_MODEL"),
         ("optimization { graph { level: 1 } }", "optimization"),
