@@ -150,6 +150,13 @@ def wires(tensors: Iterable[Tensor]) -> list[Buffer]:
     return [tensor.wire if tensor._wire is None else tensor._wire for tensor in tensors]  # noqa: SLF001 - this module's
 
 
+class Pieces(NamedTuple):
+    """One array of this shape before it is copied together: what tensors of one type hold, end to end."""
+
+    shape: tuple[int, ...]
+    tensors: Sequence[Tensor]
+
+
 def element_count(shape: tuple[int, ...]) -> int:
     """How many elements a shape holds; 1 for a scalar, 0 when any dimension is 0."""
     return math.prod(shape)
@@ -323,7 +330,8 @@ class Batch:
     apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
     need its cores: from then on it has none. It may be told again. `wanted` says whether somebody still waits for the
     request at this place. `predicted` is how many seconds the run is expected
-    to take, None when nothing is known: from it follows when it has hung.
+    to take, None when nothing is known: from it follows when it has hung. `gather` gives what `stack` does, uncopied; None
+    where the inputs are not just what the requests hold.
     """
 
     rows: int
@@ -335,6 +343,7 @@ class Batch:
     waits: Callable[[], None] = lambda: None
     predicted: float | None = None
     wanted: Callable[[int], bool] = lambda _: True
+    gather: Callable[[], Mapping[str, Pieces]] | None = None
 
 
 @dataclass(slots=True)

@@ -14,14 +14,19 @@ import numpy as np
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig, translate
 from gateway.scheduling import ragged
-from gateway.types import Array, DataType, InferRequest, Tensor, wires
+from gateway.types import Array, DataType, InferRequest, Pieces, Tensor, wires
 
 _JOIN_BYTES = 64 * 1024  # below this, joining bytes is quicker than concatenating arrays (4 us against 58 for 32 rows)
 
 
 def stack(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Array]:
     """The model's inputs for these requests, batch dimension first, `reshape` applied."""
-    inputs: dict[str, Array] = {}
+    return {name: _join(pieces) for name, pieces in gather(requests, config).items()}
+
+
+def gather(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Pieces]:
+    """The same, and nothing is copied yet."""
+    inputs: dict[str, Pieces] = {}
     for tensor in config.inputs:
         if tensor.name not in requests[0].inputs:
             continue  # optional, and absent from all: presence is part of the signature
@@ -29,12 +34,15 @@ def stack(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, Ar
         if tensor.ragged:
             inputs[tensor.name] = ragged.joined(parts)
             continue
-        array = parts[0].array if len(parts) == 1 or tensor.whole else _join(parts)
+        if tensor.whole:
+            del parts[1:]
+        first = parts[0].shape
+        shape = first if len(parts) == 1 else (sum([part.shape[0] for part in parts]), *first[1:])
         if tensor.reshape is not None:
-            array = array.reshape(translate(array.shape, tensor.dims, tensor.reshape))
-        inputs[tensor.name] = array
-    for batch_input in config.batch_inputs:
-        inputs.update(ragged.described(requests, batch_input, config))
+            shape = translate(shape, tensor.dims, tensor.reshape)
+        inputs[tensor.name] = Pieces(shape, parts)
+    for made in config.batch_inputs:
+        inputs.update(ragged.described(requests, made, config))
     return inputs
 
 
@@ -60,7 +68,11 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
     for tensor in config.outputs:
         if wanted and tensor.name not in wanted:
             continue
-        for result, part in zip(results, _parts(outputs.get(tensor.name), tensor, requests, rows, config), strict=True):
+        array = _checked(outputs.get(tensor.name), tensor, rows, config)
+        if len(requests) == 1 and not tensor.like:
+            results[0][tensor.name] = Tensor.from_array(tensor.datatype, array)
+            continue
+        for result, part in zip(results, _parts(array, tensor, requests, config), strict=True):
             result[tensor.name] = part
     for request, result in zip(requests, results, strict=True):
         if request.outputs:
@@ -86,15 +98,23 @@ def pick(outputs: dict[str, Array], request: InferRequest, config: ModelConfig) 
     }
 
 
-def _join(parts: list[Tensor]) -> Array:
+def _join(pieces: Pieces) -> Array:
+    parts = pieces.tensors
     first = parts[0]
-    shape = (sum([part.shape[0] for part in parts]), *first.shape[1:])
-    if first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
-        return np.frombuffer(b"".join(wires(parts)), first.datatype.dtype).reshape(shape)
-    return np.concatenate([part.array for part in parts])
+    if len(parts) == 1:
+        array = first.array
+    elif first.datatype is not DataType.BYTES and first.nbytes * len(parts) <= _JOIN_BYTES:
+        array = np.frombuffer(b"".join(wires(parts)), first.datatype.dtype)
+    else:
+        array = np.concatenate([part.array.reshape(-1) for part in parts])
+    return array.reshape(pieces.shape)
 
 
-def _typed(array: Array | None, tensor: TensorConfig, config: ModelConfig) -> Array:
+def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config: ModelConfig) -> Array:
+    """The output in the shape clients see, or `Internal` saying what is wrong with it; `rows` may be any if None.
+
+    What is `like` an input is in no shape yet.
+    """
     if array is None:
         raise errors.Internal(f"model '{config.name}' gave no output '{tensor.name}', which its configuration lists")
     if array.dtype != tensor.datatype.dtype:
@@ -102,13 +122,9 @@ def _typed(array: Array | None, tensor: TensorConfig, config: ModelConfig) -> Ar
             f"model '{config.name}' gave output '{tensor.name}' as {array.dtype}, "
             f"its configuration says {tensor.datatype.name}"
         )
-    return array
-
-
-def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config: ModelConfig) -> Array:
-    """The output in the shape clients see, or `Internal` saying what is wrong with it; `rows` may be any if None."""
-    array = _typed(array, tensor, config)
-    if rows is not None and config.max_batch_size and (not array.shape or array.shape[0] != rows):
+    if tensor.like:
+        return array
+    if rows is not None and config.max_batch_size and not tensor.whole and (not array.shape or array.shape[0] != rows):
         got = array.shape[0] if array.shape else "no"
         raise errors.Internal(
             f"model '{config.name}' gave {got} rows in output '{tensor.name}' for a batch of {rows}; "
@@ -119,14 +135,11 @@ def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config
     return array.reshape(translate(array.shape, tensor.reshape, tensor.dims))
 
 
-def _parts(
-    array: Array | None, tensor: TensorConfig, requests: Sequence[InferRequest], rows: int, config: ModelConfig
-) -> list[Tensor]:
-    """What of an output is each request's. Raises `Internal` as `split` says."""
+def _parts(array: Array, tensor: TensorConfig, requests: Sequence[InferRequest], config: ModelConfig) -> list[Tensor]:
+    """What of an output is each request's."""
     if tensor.like:
-        return ragged.scattered(_typed(array, tensor, config), tensor, requests, config)
-    array = _checked(array, tensor, None if tensor.whole else rows, config)
-    if len(requests) == 1 or tensor.whole:
+        return ragged.scattered(array, tensor, requests, config)
+    if tensor.whole:
         return [Tensor.from_array(tensor.datatype, array)] * len(requests)
     return _slices(tensor.datatype, array, requests)
 

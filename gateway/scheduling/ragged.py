@@ -16,24 +16,22 @@ import numpy as np
 
 from gateway import errors
 from gateway.config.model import BatchInput, ModelConfig, TensorConfig, translate
-from gateway.types import Array, InferRequest, Tensor, element_count
+from gateway.types import Array, InferRequest, Pieces, Tensor, element_count
 
 Shape: TypeAlias = tuple[int, ...]
 
 
-def joined(parts: Sequence[Tensor]) -> Array:
+def joined(parts: Sequence[Tensor]) -> Pieces:
     """The elements of these, in one dimension."""
-    if len(parts) == 1:
-        return parts[0].array.reshape(-1)
-    return np.concatenate([part.array.reshape(-1) for part in parts])
+    return Pieces((sum([element_count(part.shape) for part in parts]),), parts)
 
 
-def described(requests: Sequence[InferRequest], wanted: BatchInput, config: ModelConfig) -> dict[str, Array]:
+def described(requests: Sequence[InferRequest], wanted: BatchInput, config: ModelConfig) -> dict[str, Pieces]:
     """A batch input by each of its names; none where its source is optional and absent from all requests."""
     if wanted.source not in requests[0].inputs:
         return {}
     array = _DESCRIBED[wanted.kind](_shapes(requests, wanted.source, config)).astype(wanted.datatype.dtype)
-    return dict.fromkeys(wanted.targets, array)
+    return dict.fromkeys(wanted.targets, Pieces(array.shape, [Tensor.from_array(wanted.datatype, array)]))
 
 
 def scattered(
