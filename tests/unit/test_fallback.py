@@ -311,7 +311,7 @@ async def test_requests_are_not_cut_in_two_and_a_large_one_is() -> None:
 def test_what_is_cut_is_not_gathered_from_all_requests() -> None:
     requests = [request(row) for row in range(4)]
     inputs = {"IN": np.concatenate([each.inputs["IN"].array for each in requests])}
-    batch = Batch(4, lambda: inputs, requests=requests, gather=lambda: {})
+    batch = Batch(4, lambda: inputs, requests=requests, gather=dict)
     parts = cut(Part(batch), 2)
     assert [(part.batch.gather, part.batch.stack()["IN"][:, 0].tolist()) for part in parts] == [
         (None, [0.0, 1.0]),
