@@ -33,6 +33,9 @@ NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
 
+RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+"""The parameters that the protocol gives a meaning; the others are the model's."""
+
 _NUMPY = {
     "BOOL": "?",
     "UINT8": "u1",
@@ -305,20 +308,23 @@ Infer: TypeAlias = Callable[[InferRequest], Responses]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a model file says of one input or output; -1 is a dimension it leaves open."""
+    """What a model file says of one input or output; -1 is a dimension it leaves open.
+
+    An `optional` input has a value in the file, which a request may replace.
+    """
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelIO:
-    """What a model file takes and gives, batch dimension included; for `defaults`, inputs too, it has values of its own."""
+    """What a model file takes and gives, batch dimension included."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    defaults: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(slots=True)

@@ -57,7 +57,6 @@ _SAGEMAKER = (
     "remove it; put a proxy that maps /ping and /invocations to /v2/health/ready and /v2/models/MODEL/infer in front"
 )
 _VERTEX = "remove it; put a proxy that maps Vertex AI's routes to /v2/health/ready and /v2/models/MODEL/infer in front"
-_RATE = "remove it; instances share a device by its slots, and instance_group count says how many run at once"
 _LEVELS = "remove it; levels are switched while the server runs, by POST /v2/logging, and --log-verbose adds more"
 
 FLAGS: dict[str, Flag] = dict(
@@ -159,8 +158,8 @@ FLAGS: dict[str, Flag] = dict(
         ("response-cache-byte-size", Flag("response_cache_bytes")),
         _only("cache-directory", ("/opt/tritonserver/caches",), _PLUGIN + "; --cache-config local,size=N needs none"),
         # rate limiter
-        _only("rate-limit", ("off",), _RATE),
-        _only("rate-limit-resource", (), _RATE),
+        _same("rate-limit"),
+        _same("rate-limit-resource"),
         # memory and devices
         _only("pinned-memory-pool-byte-size", ("0",), _POOL),
         _only(

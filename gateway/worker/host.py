@@ -108,6 +108,7 @@ class Host:
                 if row is not None:
                     rows[where(engine, placement)[0]] = row
             priors = await self._read_priors() if self._persists else {}
+            self._slots.require(self, self._engines)
         except BaseException:
             await self._close_engines()
             raise
@@ -202,7 +203,7 @@ class Host:
             while True:
                 self._moved.clear()
                 for _ in range(seats, instance.engine.concurrency):
-                    seat = self._slots.seat(self, where(instance.engine, placement)[0])
+                    seat = self._slots.seat(self, where(instance.engine, placement)[0], instance.engine)
                     self._seats.append((seat, instance.engine, placement))
                     tasks.create_task(instance.serve(seat))
                 seats = max(seats, instance.engine.concurrency)

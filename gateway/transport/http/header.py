@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gateway.errors import Internal, InvalidArgument
+from gateway.errors import Internal, InvalidArgument, reserved_parameter
 from gateway.shm.errors import no_place_size
 from gateway.transport.http.document import NumberKind, bad_member, flatten, numbers
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
+from gateway.types import EMPTY_FINAL, Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
 
 _DATATYPES = {each.value: each for each in DataType}
 _KINDS: dict[str, NumberKind] = {
@@ -25,6 +25,7 @@ _KINDS: dict[str, NumberKind] = {
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
 _INT64_MAX = 2**63 - 1
+_UNSIGNED = ("priority", "timeout")
 _REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 
 
@@ -63,7 +64,7 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     if type(request_id) is not str:
         raise bad_member("id", "string", "string")
     outputs, binary_outputs, placed = _outputs(document, limits)
-    parameters = dict(_parameters(document.get("parameters")))
+    parameters = _request_parameters(document.get("parameters"))
     binary = parameters.pop("binary_data_output", False)
     if type(binary) is not bool:
         raise bad_member("binary_data_output", "boolean", "boolean")
@@ -72,6 +73,16 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     read = {each.name: each.place for each in inputs if each.place is not None}
     places = Places(read, placed) if read or placed else None
     return RequestHeader(request_id, inputs, outputs, parameters, plan, places)
+
+
+def _request_parameters(value: Any) -> dict[str, Parameter]:
+    parameters = dict(_parameters(value))
+    for name in _UNSIGNED:
+        if name in parameters:
+            _unsigned(parameters[name], name)
+    if EMPTY_FINAL in parameters:  # ModelStreamInfer's
+        raise reserved_parameter()
+    return parameters
 
 
 def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, ...]:
