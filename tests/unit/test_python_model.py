@@ -237,9 +237,9 @@ def test_every_code_has_its_error(tmp_path, code, kind):
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        ("[]", "objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
-        ("7", "Expected a list in the execute return, found type '<class 'int'>'."),
-        ("[1, 2]", "Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
+        ("[]", "'m_0_0', message: Number of InferenceResponse objects do not match the number of InferenceRequest objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
+        ("7", "message: Expected a list in the execute return, found type '<class 'int'>'."),
+        ("[1, 2]", "message: Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip
@@ -247,7 +247,7 @@ def test_what_no_batch_may_return_fails_all_of_it(tmp_path, returned, text):
     (model,) = loaded(tmp_path, f"def execute(self, requests): return {returned}")
     with pytest.raises(errors.Internal) as raised:
         one(model, request(), request())
-    assert raised.value.message.startswith("Failed to process the request(s) for model 'm', message: ")
+    assert raised.value.message.startswith("Failed to process the request(s) for model instance 'm_0_0', message: ")
     assert text in raised.value.message
 
 
