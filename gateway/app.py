@@ -113,7 +113,6 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         queue.repository_names(names)
         worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,

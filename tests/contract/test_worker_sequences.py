@@ -221,9 +221,3 @@ async def test_the_direct_strategy_waits_for_its_slots_as_long_as_it_is_told(rig
         assert [await task for task in tasks] == [100.0, 100.0]
 
 
-async def test_workers_that_share_a_queue_do_not_load_it(rig):
-    rig.worker.alone = False
-    rig.put()
-    error = await refusal(rig.load())
-    assert "sequence_batching of model 'm' needs a worker of its own" in error.message
-    assert rig.states()["1"][0] == "UNAVAILABLE"
