@@ -55,7 +55,19 @@ sequence_batching { direct {} control_input [ {
 """
 
 
-MODELS = ("code", "direct", "oldest", "plain", "alone", "hundred", "hasty", "told_int32", "told_fp32", "told_bool", "named")
+MODELS = (
+    "code",
+    "direct",
+    "oldest",
+    "plain",
+    "alone",
+    "hundred",
+    "hasty",
+    "told_int32",
+    "told_fp32",
+    "told_bool",
+    "named",
+)
 
 
 def repository(folder: Path) -> None:
@@ -75,7 +87,9 @@ def repository(folder: Path) -> None:
     named(folder, "named")
 
 
-@pytest.fixture(scope="module", params=["memory", pytest.param("fleet", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["memory", pytest.param("fleet", marks=[pytest.mark.slow, pytest.mark.timeout(90)])]
+)
 def gateway(request: pytest.FixtureRequest) -> Iterator[GatewayProcess]:
     """One process, or two gateways and two workers over a Redis of their own."""
     with tempfile.TemporaryDirectory(prefix="gw") as folder:

@@ -29,7 +29,8 @@ LATEST = b"s"
 """The field that has the token of the last beginning, and after it the gateway that sent it."""
 _TOKEN = 16  # bytes
 _GRACE = 60.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
-_ENDED, _BROKEN, _LOST = b"!e", b"!b", b"!l"  # in place of a worker
+_ENDED, _LOST = b"!e", b"!l"  # in place of a worker
+_BROKEN = b"!b"  # so it is for those that wait behind a request which nobody waits for any more
 
 
 def life(idle: float) -> int:
@@ -141,7 +142,7 @@ class Routes:
     def left(self, call: Call, part: Part) -> None:
         """Its caller has seen the last of a call."""
         if part.token and (part.end or not call.answered):
-            self._note(part, part.token, _ENDED if call.answered else _BROKEN)
+            self._note(part, part.token, _ENDED)
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
 
@@ -203,7 +204,7 @@ class Routes:
             assert part is not None
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
-                    self._note(part, known.token, _BROKEN)
+                    self._note(part, known.token, _ENDED)
                     known.owner = _BROKEN
             elif known.token and not known.owner and self._begins(known):
                 return False
