@@ -92,8 +92,8 @@ class Calls:
 
     def submit(self, lane: Lane, request: InferRequest, klass: int) -> RedisCall:
         """Send a request. Raises `DeadlineExceeded` when its deadline is over."""
-        part = self.routes.part_of(lane, request) if request.parameters else None
         stream = self._link.client.keys.requests(lane.model, lane.version, klass)
+        part = self.routes.part_of(lane, request, stream) if request.parameters else None
         call = RedisCall(request, lane, stream, next(self._link.ids), self)
         if request.deadline is not None:
             call.expire_at(request.deadline)
@@ -277,7 +277,7 @@ class Calls:
             return
         part = call.part
         if part is not None and self.routes.orphaned(part):
-            self.routes.lose(call, part)
+            self._orphaned(call, part)
         elif any(entry in there for entry in call.entries):
             call.missing = False
         elif part is not None and call.missing:  # it is not to run again
@@ -298,6 +298,20 @@ class Calls:
             self.send(call)
         else:
             call.missing = True  # its answer may be on the way: look once more
+
+    def _orphaned(self, call: RedisCall, part: Part) -> None:
+        """The worker is dead that it was sent to."""
+        alone = not any(
+            other.part is not None and other.part.token == part.token
+            for other in self._calls.values()
+            if other is not call
+        )
+        if part.start and alone:
+            call.entries.clear()
+            call.sending = True
+            self.routes.begin_again(call, part)
+        else:
+            self.routes.lose(call, part)
 
     def _wait_for_redis(self, now: float) -> None:
         self._down_since = self._down_since or now

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from redis.exceptions import RedisError
 
 from gateway import sequence as refusals
+from gateway.errors import InvalidArgument
 from gateway.message import BadMessage, pack_error
 from gateway.queues.base import Job, Keeps, Lane
 from gateway.queues.redis import wire
@@ -26,7 +27,7 @@ from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.routes import life
 from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
-from gateway.sequence import id_of
+from gateway.sequence import SequenceId, id_of
 
 _KNOWN = 100_000  # sequences
 _MOST = 10_000  # requests held
@@ -54,6 +55,9 @@ class Begun:
         self._tokens[token] = None
         return True
 
+    def __contains__(self, token: bytes) -> bool:
+        return token in self._tokens
+
     def end(self, token: bytes) -> None:
         """Something of it was lost."""
         self._tokens.pop(token, None)
@@ -74,6 +78,7 @@ class SharedReader(LaneReader):
         """`leaves` says whether other workers are to begin sequences."""
         super().__init__(link, lane, outbox, cancelled, gone)
         self._leaves = leaves
+        self._left: list[RedisJob] = []  # beginnings for others
         self.begun = Begun()
 
     def room(self) -> int:
@@ -93,24 +98,40 @@ class SharedReader(LaneReader):
         """See `LaneReader.give_up_orphans`; who leaves may be alone by now."""
         super().give_up_orphans(now)
         self.more()
+        if self._left and not self._leaves(self.lane):
+            left, self._left = self._left, []
+            for job in left:
+                self._claim(job)
+
+    def idle(self) -> list[RedisJob]:
+        """See `LaneReader.idle`."""
+        return [*super().idle(), *(job for job in self._left if not job.done)]
+
+    def disown(self, jobs: Iterable[RedisJob]) -> None:
+        """See `LaneReader.disown`."""
+        super().disown(jobs)
+        self._left = [job for job in self._left if job.entry in self.held]
 
     def _admit(self, job: RedisJob, deliveries: int, *, orphan: bool) -> None:
         if not job.sequence:
             super()._admit(job, deliveries, orphan=orphan)
-        elif orphan:
-            job.fail(refusals.lost(id_of(job.request), self.lane.model))
+        elif orphan or job.sequence in self.begun:  # it may have run
+            self.begun.end(job.sequence)
+            job.fail(refusals.lost(_id(job), self.lane.model))
+        elif self._leaves(self.lane):  # it came with what was asked for before
+            self._left.append(job)
         else:
             self._claim(job)
-            self._add(job)
 
     def _claim(self, job: RedisJob) -> None:
         client, lane = self._link.client, self.lane
-        key = client.keys.sequence(*lane, id_of(job.request))
+        key = client.keys.sequence(*lane, _id(job))
         idle = max((each.idle for each in self._keeps()), default=0.0)
         # Whoever hears of an answer finds this done: it goes out first.
         client.call("HSET", key, job.sequence, self._link.process).add_done_callback(unheeded)
         client.call("PEXPIRE", key, life(idle)).add_done_callback(unheeded)
         self.begun.add(job.sequence)
+        self._add(job)
 
 
 class OwnReader(LaneReader):
@@ -130,6 +151,7 @@ class OwnReader(LaneReader):
         self.streams = [self.stream]
         self._begun = begun
         self._ended = False
+        self._last = (0, 0)  # the newest entry that was seen to
         self._renew_at = 0.0
 
     def detach(self, consumer: RedisConsumer) -> None:
@@ -167,7 +189,7 @@ class OwnReader(LaneReader):
             elif self._begun.goes_on(job.sequence):
                 jobs.append(job)
             else:
-                job.fail(refusals.broken(id_of(job.request), self.lane.model))
+                job.fail(refusals.broken(_id(job), self.lane.model))
         return jobs
 
     async def _read(self) -> None:
@@ -209,7 +231,7 @@ class OwnReader(LaneReader):
 
     async def _repair(self, problem: RedisError) -> None:
         await super()._repair(problem)
-        self._renew_at = 0.0  # it is another stream now
+        self._renew_at, self._last = 0.0, (0, 0)  # it is another stream now
 
     async def enter(
         self, stream: str, entry: bytes, fields: dict[bytes, bytes], deliveries: int = 1, *, orphan: bool = False
@@ -222,7 +244,10 @@ class OwnReader(LaneReader):
         job: RedisJob | None = None
         try:
             envelope = wire.read_envelope(fields[wire.ENVELOPE])
-            job = await self._open(stream, entry, fields)
+            if wire.order(entry) > self._last:
+                job = await self._open(stream, entry, fields)
+            else:  # it was, and its answer is lost
+                self._refuse_unread(stream, entry, envelope)
         except (BadMessage, KeyError) as problem:
             self._link.damaged(problem, stream)
             self.outbox.done(Stub(stream, entry))
@@ -233,8 +258,10 @@ class OwnReader(LaneReader):
             self._accept(job)
         elif envelope is not None:
             self._begun.end(envelope.sequence)
-            if entry in self.foreign:
-                self._refuse_foreign(stream, entry, envelope)
+            if entry in self.foreign:  # it is of a newer release, which no other worker can help with
+                self.foreign.discard(entry)
+                self._refuse_unread(stream, entry, envelope)
+        self._last = max(self._last, wire.order(entry))
 
     def _accept(self, job: RedisJob) -> None:
         if not self._consumers:
@@ -246,12 +273,17 @@ class OwnReader(LaneReader):
 
     def _refuse(self, job: RedisJob) -> None:
         self._begun.end(job.sequence)
-        if not job.fail(refusals.lost(id_of(job.request), self.lane.model)):
+        if not job.fail(refusals.lost(_id(job), self.lane.model)):
             job.give_up()
 
-    def _refuse_foreign(self, stream: str, entry: bytes, envelope: wire.Envelope) -> None:
-        """It is written as a newer release does, which no other worker can help with."""
-        self.foreign.discard(entry)
-        unreadable = refusals.lost("of a newer release", self.lane.model)
+    def _refuse_unread(self, stream: str, entry: bytes, envelope: wire.Envelope) -> None:
         stub = Stub(stream, entry, envelope.call, envelope.reply_to)
-        self.outbox.answer(stub, wire.ERROR, pack_error(unreadable), final=True)
+        lost = refusals.lost("of this request", self.lane.model)
+        self.outbox.answer(stub, wire.ERROR, pack_error(lost), final=True)
+
+
+def _id(job: RedisJob) -> SequenceId:
+    try:
+        return id_of(job.request)
+    except InvalidArgument:  # no gateway of ours sends such
+        return 0

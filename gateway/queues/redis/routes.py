@@ -40,13 +40,17 @@ def life(idle: float) -> int:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """A request's place in its sequence. `token` and `owner` are known once it was sent: to whom, or to all."""
+    """A request's place in its sequence. `token` and `owner` are known once it was sent: to whom, or to all.
+
+    `shared` is the stream that all workers read.
+    """
 
     id: SequenceId
     key: str
     life: int
     start: bool
     end: bool
+    shared: str
     token: bytes = b""
     owner: str = ""
 
@@ -98,12 +102,12 @@ class _Known:
         fields = dict(zip(found[::2], found[1::2], strict=True))
         latest = fields.pop(LATEST, b"")
         token = latest[:_TOKEN]
-        return cls(token, latest[_TOKEN:].decode(), fields.pop(token, b""), tuple(fields))
+        return cls(token, latest[_TOKEN:].decode(errors="replace"), fields.pop(token, b""), tuple(fields))
 
     @property
     def worker(self) -> str:
         """Who has it."""
-        return "" if self.owner.startswith(b"!") else self.owner.decode()
+        return "" if self.owner.startswith(b"!") else self.owner.decode(errors="replace")
 
 
 class Routes:
@@ -116,7 +120,7 @@ class Routes:
         self._lines: dict[str, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def part_of(self, lane: Lane, request: InferRequest) -> Part | None:
+    def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
         if "sequence_id" not in request.parameters:
             return None
@@ -125,17 +129,19 @@ class Routes:
             return None  # or a worker refuses it
         key = self._link.client.keys.sequence(lane.model, lane.version, id_)
         start, end = flag(request, "sequence_start"), flag(request, "sequence_end")
-        return Part(id_, key, life(config.sequences.idle_us / 1e6), start, end)
+        return Part(id_, key, life(config.sequences.idle_us / 1e6), start, end, shared)
 
-    def enter(self, call: Call, part: Part) -> None:
-        """Send a call in its turn."""
+    def enter(self, call: Call, part: Part, *, again: bool = False) -> None:
+        """Send a call in its turn, which is before all others if it was sent before."""
         line = self._lines.get(part.key)
         if line is None:
             line = self._lines[part.key] = _Line()
-            line.calls.append(call)
             task = self._link.start(self._run(part.key, line), "sequence")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        if again:
+            line.calls.appendleft(call)
+            line.changed.set()
         else:
             line.calls.append(call)
 
@@ -154,6 +160,12 @@ class Routes:
         # First all gateways are to know; then the caller may ask any of them.
         self._note(part, part.token, _LOST).add_done_callback(lambda _: call.fail(error))
         part.token = b""
+
+    def begin_again(self, call: Call, part: Part) -> None:
+        """Its worker is dead, and nothing has gone on from it: it may begin at another."""
+        self._note(part, part.token, _LOST)
+        part.token, part.owner = b"", ""
+        self.enter(call, part, again=True)
 
     def orphaned(self, part: Part) -> bool:
         """Whether the worker is dead that the call was sent to."""
@@ -233,8 +245,12 @@ class Routes:
         part.token, part.owner = known.token, known.worker
         if part.owner:
             self.refresh(part)
-            call.stream = self._link.client.keys.owned(*call.lane, part.owner)
-        sending = self._calls.send(call)
+        call.stream = self._link.client.keys.owned(*call.lane, part.owner) if part.owner else part.shared
+        try:
+            sending = self._calls.send(call)
+        except errors.GatewayError as problem:  # it cannot be written
+            call.fail(problem)
+            return
         if sending is not None:
             await sending
 
