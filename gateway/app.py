@@ -116,7 +116,6 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         queue.repository_names(names)
         worker = open_worker(settings, queue, repository.read, placement.devices(settings.cpu_cores, gpus), statistics)
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,
