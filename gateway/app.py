@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +51,7 @@ from gateway.transport.http import Counted, HttpApp, HttpServer
 from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp, Own
 from gateway.types import Infer
-from gateway.worker import Worker
+from gateway.worker import Worker, open_worker
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -114,9 +114,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     ):
         queue = fleet.queue
         queue.repository_names(names)
-        worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
+        worker = open_worker(settings, queue, repository.read, placement.devices(settings.cpu_cores, gpus), statistics)
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -164,24 +163,6 @@ async def _monitor(settings: Settings) -> Monitor:
 
 def _device_metrics(settings: Settings, monitor: Monitor) -> DeviceMetrics:
     return DeviceMetrics(monitor, CpuMeter() if settings.allow_cpu_metrics else None)
-
-
-def _worker(
-    settings: Settings,
-    queue: Queue,
-    repository: Repository,
-    statistics: Statistics,
-    devices: Sequence[placement.Device],
-) -> Worker:
-    return Worker(
-        queue,
-        repository.read,
-        devices,
-        statistics,
-        settings.model_load_thread_count,
-        measures=True,
-        persists=settings.persist_latency,
-    )
 
 
 async def _names(queue: Queue, repository: Repository) -> list[str]:

@@ -208,15 +208,18 @@ def _histogram_lines(name: str, labels: str, buckets: Buckets) -> list[str]:
     start = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
     suffix = f"{{{labels}}}" if labels else ""
     reached = list(accumulate(buckets.counts))
+    bounds = _bound_labels(buckets.bounds, int in map(type, buckets.bounds))
     return [
-        *[f'{start}{bound}"}} {count}' for bound, count in zip(_bound_labels(buckets.bounds), reached, strict=True)],
+        *[f'{start}{bound}"}} {count}' for bound, count in zip(bounds, reached, strict=True)],
         f"{name}_sum{suffix} {buckets.total}",
         f"{name}_count{suffix} {reached[-1]}",
     ]
 
 
-@lru_cache(maxsize=16)  # every model has the same few bounds, and turning floats into text is slow
-def _bound_labels(bounds: tuple[float, ...]) -> tuple[str, ...]:
+@lru_cache(
+    maxsize=16
+)  # every model has the same few bounds, and turning floats into text is slow; 1 and 1.0 are one key
+def _bound_labels(bounds: tuple[float, ...], _: bool) -> tuple[str, ...]:
     return (*map(str, bounds), "+Inf")
 
 

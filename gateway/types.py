@@ -33,6 +33,9 @@ NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
 
+RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+"""The parameters that the protocol gives a meaning; the others are the model's."""
+
 _NUMPY = {
     "BOOL": "?",
     "UINT8": "u1",
@@ -148,6 +151,13 @@ class Tensor(msgspec.Struct, eq=False, gc=False):
 def wires(tensors: Iterable[Tensor]) -> list[Buffer]:
     """The wire bytes of each, without the 600 instructions that reading a property costs where they are at hand."""
     return [tensor.wire if tensor._wire is None else tensor._wire for tensor in tensors]  # noqa: SLF001 - this module's
+
+
+class Pieces(NamedTuple):
+    """One array of this shape before it is copied together: what tensors of one type hold, end to end."""
+
+    shape: tuple[int, ...]
+    tensors: Sequence[Tensor]
 
 
 def element_count(shape: tuple[int, ...]) -> int:
@@ -298,11 +308,15 @@ Infer: TypeAlias = Callable[[InferRequest], Responses]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a model file says of one input or output; -1 is a dimension it leaves open."""
+    """What a model file says of one input or output; -1 is a dimension it leaves open.
+
+    An `optional` input has a value in the file, which a request may replace.
+    """
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +338,8 @@ class Batch:
     apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
     need its cores: from then on it has none. It may be told again. `wanted` says whether somebody still waits for the
     request at this place. `predicted` is how many seconds the run is expected
-    to take, None when nothing is known: from it follows when it has hung.
+    to take, None when nothing is known: from it follows when it has hung. `gather` gives what `stack` does, uncopied; None
+    where the inputs are not just what the requests hold.
     """
 
     rows: int
@@ -336,6 +351,7 @@ class Batch:
     waits: Callable[[], None] = lambda: None
     predicted: float | None = None
     wanted: Callable[[int], bool] = lambda _: True
+    gather: Callable[[], Mapping[str, Pieces]] | None = None
 
 
 @dataclass(slots=True)

@@ -168,6 +168,7 @@ def fit(ensemble: ModelConfig, config_of: ConfigOf) -> ModelConfig:
                 f"ensemble '{ensemble.name}' allows maximum batch size {ensemble.max_batch_size}, but it contains model "
                 f"'{step.model}' which only allows maximum batch size to be {config.max_batch_size}"
             )
+        _check_done(ensemble.name, step, config)
         inputs = {each.name: each for each in config.inputs}
         outputs = {each.name: each for each in config.outputs}
         _check_names(ensemble.name, step, inputs, outputs)
@@ -213,6 +214,16 @@ def _check_origins(ensemble: ModelConfig, steps: Sequence[Step]) -> None:
         own = next(iter(step.outputs.values())) if step.decoupled else origin
         origins.update(dict.fromkeys(step.outputs.values(), own))
     origin_of([each.name for each in ensemble.outputs], ensemble.name)
+
+
+def _check_done(ensemble: str, step: Step, config: ModelConfig) -> None:
+    """Raise for what this version does not do in an ensemble."""
+    whole = {each.name for each in (*config.inputs, *config.outputs) if each.whole}
+    for name in sorted(whole.intersection((*step.inputs, *step.outputs))):
+        raise InvalidArgument(
+            f"in ensemble '{ensemble}', model '{step.model}' has the shape tensor '{name}', which this version does not "
+            "support in an ensemble. Let clients call the model itself"
+        )
 
 
 def _check_names(

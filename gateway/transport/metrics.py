@@ -112,6 +112,9 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     links = "Number of requests of a chain of engines, by the link that answered them"
     fallbacks = "Number of requests that another link of the chain answered than the first, by why that did not"
     crashed = "Number of times that an engine's process ended or could not be started, by cause"
+    ended = (
+        "Number of sequences that are over, by how they ended: as their client said, idle for too long, or by a failure"
+    )
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
@@ -120,6 +123,7 @@ def model_metrics(statistics: Statistics) -> list[Family]:
         Family("gateway_link_requests_total", "counter", links, _by_reason(versions, "links", "link")),
         Family("gateway_fallbacks_total", "counter", fallbacks, _by_reason(versions, "fallbacks")),
         Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
+        Family("gateway_sequences_ended_total", "counter", ended, _by_reason(versions, "sequences")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",

@@ -13,11 +13,11 @@ from gateway.engines.python.errors import TritonError, TritonModelException
 from gateway.engines.python.responses import InferenceResponse, InferenceResponseSender
 from gateway.engines.python.tensors import Tensor
 from gateway.errors import GatewayError
-from gateway.types import EMPTY_FINAL, InferRequest, InferResponse, Parameter, RequestedOutput
+from gateway.types import EMPTY_FINAL, RESERVED, InferRequest, InferResponse, Parameter, RequestedOutput
 
 SEQUENCE_START, SEQUENCE_END = 1, 2  # TRITONSERVER_REQUEST_FLAG_*
 RELEASE_ALL, RELEASE_RESCHEDULE = 1, 2  # TRITONSERVER_REQUEST_RELEASE_*
-_RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", EMPTY_FINAL)
+_NOT_THE_MODELS = (*RESERVED, EMPTY_FINAL)
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +80,7 @@ class InferenceRequest:
             names,
             flags=SEQUENCE_START * bool(given.get("sequence_start")) | SEQUENCE_END * bool(given.get("sequence_end")),
             timeout=timeout if isinstance(timeout, int) else 0,
-            parameters={key: value for key, value in given.items() if key not in _RESERVED},
+            parameters={key: value for key, value in given.items() if key not in _NOT_THE_MODELS},
         )
         made._trace = InferenceTrace(request)
         made._sender = sender

@@ -156,7 +156,7 @@ class Calls:
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
-        deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
+        deadline = time.monotonic() + remaining if remaining is not None and _ends(remaining) else None
         if self._authenticate is None:
             timeout = repeated = None
             # Of a key that is there twice the first counts, as on HTTP.
@@ -209,7 +209,7 @@ class Calls:
                     request.trace = wire
                 return sendable(codec.encode(await self._only(request)))
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
-            known = explain(error)
+            known = explain(error, timed=_ends(remaining))
             self._refusals.note(type(known).__name__, wire="grpc", reason=known.message)
             raise known from None
         finally:
@@ -246,8 +246,14 @@ def sendable(message: bytes) -> bytes:
     return message
 
 
-def explain(error: Exception) -> errors.GatewayError:
-    """The error a client may see; one that is not ours goes to the log and none of it to the client."""
+def explain(error: Exception, *, timed: bool = False) -> errors.GatewayError:
+    """The error a client may see; one that is not ours goes to the log and none of it to the client.
+
+    In a call with a deadline of its own, `timed`, clients look for the words of their library when that passes; with
+    Triton nobody but the library ever says that it has.
+    """
+    if timed and isinstance(error, errors.DeadlineExceeded):
+        return type(error)(f"Deadline Exceeded: {error.message}", error.retry_after)
     if isinstance(error, errors.GatewayError):
         return error
     _log.error("a gRPC call failed unexpectedly", exc_info=error)
@@ -257,6 +263,11 @@ def explain(error: Exception) -> errors.GatewayError:
 def stopping() -> errors.Unavailable:
     """What a call meets that arrives after the stop began."""
     return errors.Unavailable("GRPC server is shutting down and has stopped accepting new requests.")
+
+
+def _ends(remaining: float | None) -> bool:
+    """Whether a call with so many seconds left, as its library says, has a deadline."""
+    return remaining is not None and remaining <= _FOREVER
 
 
 def _timeout(value: str | None) -> float | None:

@@ -71,7 +71,7 @@ class Stream:
                     async for response in responses:
                         await self._write(sendable(codec.encode_streamed(response)), wire)
         except Exception as problem:  # noqa: BLE001 - explain() logs what is not ours, and the request is answered
-            error = explain(problem)
+            error = explain(problem, timed=self._caller.deadline is not None)
             if self._fails_whole:
                 # Kept for good: the status cannot be sent while another answer is half written.
                 await self._writing.acquire()
