@@ -214,6 +214,8 @@ def model_control(client: Client) -> None:
     assert not client.call("is_model_ready", "simple_int8")
     client.call("load_model", "simple_int8")
     assert client.call("is_model_ready", "simple_int8")
+    wrong = '"parameters": {"config": {{"max_batch_size": "16"}}}'
+    refused(lambda: client.call("load_model", "simple_int8", config=wrong), "failed to load", 500, "INTERNAL")
     client.call("load_model", "simple_int8", config='{"max_batch_size":"16"}', headers={"test": "1"})
     told = client.told("get_model_config", "simple_int8")
     same((told["config"] if client.wire == "grpc" else told)["max_batch_size"], 16)
