@@ -39,6 +39,7 @@ from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.client_memory import client_memory, without_memory
+from gateway.service.measures import FleetMeasures
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
@@ -71,6 +72,7 @@ class Gateway:
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
     children: Children | None = None
+    measures: FleetMeasures | None = None  # of models' code
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -114,7 +116,6 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         queue.repository_names(names)
         worker = open_worker(settings, queue, repository.read, placement.devices(settings.cpu_cores, gpus), statistics)
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -127,7 +128,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         )
         children.infer = tracing_parts(service.infer)
         ensembles = _ensembles(statistics, service, worker, tasks)
-        gateway = Gateway(service, queue, ensembles, monitor, children=children)
+        measures = fleet.measures(children.measures)
+        gateway = Gateway(service, queue, ensembles, monitor, children=children, measures=measures)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -253,6 +255,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                         _device_metrics(settings, gateway.monitor),
                         gateway.queue.pools,
                         gateway.children.metrics if gateway.children is not None else list,
+                        gateway.measures,
                     ),
                 ).__rsgi__
             ),

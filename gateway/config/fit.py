@@ -87,16 +87,22 @@ def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) ->
             f"{head}: the model has data type {spec.datatype.name} and the configuration {tensor.datatype.name}. "
             f"Write data_type: {proto_type(spec.datatype)}"
         )
-    if tensor.like:
-        return  # its elements are one after the other, in whatever shape
     if tensor.ragged:
         yield from _not_ragged(head, tensor, spec)
-        return
+    elif not tensor.like:  # those elements are one after the other, in whatever shape
+        yield from _not_optional(head, tensor, spec)
+        yield from _shapes(config, head, tensor, spec)
+
+
+def _not_optional(head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
     if tensor.optional and not spec.optional:
         yield (
             f"{head}: the configuration says optional: true, and the model has no value of its own for it. Remove "
             "optional, or export the model with an initializer of this name among its inputs"
         )
+
+
+def _shapes(config: ModelConfig, head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
     batched = config.max_batch_size > 0 and not tensor.whole
     if batched and spec.shape and spec.shape[0] != -1:
         yield (

@@ -162,7 +162,7 @@ class VersionStatistics:
         "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
         "cache_miss_ns", "closed", "crashes", "epoch", "executing", "execution_count", "failure_ns", "failures",
         "fallbacks", "last_inference_ms", "late", "links", "model", "pending", "predictions", "refused", "responses",
-        "restarts", "row_sizes", "version",
+        "restarts", "row_sizes", "sequences", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -199,6 +199,7 @@ class VersionStatistics:
         self.links: dict[str, int] = {}  # requests of a chain of engines, by the link that answered them
         self.fallbacks: dict[str, int] = {}  # those that not the first link answered, by why it did not
         self.crashes: dict[str, int] = {}
+        self.sequences: dict[str, int] = {}  # that are over, by how they ended
         self.restarts = 0
         self.row_sizes = Histogram(ROW_BOUNDS)
 

@@ -27,7 +27,7 @@ _OWN = (
     "admitted", "late", "restarts",
 )  # fmt: skip
 _HISTOGRAMS = ("request_times", "queue_times", "compute_times", "row_sizes")
-_TABLES = ("failures", "closed", "refused", "crashes", "links", "fallbacks")
+_TABLES = ("failures", "closed", "refused", "crashes", "links", "fallbacks", "sequences")
 _BATCH = ("count", "compute_input_ns", "compute_infer_ns", "compute_output_ns")
 
 _Key = TypeVar("_Key")

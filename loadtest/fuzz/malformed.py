@@ -16,6 +16,7 @@ from loadtest.fuzz.requests import DTYPES, Request
 from loadtest.fuzz.wires import REGION, ROOM, Wires
 
 NOT_UTF8 = "a string that is not UTF-8"
+GARBLED = "bytes changed at random"
 PREFIX = r"\[request id: <id_unknown>\] "
 
 
@@ -38,12 +39,16 @@ class Wrong:
 
     @property
     def runs(self) -> bool:
-        """Whether only the model finds out, and the batch fails."""
-        return self.kind == NOT_UTF8
+        """Whether only the model may find out, and the batch fail."""
+        return self.kind in (NOT_UTF8, GARBLED)
 
-    def expected(self) -> tuple[int | str, str]:
-        """The status on its wire, and the pattern."""
-        return (self.due.http if self.wire == "http" else self.due.grpc), self.due.text
+    def fits(self, status: int | str, text: str) -> bool:
+        """Whether this is the error that is due; what was garbled at random may have any that is documented."""
+        if self.kind == GARBLED:
+            parsing = text.startswith(("failed to parse the request JSON buffer: ", "Unable to parse '"))
+            return status in (400, 404, "INVALID_ARGUMENT", "NOT_FOUND") or (status == 500 and parsing)
+        due = self.due.http if self.wire == "http" else self.due.grpc
+        return status == due and re.fullmatch(self.due.text, text, re.DOTALL) is not None
 
 
 class Case(NamedTuple):
@@ -66,11 +71,13 @@ Garble = Callable[[Case, bytes, bytes], "tuple[bytes, bytes, str, Due] | None"]
 
 def make(model: Model, rng: Generator) -> list[Wrong]:
     """A request that is wrong in a random way, for each wire that has this way."""
-    kinds: Sequence[str] = (*BOTH, *ONLY_HTTP, *ONLY_GRPC)
+    kinds: Sequence[str] = (*BOTH, *ONLY_HTTP, *ONLY_GRPC, *[GARBLED] * 4)
     while True:
         case = _case(model, rng)
         kind = kinds[rng.integers(len(kinds))]
-        if kind in BOTH:
+        if kind == GARBLED:
+            found = _garbled(case)
+        elif kind in BOTH:
             found = _both(kind, case)
         elif kind in ONLY_HTTP:
             found = _http(kind, case)
@@ -113,6 +120,35 @@ def _grpc(kind: str, case: Case) -> list[Wrong]:
         return []
     message, text = garbled
     return [Wrong(kind, Due(0, "INVALID_ARGUMENT", text), "grpc", lambda wires: wires.call(message))]
+
+
+def _garbled(case: Case) -> list[Wrong]:
+    head, blobs = messages.http(case.message)
+    length = str(len(head))
+    body = _changed(head if case.rng.random() < 0.7 else head + blobs, case.rng)
+    body += (head + blobs)[len(body) :]
+    message = _changed(messages.grpc(case.message).SerializeToString(), case.rng)
+    due = Due(0, "", "any")
+    return [
+        Wrong(GARBLED, due, "http", lambda wires: wires.post(case.model.name, body, b"", length)),
+        Wrong(GARBLED, due, "grpc", lambda wires: wires.call(message)),
+    ]
+
+
+def _changed(data: bytes, rng: Generator) -> bytes:
+    """A few bytes are others, or some are there twice, or are gone."""
+    found = bytearray(data)
+    way = rng.integers(3)
+    start = int(rng.integers(len(found)))
+    end = start + int(rng.integers(1, 9))
+    if way == 0:
+        for place in rng.integers(len(found), size=rng.integers(1, 4)):
+            found[place] = int(rng.choice([0, 0x22, 0x30, 0x2C, 0x7D, 0xFF, rng.integers(256)]))
+    elif way == 1:
+        found[start:start] = found[start:end]
+    else:
+        del found[start:end]
+    return bytes(found)
 
 
 def _invalid(text: str) -> Due:

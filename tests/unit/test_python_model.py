@@ -131,7 +131,7 @@ def test_the_code_is_told_who_it_is_and_can_import_what_lies_beside_it(tmp_path)
 
 
 def test_code_of_equal_names_is_told_apart(tmp_path):
-    utilities.install("m", tmp_path, FakeChannel().infer)
+    utilities.install("m", tmp_path, FakeChannel().infer, FakeChannel().measure)
     for name in ("a", "b"):
         path = write(tmp_path / name, "from .beside import NAME\ndef execute(self, requests): pass")
         (path / "beside.py").write_text(f"NAME = {name!r}")
@@ -690,12 +690,10 @@ def test_lines_of_the_model_are_in_the_log(tmp_path, caplog):
         def execute(self, requests):
             pb_utils.Logger.log_warn("look out")
             pb_utils.Logger.log("nothing", pb_utils.Logger.INFO)
-            pb_utils.MetricFamily(name="n", description="d", kind=pb_utils.MetricFamily.COUNTER).Metric(labels={}).increment(2)
             return [pb_utils.InferenceResponse([])]
         """,
     )
     caplog.set_level("INFO", "gateway")
     one(model, request())
     lines = [str(record.msg) for record in caplog.records]
-    assert lines[:2] == ['model_log model=m message="look out"', "model_log model=m message=nothing"]
-    assert "custom metrics of Python models are not exported" in lines[2]
+    assert lines == ['model_log model=m message="look out"', "model_log model=m message=nothing"]

@@ -78,7 +78,7 @@ class PythonModel:
         self._executor = ThreadPoolExecutor(1, f"execute-{spec.config.name}") if self._decoupled else None
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            utilities.install(spec.config.name, spec.path, self._infer)
+            utilities.install(spec.config.name, spec.path, self._infer, channel.measure)
             kind = import_model(spec.path, spec.config.default_model_filename)
             self._model = kind()
             if hasattr(self._model, "initialize"):
