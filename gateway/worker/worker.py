@@ -192,11 +192,13 @@ class Worker:
 
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
         """The error for a model that does not even read; what is loaded of it goes on serving."""
+        if isinstance(problem, errors.NoConfiguration):
+            return errors.not_polled(model.name, problem.message)
         if isinstance(problem, errors.NotFound) and not model.hosts:
             model.reason = ""
             model.states.clear()
             self._queue.withdraw(model.name)
-            return errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
+            return errors.not_polled(model.name)
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()
