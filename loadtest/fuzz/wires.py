@@ -33,7 +33,7 @@ WIRES = (
     "http json", "http binary", "http gzip", "http raw", "http shm", "grpc raw", "grpc contents", "grpc stream", "grpc shm",
 )  # fmt: skip
 REGION = "fuzz"
-ROOM = 8 << 20  # bytes of the region
+ROOM = 64 << 20  # bytes of the region
 TIMEOUT = 30.0
 Outputs = dict[str, tuple[str, Array]]
 """Datatype and array by name."""
