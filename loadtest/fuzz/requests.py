@@ -94,6 +94,8 @@ def values(rng: Generator, datatype: str, shape: Shape, moderate: bool) -> Array
             return _floats(rng, shape, moderate).astype(dtype)
     limits = np.iinfo(dtype)
     small = rng.integers(0 if dtype.kind == "u" else -9, 10, shape)
+    if moderate:
+        return small.astype(dtype)
     large = rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
     return np.where(rng.random(shape) < 0.5, small.astype(dtype), large)
 

@@ -11,7 +11,7 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
-from grpc.aio import EOF
+from grpc.aio import EOF, InternalError
 
 from gateway import errors
 from gateway.transport.grpc import codec
@@ -76,4 +76,8 @@ class Stream:
 
     async def _write(self, message: bytes) -> None:
         async with self._writing:
-            await self._context.write(message)
+            try:
+                await self._context.write(message)
+            except InternalError:
+                # The client has ended the call, of which gRPC tells the call itself a little later.
+                raise asyncio.CancelledError from None
