@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from gateway.service.inference import Inference
 from gateway.service.parameters import apply_parameters
 from gateway.service.reports import Reports, count, degraded, running
 from gateway.service.route import MakeSubmit, Route, Submit, pick
+from gateway.service.unloading import unload
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Responses
 
@@ -32,13 +33,14 @@ EXTENSIONS = (
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
+    "redis_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
     "trace",
     "logging",
 )
-"""The Triton extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`)."""
+"""The extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`), which lacks Redis."""
 
 
 _LET_THROUGH = 16  # at least one in so many is read, and asked for its priority
@@ -59,7 +61,7 @@ class ServiceOptions:
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
     default_deadline_ms: float = 0.0
-    client_shm: bool = False
+    without: Collection[str] = ("system_shared_memory", "redis_shared_memory")  # of the extensions
 
 
 class Behind(NamedTuple):
@@ -289,7 +291,7 @@ class Service:
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of this server."""
-        told = tuple(each for each in EXTENSIONS if each != "system_shared_memory" or self._options.client_shm)
+        told = tuple(each for each in EXTENSIONS if each not in self._options.without)
         return self._options.server_id, __version__, told
 
     def model_ready(self, name: str, version: str = "") -> bool:
@@ -357,7 +359,7 @@ class Service:
     async def unload(self, name: str, *, dependents: bool = False) -> None:
         """Stop a model once its accepted requests are answered, and with `dependents` what was loaded for it alone."""
         self._require_explicit()
-        await self._queue.send(Unload(name, dependents))
+        await unload(self._queue, Unload(name, dependents))
 
     def _require_explicit(self) -> None:
         if not self._options.explicit_control:

@@ -32,12 +32,12 @@ from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
-from gateway.worker.probe import measurable, measure
+from gateway.worker.probe import measure
 from gateway.worker.running import count, digest, state, where
 from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat, Slots
 from gateway.worker.source import Source
-from gateway.worker.warmup import warm_up
+from gateway.worker.warmup import measurable, warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
 _FEW = 3  # runs

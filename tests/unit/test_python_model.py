@@ -49,6 +49,41 @@ def test_each_request_gets_the_rows_that_are_its_own(tmp_path):
     assert [each.outputs["OUT"].tolist() for each in answers] == [[[2, 2]], [[4, 4]] * 3, [[6, 6]]]
 
 
+RAGGED = """
+backend: "python" max_batch_size: 8
+input { name: "TEXT" data_type: TYPE_STRING dims: [ -1 ] allow_ragged_batch: true }
+input { name: "IN" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch: true optional: true }
+output { name: "OUT" data_type: TYPE_STRING dims: [ -1 ] }
+batch_input { target_name: "N" data_type: TYPE_FP32 source_input: "IN" }
+"""
+SHAPES = """
+def execute(self, requests):
+    told = [[f"{each.name()} {each.as_numpy().tolist()}" for each in request.inputs()] for request in requests]
+    return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.array([each], dtype=object))]) for each in told]
+"""
+
+
+def test_requests_of_different_shapes_share_a_batch(tmp_path):
+    (model,) = loaded(tmp_path, SHAPES, RAGGED)
+    given = [
+        {"TEXT": texts([b"a"]), "IN": tensor(np.arange(6).reshape(1, 2, 3))},
+        {"TEXT": texts([b"b", b"c", b"d", b"e"], (2, 2)), "IN": tensor(np.zeros((2, 0, 1)))},
+        {"TEXT": texts([]), "IN": tensor(np.full((1, 1, 1), 9))},
+    ]
+    answers = one(model, *(request(inputs=inputs, rows=inputs["TEXT"].shape[0]) for inputs in given))
+    assert [sorted(each.outputs["OUT"].reshape(-1).tolist()) for each in answers] == [
+        [b"IN [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]", b"TEXT [[b'a']]"],
+        [b"IN [[], []]", b"TEXT [[b'b', b'c'], [b'd', b'e']]"],
+        [b"IN [[[9.0]]]", b"TEXT [[]]"],
+    ]
+
+
+def test_a_ragged_input_may_be_absent(tmp_path):
+    (model,) = loaded(tmp_path, SHAPES, RAGGED)
+    (answer,) = one(model, request(inputs={"TEXT": texts([b"a"])}))
+    assert answer.outputs["OUT"].tolist() == [[b"TEXT [[b'a']]"]]
+
+
 def test_what_a_request_says_reaches_the_code(tmp_path):
     (model,) = loaded(
         tmp_path,

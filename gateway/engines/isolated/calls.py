@@ -61,7 +61,9 @@ class ChildCalls:
         ended = False
         shared = self._share(parts)
         try:
-            self._send(Ask(number, header, request.deadline, shared), [] if shared else parts)
+            self._send(
+                Ask(number, header, request.deadline, shared, self._place(request.trace)), [] if shared else parts
+            )
             while not ended:
                 reply = self._next(replies)
                 if reply is None:
@@ -82,8 +84,8 @@ class ChildCalls:
     def cancelled(self, request: InferRequest) -> bool:
         """See `Channel.cancelled`."""
         late = request.deadline is not None and time.monotonic() > request.deadline
-        place = next((place for place, each in enumerate(self._batch) if each is request), None)
-        if self._gone or late or place is None:
+        place = self._place(request)
+        if self._gone or late or place < 0:
             return True
         number, replies = self._expect()
         try:
@@ -92,6 +94,10 @@ class ChildCalls:
         finally:
             del self._open[number]
         return reply is None or bool(reply[0].error)
+
+    def _place(self, request: object) -> int:
+        """The place of a request in the batch that runs, -1 if it is not there."""
+        return next((place for place, each in enumerate(self._batch) if each is request), -1)
 
     def _expect(self) -> tuple[int, Replies]:
         number = next(self._numbers)
@@ -219,6 +225,7 @@ class CallServer(asyncio.Protocol):
         try:
             request = unpack_request(asked.header, self._shared(asked.shared) if asked.shared else payload)
             request.deadline = asked.deadline
+            request.trace = asked.of
             async with aclosing(self._infer(request)) as responses:
                 async for response in responses:
                     header, parts = pack_response(response)

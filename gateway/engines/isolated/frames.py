@@ -115,12 +115,16 @@ FromChild: TypeAlias = Ready | Done | Answered | Finished | Failed
 
 
 class Ask(Message, tag="ask"):
-    """Run the request that `header` and the payload pack, which is in shared memory where `shared` says how long it is."""
+    """Run the request that `header` and the payload pack, which is in shared memory where `shared` says how long it is.
+
+    It is a part of the trace of the request at the place `of` in the batch that runs; -1 for none.
+    """
 
     call: int
     header: bytes
     deadline: float | None
     shared: Annotated[int, msgspec.Meta(ge=0, le=MOST)] = 0
+    of: int = -1
 
 
 class GiveUp(Message, tag="give_up"):

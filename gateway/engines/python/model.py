@@ -21,8 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gateway import errors
 from gateway.config.parse import config_json
+from gateway.config.ragged import shapes_of
 from gateway.engines.base import EngineSpec
 from gateway.engines.channel import Channel
 from gateway.engines.python import utilities
@@ -65,6 +68,7 @@ class PythonModel:
         self._running = False
         self._run: Run | None = None
         self._decoupled = spec.config.decoupled
+        self._ragged = [tensor.name for tensor in spec.config.inputs if tensor.ragged]
         self._outputs = {tensor.name: tensor.datatype for tensor in spec.config.outputs}
         self._executor = ThreadPoolExecutor(1, f"execute-{spec.config.name}") if self._decoupled else None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,6 +117,7 @@ class PythonModel:
     def _received(self, run: Run, inputs: dict[str, Array], batch: Batch) -> list[InferenceRequest]:
         """The requests of a batch, each with its rows."""
         datatypes = {tensor.name: tensor.datatype for tensor in self._config.inputs}
+        apart = {name: _apart(inputs.pop(name), inputs.pop(shapes_of(name))) for name in self._ragged if name in inputs}
         received, at = [], 0
         for index, request in enumerate(batch.requests):
             rows = slice(at, at + request.rows) if self._config.max_batch_size else slice(None)
@@ -125,6 +130,7 @@ class PythonModel:
                 Tensor.from_gateway(name, datatypes[name], array[rows] if self._config.max_batch_size else array)
                 for name, array in inputs.items()
             ]
+            tensors += [Tensor.from_gateway(name, datatypes[name], arrays[index]) for name, arrays in apart.items()]
             received.append(InferenceRequest.received(request, tensors, names, sender))
         return received
 
@@ -221,6 +227,12 @@ def arguments(spec: EngineSpec, index: int) -> dict[str, str]:
         "model_version": spec.version,
         "model_name": spec.config.name,
     }
+
+
+def _apart(array: Array, shapes: Array) -> list[Array]:
+    """The elements of each request's ragged input, in its shape."""
+    ends = np.cumsum(shapes.prod(axis=1))
+    return [part.reshape(shape) for part, shape in zip(np.split(array, ends[:-1]), shapes, strict=True)]
 
 
 def _plain(problem: BaseException) -> str:

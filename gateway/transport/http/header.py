@@ -25,6 +25,7 @@ _KINDS: dict[str, NumberKind] = {
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
 _UNSIGNED = ("priority", "timeout")
+_INT64_MAX = 2**63 - 1
 _REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 
 
@@ -148,7 +149,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
     datatype = _DATATYPES.get(word)
     if datatype is None:
         raise InvalidArgument(f"input '{name}' has unknown datatype '{word}'; expected one of {', '.join(_DATATYPES)}")
-    shape = _shape(member, name, limits)
+    shape = _shape(member, name, datatype, limits)
     parameters = _parameters(member.get("parameters"))
     as_json, as_binary, as_region = "data" in member, "binary_data_size" in parameters, _REGION in parameters
     if as_json + as_binary + as_region != 1:
@@ -163,7 +164,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
     return InputHeader(name, datatype, shape, _unsigned(parameters["binary_data_size"], "binary_data_size"), None)
 
 
-def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, ...]:
+def _shape(member: dict[str, Any], name: str, datatype: DataType, limits: HttpLimits) -> tuple[int, ...]:
     if "shape" not in member:
         raise Internal("Unable to parse 'shape': attempt to access non-existing object member 'shape'")
     dims = member["shape"]
@@ -171,7 +172,10 @@ def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, 
         raise bad_member("shape", "array", "array")
     shape = tuple(_unsigned(dim, "shape") for dim in dims)
     # A zero dimension makes the product 0 whatever the others are, and those may still be absurd.
-    if math.prod([dim or 1 for dim in shape]) > limits.max_tensor_elements:
+    count = math.prod([dim or 1 for dim in shape])
+    if count > limits.max_tensor_elements:
+        if count <= _INT64_MAX < count * datatype.itemsize:
+            raise InvalidArgument(f"byte size overflow for input '{name}'")
         raise InvalidArgument(
             f"shape of input '{name}' causes total element count to exceed maximum size of {limits.max_tensor_elements}"
         )

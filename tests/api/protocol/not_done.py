@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 
 SEQUENCES = "sequences over Redis: workers that share a queue take each other's requests"
-RAGGED = "allow_ragged_batch is refused, with what to do"
 FILES = "files in a load request are refused, with what to do"
 NATIVE = "pygrpc-native undoes gzip only; without it, grpcio undoes deflate too"
 OF_SEQUENCES = (
@@ -22,7 +21,6 @@ OF_SEQUENCES = (
 NOT_DONE: dict[tuple[str, str, str], str] = {
     **{(slug, "", "embedded"): SEQUENCES for slug in OF_SEQUENCES},
     ("5-start-and-end-are-booleans", "http", "embedded"): SEQUENCES,
-    **{("11-a-model-with-ragged-batches-serves", "", queue): RAGGED for queue in ("memory", "embedded")},
     **{("6-a-file-may-be-sent-with-a-configuration", "", queue): FILES for queue in ("memory", "embedded")},
 }
 """By the fact's slug, the wire ("" for both) and the queue."""
