@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +39,7 @@ from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
 from gateway.service.client_memory import client_memory, without_memory
+from gateway.service.measures import FleetMeasures
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
@@ -50,7 +51,7 @@ from gateway.transport.http import Counted, HttpApp, HttpServer
 from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp, Own
 from gateway.types import Infer
-from gateway.worker import Worker
+from gateway.worker import Worker, open_worker
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -71,6 +72,7 @@ class Gateway:
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
     children: Children | None = None
+    measures: FleetMeasures | None = None  # of models' code
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -112,9 +114,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     ):
         queue = fleet.queue
         queue.repository_names(names)
-        worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
+        worker = open_worker(settings, queue, repository.read, placement.devices(settings.cpu_cores, gpus), statistics)
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -127,7 +128,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         )
         children.infer = tracing_parts(service.infer)
         ensembles = _ensembles(statistics, service, worker, tasks)
-        gateway = Gateway(service, queue, ensembles, monitor, children=children)
+        measures = fleet.measures(children.measures)
+        gateway = Gateway(service, queue, ensembles, monitor, children=children, measures=measures)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -161,24 +163,6 @@ async def _monitor(settings: Settings) -> Monitor:
 
 def _device_metrics(settings: Settings, monitor: Monitor) -> DeviceMetrics:
     return DeviceMetrics(monitor, CpuMeter() if settings.allow_cpu_metrics else None)
-
-
-def _worker(
-    settings: Settings,
-    queue: Queue,
-    repository: Repository,
-    statistics: Statistics,
-    devices: Sequence[placement.Device],
-) -> Worker:
-    return Worker(
-        queue,
-        repository.read,
-        devices,
-        statistics,
-        settings.model_load_thread_count,
-        measures=True,
-        persists=settings.persist_latency,
-    )
 
 
 async def _names(queue: Queue, repository: Repository) -> list[str]:
@@ -271,6 +255,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                         _device_metrics(settings, gateway.monitor),
                         gateway.queue.pools,
                         gateway.children.metrics if gateway.children is not None else list,
+                        gateway.measures,
                     ),
                 ).__rsgi__
             ),

@@ -308,20 +308,23 @@ Infer: TypeAlias = Callable[[InferRequest], Responses]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a model file says of one input or output; -1 is a dimension it leaves open."""
+    """What a model file says of one input or output; -1 is a dimension it leaves open.
+
+    An `optional` input has a value in the file, which a request may replace.
+    """
 
     name: str
     datatype: DataType
     shape: tuple[int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ModelIO:
-    """What a model file takes and gives, batch dimension included; for `defaults`, inputs too, it has values of its own."""
+    """What a model file takes and gives, batch dimension included."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    defaults: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(slots=True)

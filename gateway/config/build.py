@@ -15,6 +15,8 @@ from gateway.config.model import (
     ModelConfig,
     ModelConfigProto,
     QueuePolicy,
+    RateLimiter,
+    Resource,
     ResponseCache,
     TensorConfig,
     Warmup,
@@ -99,9 +101,17 @@ def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]
     counts = [group.count for group in given.instance_group] or [0] * len(full.instance_group)
     one = int(given.backend == "python")  # its code may rely on being there once
     return tuple(
-        InstanceGroup(kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus))
+        InstanceGroup(
+            kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus), limiter=_limiter(group.rate_limiter)
+        )
         for group, count in zip(full.instance_group, counts, strict=True)
     )
+
+
+def _limiter(given: Any) -> RateLimiter | None:
+    # A priority alone has no effect, as in Triton: nobody waits for an instance that needs nothing.
+    resources = tuple(Resource(each.name, each.count, everywhere=getattr(each, "global")) for each in given.resources)
+    return RateLimiter(resources, max(given.priority, 1)) if resources else None
 
 
 def _kind(group: Any, gpus: Sequence[int]) -> str:

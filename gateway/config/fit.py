@@ -33,8 +33,7 @@ def check_fit(config: ModelConfig, io: ModelIO) -> None:
 def misfits(config: ModelConfig, io: ModelIO) -> Iterator[Misfit]:
     """Everything in which a configuration differs from the model file, and what to write instead."""
     config = model_side(config)
-    takes = (*io.inputs, *io.defaults)
-    for kind, tensors, specs in (("input", config.inputs, takes), ("output", config.outputs, io.outputs)):
+    for kind, tensors, specs in (("input", config.inputs, io.inputs), ("output", config.outputs, io.outputs)):
         known = {spec.name: spec for spec in specs}
         for tensor in tensors:
             if tensor.name in known:
@@ -46,11 +45,11 @@ def misfits(config: ModelConfig, io: ModelIO) -> Iterator[Misfit]:
                 f"Correct the name of the {kind} in the model configuration of '{config.name}'"
             )
             yield Misfit(kind, tensor.name, text)
-    yield from _made(config, {spec.name: spec for spec in takes})
+    yield from _made(config, {spec.name: spec for spec in io.inputs})
     given = {tensor.name for tensor in config.inputs}
     given.update(name for made in config.batch_inputs for name in made.targets)
     for spec in io.inputs:
-        if spec.name not in given:
+        if spec.name not in given and not spec.optional:
             yield Misfit(
                 "input",
                 spec.name,
@@ -88,11 +87,22 @@ def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) ->
             f"{head}: the model has data type {spec.datatype.name} and the configuration {tensor.datatype.name}. "
             f"Write data_type: {proto_type(spec.datatype)}"
         )
-    if tensor.like:
-        return  # its elements are one after the other, in whatever shape
     if tensor.ragged:
         yield from _not_ragged(head, tensor, spec)
-        return
+    elif not tensor.like:  # those elements are one after the other, in whatever shape
+        yield from _not_optional(head, tensor, spec)
+        yield from _shapes(config, head, tensor, spec)
+
+
+def _not_optional(head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
+    if tensor.optional and not spec.optional:
+        yield (
+            f"{head}: the configuration says optional: true, and the model has no value of its own for it. Remove "
+            "optional, or export the model with an initializer of this name among its inputs"
+        )
+
+
+def _shapes(config: ModelConfig, head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
     batched = config.max_batch_size > 0 and not tensor.whole
     if batched and spec.shape and spec.shape[0] != -1:
         yield (

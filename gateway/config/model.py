@@ -80,12 +80,30 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True)
+class Resource:
+    """So many of what Triton's rate limiter calls a resource: one of each device, or one for all of them."""
+
+    name: str
+    count: int
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimiter:
+    """What an instance must have while it runs; one of `priority` 2 has its turn half as often as one of 1."""
+
+    resources: tuple[Resource, ...]
+    priority: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceGroup:
     """Where instances live: `kind` is `cpu`, `gpu` or `auto`; `count` 0 leaves the number to the gateway."""
 
     kind: str = "auto"
     count: int = 0
     gpus: tuple[int, ...] = ()
+    limiter: RateLimiter | None = None
 
 
 @dataclass(frozen=True, slots=True)

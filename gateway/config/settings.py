@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from gateway.config.client_memory import check_client_memory
+from gateway.config.rate_limit import RateLimits
 from gateway.config.restricted import checked_pattern, read_restricted
 from gateway.config.trace import read_trace_config
 
@@ -28,7 +29,7 @@ def _setting(default: Any, group: str, description: str, **constraints: Any) -> 
     return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
 
 
-class Settings(BaseSettings):
+class Settings(RateLimits):
     """One process's settings. Raises pydantic's `ValidationError`, a `ValueError`, for a bad or unsafe value."""
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")

@@ -176,7 +176,6 @@ _WITHOUT_EFFECT = (
     Gap(
         _groups("profile"), ("instance_group", "profile"), "Of a plan's profiles the one is taken that fits the request"
     ),
-    Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
     Gap(
         _groups("passive", "secondary_devices", "host_policy"),
         ("instance_group",),

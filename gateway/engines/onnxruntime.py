@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -95,7 +96,7 @@ class OnnxModel:
         self._text = _named(spec.config.inputs, DataType.BYTES)
         self._bf16 = _named(spec.config.inputs, DataType.BF16)
         # A configuration has no word for a scalar: clients see dims [1], and the dimension goes and comes here.
-        self._scalars = {tensor.name for tensor in (*io.inputs, *io.defaults, *io.outputs) if not tensor.shape}
+        self._scalars = {tensor.name for tensor in (*io.inputs, *io.outputs) if not tensor.shape}
         # Only OrtValues carry BF16, and they cost more, so only a model that has any pays for them.
         self._by_value = bool(self._bf16 or _named(spec.config.outputs, DataType.BF16))
         if self._by_value and self._text:
@@ -285,9 +286,11 @@ def _fallback(spec: EngineSpec, provider: str) -> tuple[str, ...]:
 
 def _describe(session: Session, label: str) -> ModelIO:
     return ModelIO(
-        tuple(_spec(node, "input", label) for node in session.get_inputs()),
+        (
+            *(_spec(node, "input", label) for node in session.get_inputs()),
+            *(replace(_spec(node, "input", label), optional=True) for node in session.get_overridable_initializers()),
+        ),
         tuple(_spec(node, "output", label) for node in session.get_outputs()),
-        tuple(_spec(node, "input", label) for node in session.get_overridable_initializers()),
     )
 
 

@@ -41,8 +41,8 @@ def gather(requests: Sequence[InferRequest], config: ModelConfig) -> dict[str, P
         if tensor.reshape is not None:
             shape = translate(shape, tensor.dims, tensor.reshape)
         inputs[tensor.name] = Pieces(shape, parts)
-    for batch_input in config.batch_inputs:
-        inputs.update(ragged.described(requests, batch_input, config))
+    for made in config.batch_inputs:
+        inputs.update(ragged.described(requests, made, config))
     return inputs
 
 
@@ -68,7 +68,11 @@ def split(outputs: dict[str, Array], requests: Sequence[InferRequest], config: M
     for tensor in config.outputs:
         if wanted and tensor.name not in wanted:
             continue
-        for result, part in zip(results, _parts(outputs.get(tensor.name), tensor, requests, rows, config), strict=True):
+        array = _checked(outputs.get(tensor.name), tensor, rows, config)
+        if len(requests) == 1 and not tensor.like:
+            results[0][tensor.name] = Tensor.from_array(tensor.datatype, array)
+            continue
+        for result, part in zip(results, _parts(array, tensor, requests, config), strict=True):
             result[tensor.name] = part
     for request, result in zip(requests, results, strict=True):
         if request.outputs:
@@ -106,7 +110,11 @@ def _join(pieces: Pieces) -> Array:
     return array.reshape(pieces.shape)
 
 
-def _typed(array: Array | None, tensor: TensorConfig, config: ModelConfig) -> Array:
+def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config: ModelConfig) -> Array:
+    """The output in the shape clients see, or `Internal` saying what is wrong with it; `rows` may be any if None.
+
+    What is `like` an input is in no shape yet.
+    """
     if array is None:
         raise errors.Internal(f"model '{config.name}' gave no output '{tensor.name}', which its configuration lists")
     if array.dtype != tensor.datatype.dtype:
@@ -114,13 +122,9 @@ def _typed(array: Array | None, tensor: TensorConfig, config: ModelConfig) -> Ar
             f"model '{config.name}' gave output '{tensor.name}' as {array.dtype}, "
             f"its configuration says {tensor.datatype.name}"
         )
-    return array
-
-
-def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config: ModelConfig) -> Array:
-    """The output in the shape clients see, or `Internal` saying what is wrong with it; `rows` may be any if None."""
-    array = _typed(array, tensor, config)
-    if rows is not None and config.max_batch_size and (not array.shape or array.shape[0] != rows):
+    if tensor.like:
+        return array
+    if rows is not None and config.max_batch_size and not tensor.whole and (not array.shape or array.shape[0] != rows):
         got = array.shape[0] if array.shape else "no"
         raise errors.Internal(
             f"model '{config.name}' gave {got} rows in output '{tensor.name}' for a batch of {rows}; "
@@ -131,14 +135,11 @@ def _checked(array: Array | None, tensor: TensorConfig, rows: int | None, config
     return array.reshape(translate(array.shape, tensor.reshape, tensor.dims))
 
 
-def _parts(
-    array: Array | None, tensor: TensorConfig, requests: Sequence[InferRequest], rows: int, config: ModelConfig
-) -> list[Tensor]:
-    """What of an output is each request's. Raises `Internal` as `split` says."""
+def _parts(array: Array, tensor: TensorConfig, requests: Sequence[InferRequest], config: ModelConfig) -> list[Tensor]:
+    """What of an output is each request's."""
     if tensor.like:
-        return ragged.scattered(_typed(array, tensor, config), tensor, requests, config)
-    array = _checked(array, tensor, None if tensor.whole else rows, config)
-    if len(requests) == 1 or tensor.whole:
+        return ragged.scattered(array, tensor, requests, config)
+    if tensor.whole:
         return [Tensor.from_array(tensor.datatype, array)] * len(requests)
     return _slices(tensor.datatype, array, requests)
 

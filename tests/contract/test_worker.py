@@ -49,9 +49,9 @@ WARMUP = """model_warmup {
 class Rig:
     """A worker with a model repository, and the service that clients would use."""
 
-    def __init__(self, folder, **more):
+    def __init__(self, folder, queue=None, **more):
         self.folder = folder
-        self.queue = MemoryQueue()
+        self.queue = queue or MemoryQueue()
         self.statistics = Statistics()
         self.repository = Repository([folder], engines.describe)
         self.worker = Worker(self.queue, self.repository.read, [Device("cpu", "cpu", 2)], self.statistics, **more)

@@ -409,3 +409,31 @@ def test_regions_beyond_their_memory(client: Any, size: int, offset: int):
             client.register_system_shared_memory("r", key, size, offset=offset)
     finally:
         shm.destroy_shared_memory_region(handle)
+
+
+def test_response_statistics_count_each_answer(client: Any, gateway: GatewayProcess):
+    def stats() -> dict[str, dict[str, Any]]:
+        (entry,) = requests.get(gateway.url("/v2/models/square_int32/stats"), timeout=30).json()["model_stats"]
+        return entry["response_stats"]
+
+    def count(of: dict[str, dict[str, Any]], index: int, name: str) -> int:
+        return of.get(str(index), {}).get(name, {}).get("count", 0)
+
+    before = stats()
+    tensor = tritonclient.grpc.InferInput("IN", [1], "INT32")
+    tensor.set_data_from_numpy(np.array([2], np.int32))
+    with stream(gateway) as (streaming, answers):
+        streaming.async_stream_infer("square_int32", [tensor])
+        assert [answers.get(timeout=30).as_numpy("OUT").tolist() for _ in range(2)] == [[2], [2]]
+        streaming.stop_stream()
+    after = stats()
+    names = ("compute_infer", "compute_output", "success", "fail", "empty_response")
+    grown = [{name: count(after, n, name) - count(before, n, name) for name in names} for n in range(3)]
+    answer = {"compute_infer": 1, "compute_output": 1, "success": 1, "fail": 0, "empty_response": 0}
+    assert grown == [answer, answer, {**dict.fromkeys(names, 0), "compute_infer": 1, "empty_response": 1}]
+    module = library(client)
+    told_stats = client.get_inference_statistics(
+        "square_int32", **({"as_json": True} if module is MODULES["grpc"] else {})
+    )
+    (entry,) = told_stats["model_stats"]
+    assert entry["response_stats"].keys() == after.keys()

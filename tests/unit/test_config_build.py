@@ -453,7 +453,6 @@ def test_what_would_change_answers_is_refused(text: str, field: str) -> None:
     [
         ("dynamic_batching { default_priority_level: 1 }", "priority_levels"),
         ("dynamic_batching { priority_queue_policy { key: 1 value { max_queue_size: 1 } } }", "priority_levels"),
-        ("instance_group { rate_limiter { priority: 1 } }", "rate_limiter"),
         ('instance_group { host_policy: "a" }', "instance_group"),
         ("instance_group { kind: KIND_MODEL }", "KIND_MODEL"),
         ("optimization { graph { level: 1 } }", "optimization"),
@@ -559,6 +558,29 @@ def test_dims_without_the_batch_and_no_batching() -> None:
     config = made('input { name: "x" data_type: TYPE_FP32 dims: 3 } output { name: "y" data_type: TYPE_FP32 dims: 10 }')
     with pytest.raises(InvalidArgument, match="dims include the batch dimension"):
         check_fit(config, io({"x": (1, 3)}, {"y": (1, 10)}))
+
+
+def with_default(shape: tuple[int, ...]) -> ModelIO:
+    """A model whose input `more` has a value of its own."""
+    more = TensorSpec("more", DataType.FP32, shape, optional=True)
+    return ModelIO((*io({"x": (-1, 3)}, {}).inputs, more), io({}, {"y": (-1, 10)}).outputs)
+
+
+def test_an_optional_input_of_the_file_may_be_left_out_or_given() -> None:
+    one = 'input { name: "x" data_type: TYPE_FP32 dims: 3 }'
+    model = with_default((-1, 3))
+    check_fit(configured(one), model)
+    check_fit(configured(one + 'input { name: "more" data_type: TYPE_FP32 dims: 3 optional: true }'), model)
+    with pytest.raises(
+        InvalidArgument, match="tensor 'x': the configuration says optional: true, and the model has no"
+    ):
+        check_fit(configured(one.replace("dims", "optional: true dims")), model)
+
+
+def test_an_optional_input_of_the_file_is_not_filled_in() -> None:
+    proto = completed("", with_default((3,)))
+    assert [tensor.name for tensor in proto.input] == ["x"]
+    assert proto.max_batch_size == 4  # as the others take batches
 
 
 def test_an_auto_completed_scalar_fits() -> None:

@@ -20,6 +20,7 @@ from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.chain import Chain, Link
 from gateway.engines.fallback import FallbackEngine, tender
 from gateway.engines.fallback.health import Health, Room, Times
+from gateway.engines.fallback.parts import Part, cut
 from gateway.types import Answer, Array, Batch, BatchResult
 from tests.support import background, model_config, refusal, request, soon, tensor_config, until
 
@@ -305,6 +306,17 @@ async def test_requests_are_not_cut_in_two_and_a_large_one_is() -> None:
         (result,) = await results(engine, Batch(8, lambda: large, requests=[request(rows=8)]))
         assert result.outputs["OUT"].tolist() == large["IN"].tolist()
         assert list(first.runs)[7:] == [2, 2, 2, 2]
+
+
+def test_what_is_cut_is_not_gathered_from_all_requests() -> None:
+    requests = [request(row) for row in range(4)]
+    inputs = {"IN": np.concatenate([each.inputs["IN"].array for each in requests])}
+    batch = Batch(4, lambda: inputs, requests=requests, gather=dict)
+    parts = cut(Part(batch), 2)
+    assert [(part.batch.gather, part.batch.stack()["IN"][:, 0].tolist()) for part in parts] == [
+        (None, [0.0, 1.0]),
+        (None, [2.0, 3.0]),
+    ]
 
 
 async def test_a_batch_that_is_not_made_of_rows_is_not_cut_but_tried_elsewhere() -> None:

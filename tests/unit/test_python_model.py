@@ -131,7 +131,7 @@ def test_the_code_is_told_who_it_is_and_can_import_what_lies_beside_it(tmp_path)
 
 
 def test_code_of_equal_names_is_told_apart(tmp_path):
-    utilities.install("m", tmp_path, FakeChannel().infer)
+    utilities.install("m", tmp_path, FakeChannel().infer, FakeChannel().measure)
     for name in ("a", "b"):
         path = write(tmp_path / name, "from .beside import NAME\ndef execute(self, requests): pass")
         (path / "beside.py").write_text(f"NAME = {name!r}")
@@ -237,9 +237,9 @@ def test_every_code_has_its_error(tmp_path, code, kind):
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        ("[]", "objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
-        ("7", "Expected a list in the execute return, found type '<class 'int'>'."),
-        ("[1, 2]", "Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
+        ("[]", "'m_0_0', message: Number of InferenceResponse objects do not match the number of InferenceRequest objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
+        ("7", "message: Expected a list in the execute return, found type '<class 'int'>'."),
+        ("[1, 2]", "message: Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip
@@ -247,7 +247,7 @@ def test_what_no_batch_may_return_fails_all_of_it(tmp_path, returned, text):
     (model,) = loaded(tmp_path, f"def execute(self, requests): return {returned}")
     with pytest.raises(errors.Internal) as raised:
         one(model, request(), request())
-    assert raised.value.message.startswith("Failed to process the request(s) for model 'm', message: ")
+    assert raised.value.message.startswith("Failed to process the request(s) for model instance 'm_0_0', message: ")
     assert text in raised.value.message
 
 
@@ -690,12 +690,10 @@ def test_lines_of_the_model_are_in_the_log(tmp_path, caplog):
         def execute(self, requests):
             pb_utils.Logger.log_warn("look out")
             pb_utils.Logger.log("nothing", pb_utils.Logger.INFO)
-            pb_utils.MetricFamily(name="n", description="d", kind=pb_utils.MetricFamily.COUNTER).Metric(labels={}).increment(2)
             return [pb_utils.InferenceResponse([])]
         """,
     )
     caplog.set_level("INFO", "gateway")
     one(model, request())
     lines = [str(record.msg) for record in caplog.records]
-    assert lines[:2] == ['model_log model=m message="look out"', "model_log model=m message=nothing"]
-    assert "custom metrics of Python models are not exported" in lines[2]
+    assert lines == ['model_log model=m message="look out"', "model_log model=m message=nothing"]

@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from gateway.engines.isolated.layout import MOST
+from gateway.engines.measures import Measure
 from gateway.message import BadMessage
 from gateway.types import Buffer, Parameter
 
@@ -131,6 +132,13 @@ class GiveUp(Message, tag="give_up"):
     """Nobody waits for a call's responses any more."""
 
     call: int
+
+
+class Counted(Message, tag="counted"):
+    """Something is done to a metric. The reply, where `call` is not -1, has what was read, or why it may not be done."""
+
+    call: int
+    measure: Measure
 
 
 class Wanted(Message, tag="wanted"):

@@ -55,6 +55,10 @@ def load(spec: EngineSpec, count: int) -> list[PythonModel]:
     return [PythonModel(spec, spec.channel, index) for index in range(count)]
 
 
+class _Misused(Exception):
+    """What `execute` returned is none of what it may."""
+
+
 class PythonModel:
     """One instance: `Answering`."""
 
@@ -64,6 +68,7 @@ class PythonModel:
 
     def __init__(self, spec: EngineSpec, channel: Channel, index: int) -> None:
         self._config = spec.config
+        self._name = _instance(spec, index)
         self._channel = channel
         self._running = False
         self._run: Run | None = None
@@ -73,7 +78,7 @@ class PythonModel:
         self._executor = ThreadPoolExecutor(1, f"execute-{spec.config.name}") if self._decoupled else None
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            utilities.install(spec.config.name, spec.path, self._infer)
+            utilities.install(spec.config.name, spec.path, self._infer, channel.measure)
             kind = import_model(spec.path, spec.config.default_model_filename)
             self._model = kind()
             if hasattr(self._model, "initialize"):
@@ -148,7 +153,7 @@ class PythonModel:
                 each.get_response_sender().close()
             run.fail_rest(
                 errors.Internal(
-                    f"Failed to process the request(s) for model '{self._config.name}', message: {_plain(problem)}"
+                    f"Failed to process the request(s) for model instance '{self._name}', message: {_plain(problem)}"
                 )
             )
             problem.__traceback__ = None  # its frames hold the requests
@@ -157,19 +162,19 @@ class PythonModel:
     def _take(self, run: Run, requests: Sequence[InferenceRequest], returned: object) -> None:
         """The answers of a list of responses, one for each request."""
         if self._decoupled:
-            raise TritonModelException(
-                f"Python model '{self._config.name}' is using the decoupled mode and the execute function must return None."
+            raise _Misused(
+                f"Python model '{self._name}' is using the decoupled mode and the execute function must return None."
             )
         if not isinstance(returned, list):
-            raise TritonModelException(f"Expected a list in the execute return, found type '{type(returned)}'.")
+            raise _Misused(f"Expected a list in the execute return, found type '{type(returned)}'.")
         if len(returned) != len(requests):
-            raise TritonModelException(
+            raise _Misused(
                 "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
                 f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(returned)}"
             )
         for response in returned:
             if response is not None and not isinstance(response, InferenceResponse):
-                raise TritonModelException(
+                raise _Misused(
                     "Expected an 'InferenceResponse' object in the execute function return list, found type "
                     f"'{type(response)}'."
                 )
@@ -221,7 +226,7 @@ def arguments(spec: EngineSpec, index: int) -> dict[str, str]:
     return {
         "model_config": json.dumps(config_json(spec.config.proto)),
         "model_instance_kind": _KINDS.get(kind, "CPU"),
-        "model_instance_name": f"{spec.config.name}_0_{index}",
+        "model_instance_name": _instance(spec, index),
         "model_instance_device_id": number or "0",
         "model_repository": str(spec.path.parent),
         "model_version": spec.version,
@@ -237,4 +242,9 @@ def _apart(array: Array, shapes: Array) -> list[Array]:
 
 def _plain(problem: BaseException) -> str:
     """What clients may read of an error: not where the files are."""
-    return _PATH.sub("<path>", f"{type(problem).__name__}: {problem}").strip()
+    kind = "" if isinstance(problem, _Misused) else f"{type(problem).__name__}: "
+    return _PATH.sub("<path>", f"{kind}{problem}").strip()
+
+
+def _instance(spec: EngineSpec, index: int) -> str:
+    return f"{spec.config.name}_0_{index}"

@@ -24,8 +24,8 @@ _KINDS: dict[str, NumberKind] = {
     "u": "u",
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
-_UNSIGNED = ("priority", "timeout")
 _INT64_MAX = 2**63 - 1
+_UNSIGNED = ("priority", "timeout")
 _REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 
 
