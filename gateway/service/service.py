@@ -21,7 +21,6 @@ from gateway.service.inference import Inference
 from gateway.service.parameters import apply_parameters
 from gateway.service.reports import Reports, count, degraded, running
 from gateway.service.route import MakeSubmit, Route, Submit, pick
-from gateway.service.unloading import unload
 from gateway.statistics import ModelStatistics, Statistics
 from gateway.types import InferRequest, Responses
 
@@ -359,7 +358,7 @@ class Service:
     async def unload(self, name: str, *, dependents: bool = False) -> None:
         """Stop a model once its accepted requests are answered, and with `dependents` what was loaded for it alone."""
         self._require_explicit()
-        await unload(self._queue, Unload(name, dependents))
+        await self._queue.send(Unload(name, dependents))
 
     def _require_explicit(self) -> None:
         if not self._options.explicit_control:
