@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gateway.config.check import ACCELERATORS, check, default_deadline_ms, response_cache_public
@@ -22,6 +23,7 @@ from gateway.config.model import (
     WarmupInput,
 )
 from gateway.config.parse import Source
+from gateway.config.ragged import read_batch_inputs, read_scattered
 from gateway.config.sequences import check_sequences, read_sequences
 from gateway.types import DataType
 
@@ -42,13 +44,17 @@ def build(
     check(full, gpus, source)
     check_sequences(full, source)
     public = response_cache_public(full, source)
+    scattered = read_scattered(full)
     return ModelConfig(
         name=full.name,
         backend=full.backend,
         platform=full.platform,
         max_batch_size=full.max_batch_size,
         inputs=tuple(_tensor(tensor, ()) for tensor in full.input),
-        outputs=tuple(_tensor(tensor, (labels or {}).get(tensor.name, ())) for tensor in full.output),
+        outputs=tuple(
+            replace(_tensor(tensor, (labels or {}).get(tensor.name, ())), like=scattered.get(tensor.name, ""))
+            for tensor in full.output
+        ),
         instance_groups=_groups(proto, full, gpus),
         batching=_batching(full),
         warmup=tuple(_warmup(sample) for sample in full.model_warmup),
@@ -62,6 +68,7 @@ def build(
         accelerators=_accelerators(full),
         sequences=read_sequences(full) if full.HasField("sequence_batching") else None,
         steps=read_steps(full),
+        batch_inputs=read_batch_inputs(full),
     )
 
 
@@ -84,6 +91,8 @@ def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
         optional=getattr(tensor, "optional", False),
         label_filename=getattr(tensor, "label_filename", ""),
         labels=labels,
+        ragged=getattr(tensor, "allow_ragged_batch", False),
+        whole=tensor.is_shape_tensor,
     )
 
 

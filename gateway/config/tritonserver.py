@@ -156,7 +156,7 @@ FLAGS: dict[str, Flag] = dict(
         # response cache
         ("cache-config", Flag("response_cache_bytes")),
         ("response-cache-byte-size", Flag("response_cache_bytes")),
-        _only("cache-directory", (), _PLUGIN + "; --cache-config local,size=N needs none"),
+        _only("cache-directory", ("/opt/tritonserver/caches",), _PLUGIN + "; --cache-config local,size=N needs none"),
         # rate limiter
         _same("rate-limit"),
         _same("rate-limit-resource"),
@@ -175,9 +175,9 @@ FLAGS: dict[str, Flag] = dict(
         _only("host-policy", (), "remove it, and give a model the parameter cpu_affinity"),
         _only("model-load-gpu-limit", (), "remove it, and set gpu_mem_limit in a model's execution accelerator"),
         # backends
-        _only("backend-directory", (), _PLUGIN),
+        _only("backend-directory", ("/opt/tritonserver/backends",), _PLUGIN),
         ("backend-config", Flag("default_max_batch_size")),
-        _only("repoagent-directory", (), _PLUGIN),
+        _only("repoagent-directory", ("/opt/tritonserver/repoagents",), _PLUGIN),
         # deprecated
         ("strict-model-config", Flag("disable_auto_complete_config", kind="bool")),
     )

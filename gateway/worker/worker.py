@@ -81,7 +81,6 @@ class Worker:
             DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
         )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
-        self.alone = True  # no other worker takes from the queue; set before anything is loaded
         self.ensembles_drained: Drained | None = None  # set before anything is loaded
         self._needs = Needs()
         self._measures = measures
@@ -209,7 +208,6 @@ class Worker:
         predecessor = model.hosts.get(source.version)
         host = self._host(source, replaces=predecessor is not None)
         try:
-            self._require_alone(source.config)
             async with self._loading:
                 await host.load(() if source.config.steps else plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
@@ -223,13 +221,6 @@ class Worker:
         self._open(model, host)
         if predecessor is not None:
             await predecessor.retire()
-
-    def _require_alone(self, config: ModelConfig) -> None:
-        if config.sequences is not None and not self.alone:
-            raise errors.Unsupported(
-                f"sequence_batching of model '{config.name}' needs a worker of its own: workers that share a queue in "
-                "Redis take each other's requests. Serve it by a gateway with --queue memory"
-            )
 
     def _host(self, source: Source, *, replaces: bool) -> Host | EnsembleHost:
         if source.config.steps:
