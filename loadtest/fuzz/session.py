@@ -114,6 +114,7 @@ class Session:
             "inputs filled in": "input {" not in text,
             "outputs filled in": "output {" not in text,
             "batched": model.batch,
+            "ragged": model.ragged,
             "open dimensions": any(-1 in each.dims for each in model.inputs),
             "reshape": "reshape" in text,
             "optional inputs": "optional" in text,
