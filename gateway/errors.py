@@ -289,6 +289,11 @@ def repository_name() -> Unsupported:
     return Unsupported("'repository_name' specification is not supported")
 
 
+def not_polled(model: str, why: str = "") -> Internal:
+    """A model to be loaded that nowhere is to be found, or whose files in the request, by `why`, cannot be a model."""
+    return Internal(f"failed to load '{model}', failed to poll from model repository" + (f": {why}" if why else ""))
+
+
 def shared_memory_disabled() -> Unsupported:
     """Any use of client shared memory where it was not allowed."""
     return Unsupported("Client shared memory is disabled. Start the server with '--allow-client-shm=true' to enable.")

@@ -76,7 +76,7 @@ def _lint(argv: Sequence[str]) -> int:
     found = repository.scan()
     if unknown := [name for name in options.models if name not in found]:
         raise errors.NotFound(f"model '{unknown[0]}' is in no model repository")
-    problems = {name: [*linter.problems(found[name].paths[0])] for name in options.models or found}
+    problems = {name: [*linter.problems(repository.folder(name))] for name in options.models or found}
     for name, texts in problems.items():
         for text in texts:
             print(text if text.startswith(f"{name}/") else f"{name}: {text}")

@@ -102,10 +102,10 @@ def _from(build: int, file: str) -> str:
 
 def _version(settings: Settings, model: str, version: int | None) -> tuple[Path, str]:
     """The folder of a version and the name of its model file. Raises `GatewayError`."""
-    found = layout.scan(settings.model_repository).get(model)
-    if found is None:
+    found = [folder for path in settings.model_repository for folder in layout.models(path) if folder.name == model]
+    if not found:
         raise errors.NotFound(f"model '{model}' is in no model repository")
-    folder = found.paths[0]
+    folder = found[0]
     numbered, _ = layout.versions(folder)
     number = version if version is not None else max(numbered, default=0)
     if number not in numbered:

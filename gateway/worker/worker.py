@@ -144,7 +144,12 @@ class Worker:
             raise self._unreadable(model, problem) from None
         wanted = {
             str(number): Source(
-                source.config, str(number), path, source.fingerprint.of(number), source.digests.get(number, "")
+                source.config,
+                str(number),
+                path,
+                source.fingerprint.of(number),
+                source.digests.get(number, ""),
+                source.lease,
             )
             for number, path in source.versions.items()
         }
@@ -190,7 +195,9 @@ class Worker:
             model.reason = ""
             model.states.clear()
             self._queue.withdraw(model.name)
-            return errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
+            return errors.not_polled(model.name)
+        if isinstance(problem, errors.Internal):
+            return problem  # the request's own files; nothing of the repository was read
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()
