@@ -9,13 +9,13 @@ contradicts itself; opens no file but to see that it is there.
 from __future__ import annotations
 
 import ipaddress
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from gateway.config.locations import Location, read_place, split_places
 from gateway.config.restricted import checked_pattern, read_restricted
 from gateway.config.trace import read_trace_config
 
@@ -32,8 +32,18 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
 
-    model_repository: Annotated[tuple[Path, ...], NoDecode] = _setting(
-        (), "models", "folder of models; repeat for several (variable: separated by ':')"
+    model_repository: Annotated[tuple[Annotated[Path | Location, BeforeValidator(read_place)], ...], NoDecode] = (
+        _setting(
+            (),
+            "models",
+            "folder of models, or s3://, gs://, as://, hf://; repeat for several (variable: separated by ':')",
+        )
+    )
+    repository_cache_dir: Path | None = _setting(
+        None, "models", "folder for the files of remote repositories (default: lockgate in the user's cache folder)"
+    )
+    repository_cache_bytes: PositiveInt = _setting(
+        64 << 30, "models", "bytes in that folder, or as many more as are in use"
     )
     model_control_mode: Literal["none", "poll", "explicit"] = _setting(
         "none",
@@ -256,7 +266,7 @@ class Settings(BaseSettings):
     @field_validator("model_repository", mode="before")
     @classmethod
     def _split_paths(cls, value: Any) -> Any:
-        return value.split(os.pathsep) if isinstance(value, str) else value
+        return split_places(value) if isinstance(value, str) else value
 
     @field_validator("load_model", "webhook_allow", mode="before")
     @classmethod

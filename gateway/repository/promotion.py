@@ -14,6 +14,7 @@ from pathlib import Path
 from gateway import artefacts, errors
 from gateway.artefacts import Candidate
 from gateway.config.arguments import parse_args
+from gateway.config.locations import folders
 from gateway.config.parse import empty, parse_text
 from gateway.config.settings import Settings
 from gateway.devices.nvml import gpus
@@ -102,7 +103,9 @@ def _from(build: int, file: str) -> str:
 
 def _version(settings: Settings, model: str, version: int | None) -> tuple[Path, str]:
     """The folder of a version and the name of its model file. Raises `GatewayError`."""
-    found = [folder for path in settings.model_repository for folder in layout.models(path) if folder.name == model]
+    found = [
+        folder for path in folders(settings.model_repository) for folder in layout.models(path) if folder.name == model
+    ]
     if not found:
         raise errors.NotFound(f"model '{model}' is in no model repository")
     folder = found[0]

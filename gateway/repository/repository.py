@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,6 +24,7 @@ from gateway.repository import layout
 from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest
 from gateway.repository.roots import LocalRoot, ModelFiles, Root
 from gateway.repository.uploaded import FILE, uploaded
+from gateway.telemetry import Family
 from gateway.types import ModelIO
 
 AskRemote: TypeAlias = Callable[[str, Mapping[str, str]], ModelConfigProto]
@@ -128,6 +129,13 @@ class Repository:
     def folder(self, name: str) -> Path:
         """Where a model's configuration lies here. Raises as `read` does."""
         return self._open(name).folder
+
+    def metrics(self) -> list[Family]:
+        """What there is to tell of the places themselves, each metric once."""
+        told: dict[str, Family] = {}
+        for family in (family for root in self._roots for family in root.metrics()):
+            told.setdefault(family.name, replace(family, samples=[])).samples.extend(family.samples)
+        return [*told.values()]
 
     def read(self, name: str, parameters: Mapping[str, str] | None = None) -> ModelSource:
         """Read one model. `parameters` are a load request's: `config` is JSON used in place of the file, and each

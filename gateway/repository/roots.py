@@ -13,19 +13,31 @@ from typing import Protocol
 from gateway.config.check import plain_name
 from gateway.repository import layout
 from gateway.repository.fingerprint import Fingerprint, fingerprint
+from gateway.telemetry import Family
 
 
 class ModelFiles(Protocol):
-    """The files of one model at one moment.
+    """The files of one model at one moment."""
 
-    `folder` holds, here, what the versions share. `numbers` are those of the versions, lowest first; `ignored` says
-    which folders are none. `lease` keeps here what was fetched for as long as anyone holds it.
-    """
+    @property
+    def folder(self) -> Path:
+        """Where what the versions share lies here. May raise `Unavailable`."""
+        ...
 
-    folder: Path
-    numbers: Sequence[int]
-    ignored: Sequence[str]
-    lease: object
+    @property
+    def numbers(self) -> Sequence[int]:
+        """The versions, lowest first."""
+        ...
+
+    @property
+    def ignored(self) -> Sequence[str]:
+        """A warning for each folder that is no version."""
+        ...
+
+    @property
+    def lease(self) -> object:
+        """Keeps here what was fetched for as long as anyone holds it."""
+        ...
 
     def contents(self, number: int) -> list[str]:
         """The names in a version's folder."""
@@ -63,6 +75,10 @@ class Root(Protocol):
         """The files of a model; None where there is none of this name."""
         ...
 
+    def metrics(self) -> list[Family]:
+        """What there is to tell of the place itself."""
+        ...
+
 
 class LocalFiles:
     """The `ModelFiles` of a folder of this machine."""
@@ -70,9 +86,8 @@ class LocalFiles:
     def __init__(self, folder: Path, lease: object = None) -> None:
         self.folder = folder
         self.lease = lease
-        self._versions, ignored = layout.versions(folder)
-        self.ignored: Sequence[str] = ignored
-        self.numbers: Sequence[int] = tuple(self._versions)
+        self._versions, self.ignored = layout.versions(folder)
+        self.numbers = tuple(self._versions)
 
     def contents(self, number: int) -> list[str]:
         """See `ModelFiles.contents`."""
@@ -113,3 +128,7 @@ class LocalRoot:
             return LocalFiles(folder)
         layout.models(self._path)  # which says so when it cannot be read
         return None
+
+    def metrics(self) -> list[Family]:
+        """See `Root.metrics`."""
+        return []
