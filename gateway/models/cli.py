@@ -64,6 +64,7 @@ def _lint(argv: Sequence[str]) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     options, rest = parser.parse_known_args(argv)
     settings = _settings(parser, options, rest)
+    folders(settings.model_repository)  # raises where they are none
     gpus = engines.gpus()
     repository = open_repository(settings, gpus)
     linter = Linter(
@@ -74,7 +75,6 @@ def _lint(argv: Sequence[str]) -> int:
         settings.model_config_name,
         settings.default_max_batch_size,
     )
-    folders(settings.model_repository)
     found = repository.scan()
     if unknown := [name for name in options.models if name not in found]:
         raise errors.NotFound(f"model '{unknown[0]}' is in no model repository")

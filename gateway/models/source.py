@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from gateway import engines
+from gateway.config.credentials import credentials
+from gateway.config.environment import cache_folder
 from gateway.config.locations import Location
 from gateway.config.settings import Settings
 from gateway.repository import Repository, Root
@@ -39,17 +40,17 @@ def _roots(settings: Settings) -> list[Path | Root]:
         return [place for place in settings.model_repository if isinstance(place, Path)]
     from gateway.repository.remote.cache import Cache
     from gateway.repository.remote.root import RemoteRoot
-    from gateway.repository.remote.store import connect, require_driver
+    from gateway.repository.remote.store import Store, connect, require_driver
 
-    folder = settings.repository_cache_dir
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "lockgate")
-    cache = Cache(folder, settings.repository_cache_bytes)
+    def sign_in(place: Location) -> Store:
+        return connect(place, credentials(place))
+
+    cache = Cache(settings.repository_cache_dir or cache_folder(), settings.repository_cache_bytes)
     roots: list[Path | Root] = []
     for place in settings.model_repository:
         if isinstance(place, Path):
             roots.append(place)
         else:
             require_driver(place)
-            roots.append(RemoteRoot(place, cache, partial(connect, place), required=settings.exit_on_error))
+            roots.append(RemoteRoot(place, cache, partial(sign_in, place), required=settings.exit_on_error))
     return roots

@@ -138,7 +138,8 @@ class Worker:
 
     async def _load(self, model: _Model, command: Load) -> None:
         try:
-            source = await asyncio.to_thread(self._read, model.name, command.parameters)
+            async with self._loading:  # a model of a remote repository is brought here first
+                source = await asyncio.to_thread(self._read, model.name, command.parameters)
             await self._gather(model, source.config)
         except errors.GatewayError as problem:
             raise self._unreadable(model, problem) from None

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,8 +16,10 @@ from tritonclient.utils import InferenceServerException
 
 from gateway.app import Gateway, running
 from gateway.config.settings import Settings
+from gateway.repository import Repository
 from tests.artefacts_support import adder, write_adder
 from tests.support import until
+from tests.system.process import GatewayProcess, ending
 
 CONFIG = json.dumps({"backend": "onnxruntime", "max_batch_size": "4"})
 WIRES = ["http", "grpc"]
@@ -207,3 +210,62 @@ async def test_readiness_is_strict_unless_told(folder: Path) -> None:
         async with serving(folder, **options) as gateway, connected(gateway, "http") as client:
             assert await client.is_server_ready() is not strict
             assert await added(client, "http") == 0.0
+
+
+async def test_so_many_models_are_read_side_by_side_as_the_setting_says(folder: Path, monkeypatch) -> None:
+    for name in "abcdef":
+        write_adder(folder, name)
+    counting, both, reading, most = threading.Lock(), threading.Barrier(2), 0, 0
+    read = Repository.read
+
+    def counted(*arguments: object) -> object:
+        nonlocal reading, most
+        with counting:
+            reading += 1
+            most = max(most, reading)
+        both.wait(10)  # two at a time there must be
+        try:
+            return read(*arguments)
+        finally:
+            with counting:
+                reading -= 1
+
+    monkeypatch.setattr(Repository, "read", counted)
+    async with serving(folder, model_control_mode="none", model_load_thread_count=2) as gateway:
+        assert {entry[0] for entry, told in (await index(gateway)).items() if told[0] == "READY"} == set("abcdef")
+    assert most == 2
+
+
+@pytest.mark.parametrize("exits", [True, False])
+def test_a_model_that_fails_at_start_ends_the_server_if_it_shall(folder: Path, exits: bool) -> None:
+    write_adder(folder)
+    (write_adder(folder, "broken") / "model.onnx").write_bytes(b"x")
+    flags = ("--model-repository", str(folder), "--exit-on-error", str(exits).lower(), "--cpu-cores", "1")
+    with ending(GatewayProcess(*flags)) as gateway:
+        gateway.wait_for("exit_on_error" if exits else "listening")
+        if exits:
+            assert gateway.process.wait(timeout=20) == 1
+        else:
+            gateway.wait_ready()
+            assert gateway.terminate() == 0
+
+
+async def test_dependents_are_unloaded_when_it_is_asked_for(folder: Path) -> None:
+    write_adder(folder)
+    step = 'input_map { key: "IN" value: "IN" } output_map { key: "OUT" value: "OUT" }'
+    tensors = 'input { name: "IN" data_type: TYPE_FP32 dims: 2 } output { name: "OUT" data_type: TYPE_FP32 dims: 2 }'
+    (folder / "whole" / "1").mkdir(parents=True)
+    (folder / "whole" / "config.pbtxt").write_text(
+        f'platform: "ensemble" max_batch_size: 4 {tensors} '
+        f'ensemble_scheduling {{ step {{ model_name: "adder" model_version: -1 {step} }} }}'
+    )
+    async with serving(folder) as gateway:
+        for wire in WIRES:
+            async with connected(gateway, wire) as client:
+                await client.load_model("whole")
+                assert await added(client, wire, "whole") == await added(client, wire) == 0.0
+                await client.unload_model("whole")
+                assert await client.is_model_ready("adder")
+                await client.load_model("whole")
+                await client.unload_model("whole", unload_dependents=True)
+                await until(lambda: not gateway.service.ready_versions("adder"))

@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -29,7 +30,7 @@ class Bucket:
         self.files.pseudo_dirs = [""]
         self.folder, self.name, self.limit = cache, name, limit
         self.got: list[str] = []
-        self.fails: Exception | None = None
+        self.fails: Exception | Callable[[], Exception] | None = None
         self.during: list[object] = []  # called while a file is downloaded
         self.repository = self.read_by_another()
 
@@ -42,11 +43,7 @@ class Bucket:
     def _connect(self) -> Store:
         return Store(_Watched(self), f"/{self.name}/models", "models")
 
-    def put(self, **files: bytes | str) -> None:
-        for name, content in files.items():
-            self.put_at(name, content)
-
-    def put_at(self, path: str, content: bytes | str = b"") -> None:
+    def put(self, path: str, content: bytes | str = b"") -> None:
         self.files.pipe(f"/{self.name}/models/{path}", content if isinstance(content, bytes) else content.encode())
 
     def remove(self, path: str) -> None:
@@ -67,7 +64,7 @@ class _Watched:
 
     def _asked(self, name, *arguments, **more):
         if self._bucket.fails is not None:
-            raise self._bucket.fails
+            raise self._bucket.fails() if callable(self._bucket.fails) else self._bucket.fails
         return getattr(self._bucket.files, name)(*arguments, **more)
 
     def ls(self, *arguments, **more):
@@ -102,9 +99,9 @@ def refused(bucket: Bucket, name: str = "m") -> str:
 
 
 def test_a_model_is_read_from_what_is_brought_here(bucket: Bucket) -> None:
-    bucket.put_at("m/config.pbtxt", "max_batch_size: 16")
-    bucket.put_at("m/1/model.onnx", b"one")
-    bucket.put_at("m/1/more/weights", b"weights")
+    bucket.put("m/config.pbtxt", "max_batch_size: 16")
+    bucket.put("m/1/model.onnx", b"one")
+    bucket.put("m/1/more/weights", b"weights")
     assert list(bucket.repository.scan()) == ["m"]
     source = bucket.repository.read("m")
     assert source.config.max_batch_size == 16
@@ -119,26 +116,26 @@ def test_a_model_is_read_from_what_is_brought_here(bucket: Bucket) -> None:
 
 def test_only_the_versions_that_the_policy_chooses_are_brought_here(bucket: Bucket) -> None:
     for number in (1, 2, 10):
-        bucket.put_at(f"m/{number}/model.onnx", f"version {number}")
+        bucket.put(f"m/{number}/model.onnx", f"version {number}")
     source = bucket.repository.read("m")
     assert list(source.versions) == [10]
     assert bucket.downloads() == ["m/10/model.onnx"]
-    bucket.put_at("m/config.pbtxt", "version_policy { specific { versions: [ 1, 2 ] } }")
+    bucket.put("m/config.pbtxt", "version_policy { specific { versions: [ 1, 2 ] } }")
     assert list(bucket.repository.read("m").versions) == [1, 2]
     assert bucket.downloads() == ["m/1/model.onnx", "m/2/model.onnx", "m/config.pbtxt"]
 
 
 def test_a_new_version_leaves_the_others_where_they_are(bucket: Bucket) -> None:
-    bucket.put_at("m/config.pbtxt", "version_policy { all {} }")
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/config.pbtxt", "version_policy { all {} }")
+    bucket.put("m/1/model.onnx", "one")
     before = bucket.repository.read("m")
     bucket.downloads()
-    bucket.put_at("m/2/model.onnx", "two")
+    bucket.put("m/2/model.onnx", "two")
     after = bucket.repository.read("m")
     assert bucket.downloads() == ["m/2/model.onnx"]
     assert after.versions[1] == before.versions[1]
     assert after.fingerprint.of(1) == before.fingerprint.of(1)
-    bucket.put_at("m/2/model.onnx", "2")
+    bucket.put("m/2/model.onnx", "2")
     changed = bucket.repository.read("m")
     assert (changed.versions[1], changed.versions[2]) != (after.versions[1], after.versions[2])
     assert changed.versions[1] == after.versions[1]
@@ -147,16 +144,16 @@ def test_a_new_version_leaves_the_others_where_they_are(bucket: Bucket) -> None:
 
 
 def test_a_version_without_files_may_be_a_folder(bucket: Bucket) -> None:
-    bucket.put_at("m/config.pbtxt", 'backend: "fake"')
+    bucket.put("m/config.pbtxt", 'backend: "fake"')
     bucket.files.makedirs(f"/{bucket.name}/models/m/1")
     assert "input" in refused(bucket)  # and not that there is no version
     assert bucket.repository.scan().keys() == {"m"}
 
 
 def test_names_that_lead_elsewhere_and_hidden_ones_are_no_files(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     for path in ("m/1/.git/x", ".hidden/1/model.onnx", "_old/1/model.onnx", "m/1/__pycache__/x.pyc", "README.md"):
-        bucket.put_at(path, "x")
+        bucket.put(path, "x")
     bucket.files.store[f"/{bucket.name}/models/m/1/../../../../x"] = bucket.files.store[
         f"/{bucket.name}/models/m/1/model.onnx"
     ]
@@ -169,13 +166,13 @@ def test_names_that_lead_elsewhere_and_hidden_ones_are_no_files(bucket: Bucket) 
 
 
 def test_the_folder_of_one_model_is_no_repository(bucket: Bucket) -> None:
-    bucket.put_at("config.pbtxt")
+    bucket.put("config.pbtxt")
     with pytest.raises(InvalidArgument, match="'models' is the folder of one model"):
         bucket.repository.scan()
 
 
 def test_a_name_that_a_folder_has_too_is_refused(bucket: Bucket, tmp_path: Path) -> None:
-    bucket.put_at("m/1/model.onnx")
+    bucket.put("m/1/model.onnx")
     (tmp_path / "local/m/1").mkdir(parents=True)
     repository = Repository([tmp_path / "local", bucket.root], lambda _: IO)
     with pytest.raises(InvalidArgument, match=r"appears in two or more repositories \('local', 'models'\)"):
@@ -186,13 +183,13 @@ def test_a_name_that_a_folder_has_too_is_refused(bucket: Bucket, tmp_path: Path)
 
 
 def test_changes_are_told_from_the_listing_alone(bucket: Bucket) -> None:
-    bucket.put_at("a/1/model.onnx", "a")
-    bucket.put_at("b/1/model.onnx", "b")
+    bucket.put("a/1/model.onnx", "a")
+    bucket.put("b/1/model.onnx", "b")
     first = bucket.repository.changes({})
     assert first.added == ("a", "b")
     assert bucket.repository.changes(first.now).now == first.now
-    bucket.put_at("a/1/model.onnx", "A")  # of the same size
-    bucket.put_at("c/1/model.onnx", "c")
+    bucket.put("a/1/model.onnx", "A")  # of the same size
+    bucket.put("c/1/model.onnx", "c")
     bucket.remove("b")
     second = bucket.repository.changes(first.now)
     assert (second.added, second.changed, second.removed) == (("c",), ("a",), ("b",))
@@ -213,7 +210,7 @@ def metrics(bucket: Bucket) -> dict[str, float]:
 
 def test_what_a_store_had_stays_known_while_it_cannot_be_reached(bucket: Bucket, caplog) -> None:
     caplog.set_level("INFO", "gateway")
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     before = bucket.repository.changes({})
     assert metrics(bucket) == {"reachable": 1, "failures_total": 0, "downloaded_bytes_total": 0}
     bucket.fails = ConnectionError("secret.example refused")
@@ -250,7 +247,7 @@ def test_a_repository_that_is_not_there_is_said_to_be_missing(bucket: Bucket) ->
 
 
 def test_a_download_that_failed_is_tried_again_at_the_next_poll(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     before = bucket.repository.changes({})
 
     def lost() -> None:
@@ -265,18 +262,40 @@ def test_a_download_that_failed_is_tried_again_at_the_next_poll(bucket: Bucket) 
 
 
 def test_a_file_that_changes_while_it_is_downloaded_is_not_taken(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
-    bucket.during = [lambda: bucket.put_at("m/1/model.onnx", "two")]
+    bucket.put("m/1/model.onnx", "one")
+    bucket.during = [lambda: bucket.put("m/1/model.onnx", "two")]
     assert refused(bucket) == "'m/1/model.onnx' changed while it was downloaded; load the model again"
     (folder,) = bucket.repository.read("m").versions.values()
     assert (folder / "model.onnx").read_text() == "two"
+
+
+def test_one_caller_finds_out_whether_the_store_is_back_and_the_others_do_not_wait(bucket: Bucket) -> None:
+    bucket.put("m/1/model.onnx", "one")
+    assert list(bucket.repository.scan()) == ["m"]
+    bucket.fails = ConnectionError("refused")
+    bucket.repository.scan()
+    asked, answered = threading.Event(), threading.Event()
+
+    def slowly() -> ConnectionError:
+        asked.set()
+        answered.wait(10)
+        return ConnectionError("refused")
+
+    bucket.fails = slowly
+    slow = threading.Thread(target=bucket.repository.scan)
+    slow.start()
+    asked.wait(10)
+    assert list(bucket.repository.scan()) == ["m"]
+    assert slow.is_alive()
+    answered.set()
+    slow.join()
 
 
 # --- the cache
 
 
 def test_what_is_here_is_not_downloaded_again_by_whomever(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     first = bucket.repository.read("m")
     bucket.downloads()
     second = bucket.read_by_another().read("m")
@@ -286,7 +305,7 @@ def test_what_is_here_is_not_downloaded_again_by_whomever(bucket: Bucket) -> Non
 
 def test_equal_contents_lie_there_once(bucket: Bucket) -> None:
     for model in ("a", "b"):
-        bucket.put_at(f"{model}/1/model.onnx", "equal")
+        bucket.put(f"{model}/1/model.onnx", "equal")
     sources = [bucket.repository.read(name) for name in ("a", "b")]
     files = [source.versions[1] / "model.onnx" for source in sources]
     assert files[0].samefile(files[1])
@@ -295,7 +314,7 @@ def test_equal_contents_lie_there_once(bucket: Bucket) -> None:
 
 
 def test_a_damaged_file_is_downloaded_again(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "whole")
+    bucket.put("m/1/model.onnx", "whole")
     (folder,) = bucket.repository.read("m").versions.values()
     bucket.downloads()
     gc.collect()
@@ -309,7 +328,7 @@ def test_the_oldest_that_nobody_uses_makes_room(bucket: Bucket) -> None:
     bucket.limit = 250
     repository = bucket.read_by_another()
     for name in "abcd":
-        bucket.put_at(f"{name}/1/model.onnx", name * 100)
+        bucket.put(f"{name}/1/model.onnx", name * 100)
     used = repository.read("a")
     repository.read("b")
     gc.collect()
@@ -330,14 +349,14 @@ def test_what_is_in_use_stays_even_where_there_is_no_room(bucket: Bucket, caplog
     bucket.limit = 150
     repository = bucket.read_by_another()
     for name in "ab":
-        bucket.put_at(f"{name}/1/model.onnx", name * 100)
+        bucket.put(f"{name}/1/model.onnx", name * 100)
     sources = [repository.read(name) for name in "ab"]
     assert [(each.versions[1] / "model.onnx").stat().st_size for each in sources] == [100, 100]
     assert "repository_cache_full" in caplog.text
 
 
 def test_what_a_process_left_unfinished_is_removed_by_the_next(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     left = bucket.folder / "new" / "left"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
@@ -346,7 +365,7 @@ def test_what_a_process_left_unfinished_is_removed_by_the_next(bucket: Bucket) -
 
 
 def test_two_that_want_a_model_at_once_download_it_once(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     repositories = [bucket.read_by_another() for _ in range(4)]
     found: list[Path] = []
     threads = [
@@ -367,13 +386,13 @@ def test_without_links_each_model_has_files_of_its_own(bucket: Bucket, monkeypat
 
     monkeypatch.setattr(os, "link", link)
     for model in ("a", "b"):
-        bucket.put_at(f"{model}/1/model.onnx", "equal")
+        bucket.put(f"{model}/1/model.onnx", "equal")
     contents = [(bucket.repository.read(name).versions[1] / "model.onnx").read_text() for name in "ab"]
     assert contents == ["equal", "equal"]
 
 
 def test_a_cache_folder_that_cannot_be_used_is_named_by_its_setting(bucket: Bucket) -> None:
-    bucket.put_at("m/1/model.onnx", "one")
+    bucket.put("m/1/model.onnx", "one")
     bucket.folder.write_text("a file")
     assert refused(bucket) == (
         "the cache of remote models cannot be used: Not a directory. Check --repository-cache-dir"

@@ -38,6 +38,7 @@ class RemoteRoot:
         self._connect = connect
         self._required = required
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._opened: Store | None = None
         self._names: Sequence[str] | None = None
         self._prints: Mapping[str, Fingerprint] = {}
@@ -53,11 +54,15 @@ class RemoteRoot:
 
     def models(self) -> Sequence[str]:
         """See `Root.models`; where the store cannot be reached, those that it had."""
+        if not self._asking.acquire(blocking=self._reachable):
+            return self._names or ()  # somebody else finds out whether it can be reached again
         try:
             self._names = self._asked(self._top)
         except Unreachable:
             if self._names is None and self._required:
                 raise
+        finally:
+            self._asking.release()
         return self._names or ()
 
     def fingerprints(self) -> Mapping[str, Fingerprint]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 from gateway.config.check import plain_name
 from gateway.config.locations import Location
 from gateway.errors import InvalidArgument, Unavailable
-from gateway.repository.remote.credentials import credentials
 
 _DRIVERS = {
     "s3": ("s3fs", "S3FileSystem"),
@@ -26,7 +24,8 @@ _DRIVERS = {
 }
 # What changes when the content does, by the names of the stores; then what comes near.
 _TAGS = ("ETag", "etag", "blob_id", "md5Hash", "generation", "content_md5", "mtime", "created", "LastModified")
-_PATIENCE = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}}
+# s3fs tries five times on top of this.
+_PATIENCE = {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 2, "mode": "standard"}}
 
 
 class Entry(NamedTuple):
@@ -61,11 +60,11 @@ def require_driver(location: Location) -> None:
         )
 
 
-def connect(location: Location, environ: Mapping[str, str] = os.environ) -> Store:
-    """The store of a location. Imports its driver; asks the store nothing yet. Raises `Unreachable`."""
+def connect(location: Location, credentials: Mapping[str, str]) -> Store:
+    """The store of a location; `credentials` are as `config.credentials` reads them. Imports its driver; asks the store nothing yet. Raises `Unreachable`."""
     package, driver = _DRIVERS[location.scheme]
     file_system = getattr(importlib.import_module(package), driver)
-    options = _options(location, credentials(location, environ))
+    options = _options(location, credentials)
     with _reading(location.name):
         # Made once and for this process alone: another one's event loop is of no use after a fork.
         made = file_system(**options, skip_instance_cache=True, use_listings_cache=False)

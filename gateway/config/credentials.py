@@ -7,6 +7,7 @@ empty one fits all. What neither says is left to the store's own library, which 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ _ENVIRONMENT = {
 }
 
 
-def credentials(location: Location, environ: Mapping[str, str]) -> dict[str, str]:
-    """What to sign in with, by the names of Triton's file (`path` for gs and `token` for hf); what is empty is left out.
+def credentials(location: Location, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What to sign in with now, by the names of Triton's file (`path` for gs and `token` for hf); what is empty is left out.
 
     Raises `InvalidArgument` for a file that cannot be read; its content is never told.
     """
