@@ -11,7 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BeforeValidator
+from pydantic_settings import NoDecode
 
 from gateway.errors import InvalidArgument
 
@@ -70,9 +73,17 @@ def read_place(value: Any) -> Path | Location:
     return Location(scheme, "/".join(parts), host)
 
 
-def split_places(text: str) -> list[str]:
-    """The places in a list that is separated as the system separates paths."""
-    return _PLACE.findall(text) if os.pathsep == ":" else text.split(os.pathsep)
+def split_places(value: Any) -> Any:
+    """The places in a text that is separated as the system separates paths; of anything else nothing is made."""
+    if not isinstance(value, str):
+        return value
+    return _PLACE.findall(value) if os.pathsep == ":" else value.split(os.pathsep)
+
+
+Places: TypeAlias = Annotated[
+    tuple[Annotated[Path | Location, BeforeValidator(read_place)], ...], NoDecode, BeforeValidator(split_places)
+]
+"""The type of the setting `model_repository`."""
 
 
 def folders(places: Sequence[Path | Location]) -> list[Path]:

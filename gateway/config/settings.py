@@ -12,10 +12,12 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
 
-from gateway.config.locations import Location, read_place, split_places
+from gateway.config.client_memory import check_client_memory
+from gateway.config.locations import Places
+from gateway.config.rate_limit import RateLimits
 from gateway.config.restricted import checked_pattern, read_restricted
 from gateway.config.trace import read_trace_config
 
@@ -27,24 +29,18 @@ def _setting(default: Any, group: str, description: str, **constraints: Any) -> 
     return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
 
 
-class Settings(BaseSettings):
+class Settings(RateLimits):
     """One process's settings. Raises pydantic's `ValidationError`, a `ValueError`, for a bad or unsafe value."""
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
 
-    model_repository: Annotated[tuple[Annotated[Path | Location, BeforeValidator(read_place)], ...], NoDecode] = (
-        _setting(
-            (),
-            "models",
-            "folder of models, or s3://, gs://, as://, hf://; repeat for several (variable: separated by ':')",
-        )
+    model_repository: Places = _setting(
+        (), "models", "folder of models, or s3://, gs://, as://, hf://; repeat for several (variable: separated by ':')"
     )
     repository_cache_dir: Path | None = _setting(
         None, "models", "folder for the files of remote repositories (default: lockgate in the user's cache folder)"
     )
-    repository_cache_bytes: PositiveInt = _setting(
-        64 << 30, "models", "bytes in that folder, or as many more as are in use"
-    )
+    repository_cache_bytes: PositiveInt = _setting(64 << 30, "models", "bytes in that folder, or as many as are in use")
     model_control_mode: Literal["none", "poll", "explicit"] = _setting(
         "none",
         "models",
@@ -239,6 +235,9 @@ class Settings(BaseSettings):
     allow_client_shm: bool = _setting(
         False, "safety", "let clients of this machine pass tensors in shared memory that they register"
     )
+    client_shm_redis: str = _setting(
+        "", "safety", "URL of a Redis for tensors of clients, by keys; with --allow-client-shm"
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
@@ -262,11 +261,6 @@ class Settings(BaseSettings):
     record_inputs: bool = _setting(False, "logging", "record the tensors too, a .npz file for each request")
     record_sample: float = _setting(1.0, "logging", "share of the requests that is recorded", gt=0, le=1)
     record_max_bytes: PositiveInt = _setting(256 * MIB, "logging", "bytes to record at most")
-
-    @field_validator("model_repository", mode="before")
-    @classmethod
-    def _split_paths(cls, value: Any) -> Any:
-        return split_places(value) if isinstance(value, str) else value
 
     @field_validator("load_model", "webhook_allow", mode="before")
     @classmethod
@@ -356,6 +350,7 @@ class Settings(BaseSettings):
                 "--allow-client-shm needs one process that takes requests, or processes that tell each other what clients "
                 "register: --queue embedded or a Redis, and --queue-shared-memory, by which they know that they are on one host"
             )
+        check_client_memory(self.client_shm_redis, self.queue_prefix, allowed=self.allow_client_shm)
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self

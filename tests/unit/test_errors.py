@@ -26,11 +26,19 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "Internal": (13, 500, False, ""),
     "Crashed": (13, 500, False, "crashed"),
     "Quarantined": (13, 500, False, "quarantined"),
+    "SequenceLost": (10, 409, False, "sequence_lost"),
     "Unauthenticated": (16, 401, False, ""),
     "PermissionDenied": (7, 403, False, ""),
     "MethodNotAllowed": (12, 405, False, ""),
 }
-STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS", 13: "INTERNAL"}
+STATUS = {
+    8: "RESOURCE_EXHAUSTED",
+    4: "DEADLINE_EXCEEDED",
+    14: "UNAVAILABLE",
+    6: "ALREADY_EXISTS",
+    10: "ABORTED",
+    13: "INTERNAL",
+}
 ARGUMENTS = {
     "str": "x",
     "int": 1,
