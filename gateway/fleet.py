@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from gateway import errors
 from gateway.config.settings import Settings
 from gateway.config.trace import read_trace_config
+from gateway.engines.measures import Measures
 from gateway.queues.base import Queue
 from gateway.queues.figures import FleetFigures
 from gateway.queues.memory import MemoryQueue
 from gateway.service.controls import Controls
+from gateway.service.measures import QUESTION as MEASURES
+from gateway.service.measures import FleetMeasures
 from gateway.service.registers import QUESTION as SETTINGS
 from gateway.service.reports import QUESTION as EXPLAIN
 from gateway.service.reports import WorkerReports
@@ -60,6 +63,14 @@ class Fleet:
         if self.redis is not None:
             self.redis.answers[SETTINGS] = controls.registers.answer
         return controls
+
+    def measures(self, own: Measures) -> FleetMeasures:
+        """The metrics of models' code in all processes; `own` are this one's."""
+        if self.redis is None:
+            return FleetMeasures(own)
+        measures = FleetMeasures(own, self.process, self.redis.ask)
+        self.redis.answers[MEASURES] = measures.answer
+        return measures
 
     def reports(self, explain: Explain | None) -> WorkerReports | None:
         """What all workers say of a version; `explain` is this process's own, if it has one."""

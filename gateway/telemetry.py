@@ -241,7 +241,7 @@ class Span:
     started: int
     ended: int
     attributes: Mapping[str, str] = field(default_factory=dict)
-    events: Mapping[str, int] = field(default_factory=dict)
+    events: tuple[tuple[str, int], ...] = ()
     error: str = ""
     children: tuple[Span, ...] = ()
 
@@ -281,7 +281,7 @@ class Spans:
         sent = self._tracer.start_span(
             span.name, parent, kind=kind, attributes=dict(span.attributes), start_time=span.started + offset
         )
-        for name, ns in span.events.items():
+        for name, ns in span.events:
             sent.add_event(name, timestamp=ns + offset)
         if span.error:
             sent.set_status(self._api.Status(self._api.StatusCode.ERROR, span.error))

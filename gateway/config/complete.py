@@ -61,13 +61,14 @@ def _matches(proto: ModelConfigProto, known: Format, files: Collection[str]) -> 
 def complete(proto: ModelConfigProto, io: ModelIO, default_max_batch_size: int, source: Source) -> ModelConfigProto:
     """Fill max_batch_size, dynamic_batching, input and output from what the model file says of itself.
 
-    A configuration with both input and output is returned as it is. Raises `InvalidArgument` when it asks for
+    Optional inputs are the configuration's to name. A configuration with both input and output is returned as it is. Raises `InvalidArgument` when it asks for
     batches and the model cannot take them.
     """
     result = _copy(proto)
     if result.input and result.output:
         return result
-    if all(tensor.shape and tensor.shape[0] == -1 for tensor in (*io.inputs, *io.outputs)):
+    inputs = [spec for spec in io.inputs if not spec.optional]
+    if all(tensor.shape and tensor.shape[0] == -1 for tensor in (*inputs, *io.outputs)):
         result.max_batch_size = result.max_batch_size or default_max_batch_size
         scheduled = result.HasField("sequence_batching") or result.HasField("dynamic_batching")
         if result.max_batch_size > 1 and not scheduled:
@@ -81,17 +82,18 @@ def complete(proto: ModelConfigProto, io: ModelIO, default_max_batch_size: int, 
     batched = result.max_batch_size > 0
     kept = _kept(result)
     if not result.input:
-        _add(result.input, [spec for spec in io.inputs if spec.name not in kept], batched=batched)
+        _add(result.input, [spec for spec in inputs if spec.name not in kept], batched=batched)
     if not result.output:
         _add(result.output, [spec for spec in io.outputs if spec.name not in kept], batched=batched)
     return result
 
 
 def _kept(proto: ModelConfigProto) -> set[str]:
-    """What is filled in and kept for a model of sequences, and is no business of clients."""
+    """What is filled in for a batch, or kept for a sequence, and is no business of clients."""
     sequences = proto.sequence_batching
     states = {name for state in sequences.state for name in (state.input_name, state.output_name)}
-    return states | {control.name for control in sequences.control_input}
+    made = {name for each in proto.batch_input for name in each.target_name}
+    return states | made | {control.name for control in sequences.control_input}
 
 
 def adopt(proto: ModelConfigProto, theirs: ModelConfigProto) -> ModelConfigProto:

@@ -57,7 +57,6 @@ _SAGEMAKER = (
     "remove it; put a proxy that maps /ping and /invocations to /v2/health/ready and /v2/models/MODEL/infer in front"
 )
 _VERTEX = "remove it; put a proxy that maps Vertex AI's routes to /v2/health/ready and /v2/models/MODEL/infer in front"
-_RATE = "remove it; instances share a device by its slots, and instance_group count says how many run at once"
 _LEVELS = "remove it; levels are switched while the server runs, by POST /v2/logging, and --log-verbose adds more"
 
 FLAGS: dict[str, Flag] = dict(
@@ -157,10 +156,10 @@ FLAGS: dict[str, Flag] = dict(
         # response cache
         ("cache-config", Flag("response_cache_bytes")),
         ("response-cache-byte-size", Flag("response_cache_bytes")),
-        _only("cache-directory", (), _PLUGIN + "; --cache-config local,size=N needs none"),
+        _only("cache-directory", ("/opt/tritonserver/caches",), _PLUGIN + "; --cache-config local,size=N needs none"),
         # rate limiter
-        _only("rate-limit", ("off",), _RATE),
-        _only("rate-limit-resource", (), _RATE),
+        _same("rate-limit"),
+        _same("rate-limit-resource"),
         # memory and devices
         _only("pinned-memory-pool-byte-size", ("0",), _POOL),
         _only(
@@ -176,9 +175,9 @@ FLAGS: dict[str, Flag] = dict(
         _only("host-policy", (), "remove it, and give a model the parameter cpu_affinity"),
         _only("model-load-gpu-limit", (), "remove it, and set gpu_mem_limit in a model's execution accelerator"),
         # backends
-        _only("backend-directory", (), _PLUGIN),
+        _only("backend-directory", ("/opt/tritonserver/backends",), _PLUGIN),
         ("backend-config", Flag("default_max_batch_size")),
-        _only("repoagent-directory", (), _PLUGIN),
+        _only("repoagent-directory", ("/opt/tritonserver/repoagents",), _PLUGIN),
         # deprecated
         ("strict-model-config", Flag("disable_auto_complete_config", kind="bool")),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -285,7 +286,10 @@ def _fallback(spec: EngineSpec, provider: str) -> tuple[str, ...]:
 
 def _describe(session: Session, label: str) -> ModelIO:
     return ModelIO(
-        tuple(_spec(node, "input", label) for node in session.get_inputs()),
+        (
+            *(_spec(node, "input", label) for node in session.get_inputs()),
+            *(replace(_spec(node, "input", label), optional=True) for node in session.get_overridable_initializers()),
+        ),
         tuple(_spec(node, "output", label) for node in session.get_outputs()),
     )
 

@@ -260,7 +260,7 @@ class DeadlineScheduler(Registry[W]):
 
     def _assign(self, device: Device[W], now: float, answer: Dispatch[W]) -> float:
         """Start one batch, of the most urgent lane that has one. Returns when to ask again at the latest."""
-        passed: set[Lane[W]] = set()
+        passed = set(self._held.get(device.name, ())) if self._held else set()
         asks = math.inf
         while (head := most_urgent(device, passed)) is not None:
             lane, seat = head.lane, head.seat

@@ -168,12 +168,13 @@ def _by_reason(
 @dataclass(frozen=True, slots=True)
 class Own:
     """What a process tells beside the sums over the fleet: its machine's devices, the models as its queue has them, and
-    its child processes, which takes a look at files.
+    its child processes, which takes a look at files; and what the code of models keeps, in the whole fleet.
     """
 
     devices: DeviceMetrics = field(default_factory=DeviceMetrics)
     pools: Callable[[], Iterable[PoolState]] = tuple
     children: Callable[[], list[Family]] = list
+    measures: Callable[[], Awaitable[list[Family]]] | None = None
 
 
 class MetricsApp:
@@ -229,6 +230,7 @@ class MetricsApp:
                 *await self._queue.collect(statistics),
                 Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
                 *self._own.devices.gpus(),
+                *(await self._own.measures() if self._own.measures is not None else ()),
             ]
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)

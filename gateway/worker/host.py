@@ -32,12 +32,12 @@ from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
-from gateway.worker.probe import measurable, measure
+from gateway.worker.probe import measure
 from gateway.worker.running import count, digest, state, where
 from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat, Slots
 from gateway.worker.source import Source
-from gateway.worker.warmup import warm_up
+from gateway.worker.warmup import measurable, warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
 _FEW = 3  # runs
@@ -108,6 +108,7 @@ class Host:
                 if row is not None:
                     rows[where(engine, placement)[0]] = row
             priors = await self._read_priors() if self._persists else {}
+            self._slots.require(self, self._engines)
         except BaseException:
             await self._close_engines()
             raise
@@ -202,7 +203,7 @@ class Host:
             while True:
                 self._moved.clear()
                 for _ in range(seats, instance.engine.concurrency):
-                    seat = self._slots.seat(self, where(instance.engine, placement)[0])
+                    seat = self._slots.seat(self, where(instance.engine, placement)[0], instance.engine)
                     self._seats.append((seat, instance.engine, placement))
                     tasks.create_task(instance.serve(seat))
                 seats = max(seats, instance.engine.concurrency)

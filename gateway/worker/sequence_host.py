@@ -93,7 +93,7 @@ class SequenceHost(Host):
         index = next(index for index, (each, _) in enumerate(self._engines) if each is engine)
         source = self.source
         instance = SequenceInstance(engine, source.config, source.version, self._statistics, self._rows[index])
-        seat = self._slots.seat(self._lane_of(engine), where(engine, placement)[0])
+        seat = self._slots.seat(self._lane_of(engine), where(engine, placement)[0], engine)
         self._seats.append((seat, engine, placement))
         await instance.serve(index, self._line, seat)
 

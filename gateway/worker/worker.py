@@ -17,6 +17,7 @@ import msgspec
 
 from gateway import errors
 from gateway.config.model import ModelConfig
+from gateway.config.rate_limit import ResourceCounts
 from gateway.engines.isolated.children import Children
 from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
@@ -26,7 +27,9 @@ from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.ensemble import UNLOADED, Drained, EnsembleHost
 from gateway.worker.host import Host
+from gateway.worker.limited_slots import LimitedSlots
 from gateway.worker.needs import Needs
+from gateway.worker.resources import Resources
 from gateway.worker.sequence_host import SequenceHost
 from gateway.worker.slots import Slots
 from gateway.worker.source import Source
@@ -87,6 +90,10 @@ class Worker:
         self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
         self._tasks: asyncio.TaskGroup | None = None
+
+    def limit_rates(self, given: ResourceCounts) -> None:
+        """Have instances wait for the resources that they claim; before anything is loaded."""
+        self._slots = LimitedSlots(self._slots.scheduler, Resources(given))
 
     async def run(self) -> None:
         """Carry out the queue's commands until cancelled."""

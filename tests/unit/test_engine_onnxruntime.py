@@ -241,6 +241,21 @@ def test_describe_reads_every_kind_of_dimension(tmp_path: Path) -> None:
     assert io.outputs == (TensorSpec("OUT", DataType.FP32, shape), TensorSpec("T", DataType.FP32, ()))
 
 
+async def test_an_initializer_among_the_inputs_is_an_optional_input(tmp_path: Path) -> None:
+    shape: list[int | str | None] = ["batch", 2]
+    inputs = [value("IN", FLOAT, shape), value("MORE", FLOAT, shape)]
+    node = helper.make_node("Add", ["IN", "MORE"], ["OUT"])
+    start = helper.make_tensor("MORE", FLOAT, [1, 2], [10.0, 20.0])
+    path = write(tmp_path / "m/1", [node], inputs, [value("OUT", FLOAT, shape)], [start])
+    assert engines.describe(path).inputs[1] == TensorSpec("MORE", DataType.FP32, (-1, 2), optional=True)
+    more = RELU + " input { name: 'MORE' data_type: TYPE_FP32 dims: [2] optional: true }"
+    created = await engines.create(spec(path, more))
+    array = np.array([[1, 2], [3, 4]], np.float32)
+    assert (await run(created[0], 2, IN=array))["OUT"].tolist() == [[11, 22], [13, 24]]
+    assert (await run(created[0], 2, IN=array, MORE=array))["OUT"].tolist() == [[2, 4], [6, 8]]
+    await close(created)
+
+
 def test_describe_refuses_what_is_no_tensor(tmp_path: Path) -> None:
     node = helper.make_node("SequenceConstruct", ["IN"], ["OUT"])
     output = helper.make_tensor_sequence_value_info("OUT", FLOAT, None)

@@ -31,7 +31,14 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "PermissionDenied": (7, 403, False, ""),
     "MethodNotAllowed": (12, 405, False, ""),
 }
-STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS", 10: "ABORTED", 13: "INTERNAL"}
+STATUS = {
+    8: "RESOURCE_EXHAUSTED",
+    4: "DEADLINE_EXCEEDED",
+    14: "UNAVAILABLE",
+    6: "ALREADY_EXISTS",
+    10: "ABORTED",
+    13: "INTERNAL",
+}
 ARGUMENTS = {
     "str": "x",
     "int": 1,

@@ -20,6 +20,7 @@ from gateway.config.settings import Settings
 from gateway.engines.isolated.home import Home, least_crowded
 from gateway.engines.isolated.limits import Isolation
 from gateway.engines.isolated.nursery import Nursery
+from gateway.engines.measures import Measures
 from gateway.statistics import Statistics
 from gateway.telemetry import Family, log_event
 from gateway.types import Infer
@@ -48,6 +49,7 @@ class Children:
         self.wanted = wanted
         self.infer: Infer | None = None  # how models call models, set before anything is loaded
         self.tasks = asyncio.TaskGroup()
+        self.measures = Measures()  # of the code of models
         self.nursery = Nursery(log_format, verbose)
         self._most = most or 4 * len(os.sched_getaffinity(0) if SUPPORTED else (0,))
         self._beat = beat

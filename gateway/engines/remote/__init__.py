@@ -107,7 +107,13 @@ def _check(config: ModelConfig, theirs: ModelConfigProto, address: Address) -> N
 def _specs(tensors: ModelConfigProto, lead: tuple[int, ...]) -> tuple[TensorSpec, ...]:
     types = tensors[0].DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number if tensors else {}
     return tuple(
-        TensorSpec(tensor.name, datatype(types[tensor.data_type].name), (*lead, *tensor.dims)) for tensor in tensors
+        TensorSpec(
+            tensor.name,
+            datatype(types[tensor.data_type].name),
+            (*lead, *tensor.dims),
+            optional=getattr(tensor, "optional", False),
+        )
+        for tensor in tensors
     )
 
 
