@@ -91,8 +91,11 @@ class Client:
         self.client = self.library.InferenceServerClient(f"127.0.0.1:{gateway.ports[wire]}")
 
     def say(self, of: int | str, value: float, **flags: bool) -> tuple[float, int]:
-        answer = self.client.infer("sums", given(self.library, value), sequence_id=of, **flags)
+        answer = self.infer(of, value, **flags)
         return answer.as_numpy("OUT").item(), worker_of(answer.as_numpy("PID").item())
+
+    def infer(self, of: int | str, value: float, **flags: bool) -> Any:
+        return self.client.infer("sums", given(self.library, value), sequence_id=of, **flags)
 
     def say_for_ever(self, of: int | str) -> None:
         while True:
@@ -151,6 +154,56 @@ def test_a_killed_worker_takes_its_sequences_with_it_and_nothing_else(
         assert pid == other
         assert total == client.say(of, 0)[0]
     assert 'reason="sequence_lost"' in metrics(fleet)
+
+
+def test_whatever_happens_to_workers_no_sequence_goes_on_from_another_state(fleet: GatewayProcess) -> None:
+    """Every answer is the sum of all that was said since the START before it, with no error in between."""
+    until = time.monotonic() + 20
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(add_up, fleet, number, until) for number in range(8)]
+        time.sleep(3)  # of work, here and below
+        worker(fleet, "worker-0").kill()
+        while sum('"model_ready"' in line and '"worker-0"' in line for line in fleet.lines) < 2:
+            time.sleep(0.1)
+        time.sleep(1)
+        taken_for_dead = worker(fleet, "worker-1")
+        taken_for_dead.suspend()
+        time.sleep(3)
+        taken_for_dead.resume()
+        told = [client.result(60) for client in clients]
+    assert sum(answered for answered, _ in told) > 200
+    assert sum(lost for _, lost in told) > 0
+
+
+def worker(fleet: GatewayProcess, name: str) -> psutil.Process:
+    return next(each for each in psutil.Process(fleet.process.pid).children() if name in each.cmdline())
+
+
+ENDS = ("Begin it again", "must specify the START flag", "no live worker holds it", "has no available versions")
+
+
+def add_up(fleet: GatewayProcess, number: int, until: float) -> tuple[int, int]:
+    """Say numbers of a sequence, and begin it again after each error; returns how many were answered, and lost."""
+    clients = [Client(fleet, wire) for wire in ("http", "grpc")]
+    of = number if number % 2 else f"client {number}"
+    total, said, answered, lost = 0.0, 0, 0, 0
+    while time.monotonic() < until:
+        said += 1
+        begins = total == 0
+        try:
+            found = clients[said % 2].infer(of, said, sequence_start=begins).as_numpy("OUT").item()
+        except InferenceServerException as error:
+            if not any(words in error.message() for words in ENDS):
+                raise
+            lost += 1
+            total = 0.0
+            continue
+        total += said
+        assert found == total
+        answered += 1
+        if answered % 20 == 0:
+            total = 0.0
+    return answered, lost
 
 
 def test_a_worker_that_stops_ends_its_sequences_and_others_begin_them_again(fleet: GatewayProcess) -> None:
