@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway import errors
 from gateway.message import BadMessage
 from gateway.queues.base import Command, Load, Unload
 from gateway.queues.redis.link import Link
@@ -28,7 +29,14 @@ class Wanted:
         self._link = link
 
     async def note(self, command: Command) -> bytes | None:
-        """Remember a command; returns what was known of its model before, for `restore`."""
+        """Remember a command; returns what was known of its model before, for `restore`.
+
+        Raises `Unsupported` for a load request with files.
+        """
+        if isinstance(command, Load) and any(key.startswith("file:") for key in command.parameters):
+            raise errors.Unsupported(
+                "files in a load request need a gateway with --queue memory; put them into the workers' model repository"
+            )
         call, key = self._link.client.call, self._link.client.keys.wanted
         loads = isinstance(command, Load)
         data = _encode(_Wanted(loads, command.parameters if isinstance(command, Load) else {}))
