@@ -169,8 +169,9 @@ class Repository:
         return "" if self._caches else "without --response-cache-bytes"
 
     def _folder(self, name: str) -> Path:
-        found = self.scan().get(name)
+        found = layout.find(self._paths, name)
         if found is None:
+            self.scan()  # raises when a repository cannot be read
             raise NotFound(f"model '{name}' is in no model repository")
         if len(found.paths) > 1:
             places = ", ".join(f"'{path.parent.name}'" for path in found.paths)

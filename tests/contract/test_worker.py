@@ -479,6 +479,34 @@ async def test_a_batch_that_no_memory_holds_ends_the_measuring_only(folder, monk
         assert tried == [1]
 
 
+async def test_versions_that_are_loaded_together_are_measured_a_few_at_a_time(folder, monkeypatch):
+    """Of a thousand each would else have a request in line, and be measured with all others in its way."""
+
+    async def measure(slots, host, *_):
+        nonlocal at_once
+        at_once += 1
+        seen.append(at_once)
+        try:
+            await goes_on.wait()
+        finally:
+            at_once -= 1
+        return 1
+
+    at_once, seen, goes_on = 0, [], asyncio.Event()
+    monkeypatch.setattr("gateway.worker.host.measure", measure)
+    async with measuring(folder) as rig:
+        for name in "abcdef":
+            rig.write(name)
+            await rig.load(name)
+        await settle()
+        assert seen == [1, 2, 3, 4]
+        await rig.unload("a")  # makes room, as does the end of a measurement
+        await until(lambda: seen == [1, 2, 3, 4, 4])
+        await rig.unload("f")  # while it waits for its turn
+        goes_on.set()
+        await until(lambda: not at_once)
+
+
 async def test_an_unload_does_not_wait_for_a_measurement_that_has_no_turn(folder):
     async with measuring(folder) as rig, Gate(folder / "gate") as gate:
         rig.write("busy", gate=folder / "gate")
