@@ -203,7 +203,9 @@ class Settings(RateLimits):
     grpc_max_connection_age_grace: NonNegativeInt = _setting(
         0, "grpc", "ms that its open calls then have to finish; 0: any time"
     )
-
+    grpc_infer_response_compression_level: Literal["none", "low", "medium", "high"] = _setting(
+        "none", "grpc", "compress answers: low with gzip, others with deflate; grpcio serves then"
+    )
     grpc_restricted_protocol: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
         "grpc",
