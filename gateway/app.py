@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,16 +29,18 @@ from gateway.middleware.cache import response_cache
 from gateway.middleware.classification import classification
 from gateway.middleware.ensemble import Ensembles
 from gateway.middleware.idempotency import idempotency
+from gateway.middleware.recorded import recorded
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.middleware.traced import traced
+from gateway.middleware.tracing import tracing_parts
 from gateway.models import open_repository
 from gateway.queues.base import Command, Load, PoolState, Queue, Unload
 from gateway.repository import Changes, Fingerprint, Repository
 from gateway.service import Service
+from gateway.service.client_memory import client_memory, without_memory
+from gateway.service.measures import FleetMeasures
 from gateway.service.service import ServiceOptions
-from gateway.service.shared_regions import SharedRegions
-from gateway.shm import registered
 from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.transport import configured
@@ -49,7 +51,7 @@ from gateway.transport.http import Counted, HttpApp, HttpServer
 from gateway.transport.http.control import health
 from gateway.transport.metrics import MetricsApp, Own
 from gateway.types import Infer
-from gateway.worker import Worker
+from gateway.worker import Worker, open_worker
 
 if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
@@ -70,6 +72,7 @@ class Gateway:
     jobs: Jobs | None = None  # where there is a Redis to keep them
     runner: JobRunner | None = None
     children: Children | None = None
+    measures: FleetMeasures | None = None  # of models' code
     listeners: list[HttpServer | GrpcServer] = field(default_factory=list)
 
     async def leave(self) -> None:
@@ -111,9 +114,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
     ):
         queue = fleet.queue
         queue.repository_names(names)
-        worker = _worker(settings, queue, repository, statistics, placement.devices(settings.cpu_cores, gpus))
+        worker = open_worker(settings, queue, repository.read, placement.devices(settings.cpu_cores, gpus), statistics)
         worker.children = children
-        worker.alone = fleet.redis is None
         works = settings.role != "gateway"
         service = Service(
             queue,
@@ -124,9 +126,10 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             reports=fleet.reports(worker.explain if works else None),
             controls=fleet.controls(settings),
         )
-        children.infer = service.infer
-        ensembles = _ensembles(statistics, service, worker)
-        gateway = Gateway(service, queue, ensembles, monitor, children=children)
+        children.infer = tracing_parts(service.infer)
+        ensembles = _ensembles(statistics, service, worker, tasks)
+        measures = fleet.measures(children.measures)
+        gateway = Gateway(service, queue, ensembles, monitor, children=children, measures=measures)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
@@ -146,8 +149,8 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
             working.cancel()
 
 
-def _ensembles(statistics: Statistics, service: Service, worker: Worker) -> Ensembles:
-    ensembles = Ensembles(statistics, service.infer)
+def _ensembles(statistics: Statistics, service: Service, worker: Worker, tasks: asyncio.TaskGroup) -> Ensembles:
+    ensembles = Ensembles(statistics, service.infer, tasks)
     service.composed = {PLATFORM: ensembles.route}
     worker.ensembles_drained = ensembles.drained
     return ensembles
@@ -160,24 +163,6 @@ async def _monitor(settings: Settings) -> Monitor:
 
 def _device_metrics(settings: Settings, monitor: Monitor) -> DeviceMetrics:
     return DeviceMetrics(monitor, CpuMeter() if settings.allow_cpu_metrics else None)
-
-
-def _worker(
-    settings: Settings,
-    queue: Queue,
-    repository: Repository,
-    statistics: Statistics,
-    devices: Sequence[placement.Device],
-) -> Worker:
-    return Worker(
-        queue,
-        repository.read,
-        devices,
-        statistics,
-        settings.model_load_thread_count,
-        measures=True,
-        persists=settings.persist_latency,
-    )
 
 
 async def _names(queue: Queue, repository: Repository) -> list[str]:
@@ -205,7 +190,7 @@ def _options(settings: Settings) -> ServiceOptions:
         explicit_control=settings.model_control_mode == "explicit",
         max_inflight_bytes=settings.max_inflight_bytes,
         default_deadline_ms=settings.default_deadline_ms,
-        client_shm=settings.allow_client_shm,
+        without=without_memory(settings),
     )
 
 
@@ -216,11 +201,13 @@ async def _endpoint(stack: AsyncExitStack, settings: Settings, gateway: Gateway,
     infer: Infer = service.infer
     if settings.response_cache_bytes:
         infer = response_cache(infer, service.prepare, service.model_config, responses)
-    gateway.ensembles.root = infer  # a step is no client's request: nothing to log, to record or to know again
+    gateway.ensembles.root = tracing_parts(
+        infer
+    )  # a step is no client's request: nothing to log, to record or to know again
     infer = classification(infer, service.model_config)
     infer = idempotency(infer, service.prepare, repeats)
     infer = await traced(stack, settings, infer, service.controls.traces)
-    return await _recorded(stack, settings, access_log(infer) if settings.log_access else infer)
+    return await recorded(stack, settings, access_log(infer) if settings.log_access else infer)
 
 
 async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue | None) -> tuple[ClaimStore, Store]:
@@ -237,16 +224,6 @@ async def _stores(stack: AsyncExitStack, settings: Settings, queue: RedisQueue |
     )
 
 
-async def _recorded(stack: AsyncExitStack, settings: Settings, infer: Infer) -> Infer:
-    """Entered before the listeners, so that what they answer last is recorded too."""
-    if settings.record is None:
-        return infer
-    from gateway.middleware.record import Recorder, RecordOptions, recording
-
-    options = RecordOptions(settings.record, settings.record_inputs, settings.record_sample, settings.record_max_bytes)
-    return recording(infer, await stack.enter_async_context(Recorder(options)))
-
-
 # --- listeners
 
 
@@ -255,7 +232,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
     tokens = configured.tokens(settings)
     callers = Callers(tokens, settings.tenant_header)
     service = gateway.service
-    regions = _regions(stack, settings, service, fleet)
+    regions = await client_memory(stack, settings, service.controls.registers, fleet.host)
     infer = await _endpoint(stack, settings, gateway, fleet)
     limits = Limits(settings.max_request_bytes, settings.max_inflight_bytes)
     infer = shared_memory(infer, None if regions is None else regions.regions, limits, service.model_config)
@@ -278,6 +255,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                         _device_metrics(settings, gateway.monitor),
                         gateway.queue.pools,
                         gateway.children.metrics if gateway.children is not None else list,
+                        gateway.measures,
                     ),
                 ).__rsgi__
             ),
@@ -309,12 +287,6 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
         await _open(stack, gateway, "http", http)
     if gateway.ports:
         log_event("listening", **gateway.ports)
-
-
-def _regions(stack: AsyncExitStack, settings: Settings, service: Service, fleet: Fleet) -> SharedRegions | None:
-    if not settings.allow_client_shm:
-        return None
-    return SharedRegions(stack.enter_context(registered()), service.controls.registers, fleet.host)
 
 
 async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: HttpServer | GrpcServer) -> None:

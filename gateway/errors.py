@@ -20,6 +20,7 @@ A request that is well formed and still not served gets one of these, and `reaso
 | `conflict`      | on arrival: its `Idempotency-Key` came before with another body    | 409  | ALREADY_EXISTS     | no    |
 | `crashed`       | run alone, it crashed the process that runs the model              | 500  | INTERNAL           | no    |
 | `quarantined`   | the same inputs `crashed` it within the last ten minutes           | 500  | INTERNAL           | no    |
+| `sequence_lost` | the worker that had the sequence is gone: to be begun again        | 409  | ABORTED            | no    |
 
 `retry_after`, where it is known, is when to try again: `Retry-After` and `retry-after-ms` on HTTP,
 `google.rpc.RetryInfo`, `retry-after-ms` and, with grpcio, `grpc-retry-pushback-ms` on gRPC.
@@ -51,6 +52,10 @@ class InvalidArgument(GatewayError):
     """The request can never succeed as it stands."""
 
     grpc, http = 3, 400
+
+
+class NoConfiguration(InvalidArgument):
+    """What a load request carries as the model's configuration is none."""
 
 
 class NotFound(GatewayError):
@@ -151,6 +156,13 @@ class Quarantined(Internal):
     """Not run: the same inputs crashed the process that runs the model a short while ago."""
 
     reason = "quarantined"
+
+
+class SequenceLost(GatewayError):
+    """The sequence cannot go on, through no fault of its client, which is to begin it again."""
+
+    grpc, http = 10, 409
+    reason = "sequence_lost"
 
 
 class Unauthenticated(GatewayError):
@@ -287,6 +299,11 @@ def one_answer_only() -> Unsupported:
 def repository_name() -> Unsupported:
     """A call about one repository of several."""
     return Unsupported("'repository_name' specification is not supported")
+
+
+def not_polled(model: str, why: str = "") -> Internal:
+    """A model to be loaded that nowhere is to be found, or whose files in the request, by `why`, cannot be a model."""
+    return Internal(f"failed to load '{model}', failed to poll from model repository" + (f": {why}" if why else ""))
 
 
 def shared_memory_disabled() -> Unsupported:

@@ -9,12 +9,16 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import errors
+from gateway.config.log_levels import levels_off
 from gateway.config.settings import Settings
 from gateway.config.trace import read_trace_config
+from gateway.engines.measures import Measures
 from gateway.queues.base import Queue
 from gateway.queues.figures import FleetFigures
 from gateway.queues.memory import MemoryQueue
 from gateway.service.controls import Controls
+from gateway.service.measures import QUESTION as MEASURES
+from gateway.service.measures import FleetMeasures
 from gateway.service.registers import QUESTION as SETTINGS
 from gateway.service.reports import QUESTION as EXPLAIN
 from gateway.service.reports import WorkerReports
@@ -56,10 +60,21 @@ class Fleet:
         """What clients may change, the same in all processes."""
         traces = read_trace_config(settings.trace_config)
         ask = None if self.redis is None else self.redis.ask
-        controls = Controls(self.process, ask, verbose=settings.log_verbose, traces=traces)
+        file = "" if settings.log_file is None else str(settings.log_file)
+        logs: dict[str, str | int | bool] = {"log_verbose_level": settings.log_verbose, "log_file": file}
+        logs |= {f"log_{level}": False for level in levels_off(settings)}
+        controls = Controls(self.process, ask, logs=logs, traces=traces)
         if self.redis is not None:
             self.redis.answers[SETTINGS] = controls.registers.answer
         return controls
+
+    def measures(self, own: Measures) -> FleetMeasures:
+        """The metrics of models' code in all processes; `own` are this one's."""
+        if self.redis is None:
+            return FleetMeasures(own)
+        measures = FleetMeasures(own, self.process, self.redis.ask)
+        self.redis.answers[MEASURES] = measures.answer
+        return measures
 
     def reports(self, explain: Explain | None) -> WorkerReports | None:
         """What all workers say of a version; `explain` is this process's own, if it has one."""

@@ -7,12 +7,13 @@ configuration and the devices. Nothing here loads anything.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway import errors
-from gateway.config.model import InstanceGroup, ModelConfig, may_leave_gpu
+from gateway.config.model import InstanceGroup, ModelConfig, RateLimiter, may_leave_gpu
 from gateway.devices.cgroup import cpu_quotas
 
 
@@ -30,7 +31,8 @@ class Placement:
     """So many instances of a model on one device.
 
     `threads` is how many cores each run gets when the device is loaded, `cores` how many a lone run may use, and
-    `cpu_cores` what a run gets that falls back to the CPU. `instead_of` names a GPU that is not there.
+    `cpu_cores` what a run gets that falls back to the CPU. `instead_of` names a GPU that is not there. `limiter` is
+    what each instance needs to run, where rates are limited.
     """
 
     device: Device
@@ -39,6 +41,7 @@ class Placement:
     cores: int
     cpu_cores: int = 1
     instead_of: str = ""
+    limiter: RateLimiter | None = None
 
 
 REMOTE = Device("remote", "remote", 1 << 16)
@@ -59,19 +62,28 @@ def plan(config: ModelConfig, available: Sequence[Device]) -> list[Placement]:
     to it; else `Unavailable` is raised.
     """
     cpu = max((device.cores for device in available if device.kind == "cpu"), default=1)
+    groups = config.instance_groups or (InstanceGroup(),)
     if config.backend == "remote":
-        return [Placement(REMOTE, 1, 1, 1, cpu)]
-    counts: dict[tuple[Device, str], int] = {}
-    for group in config.instance_groups or (InstanceGroup(),):
+        return [Placement(REMOTE, 1, 1, 1, cpu, limiter=groups[0].limiter)]
+    counts: dict[tuple[Device, str, RateLimiter | None], int] = {}
+    there: Counter[tuple[Device, str]] = Counter()
+    for group in groups:
         for device, missing in _devices_of(group, config, available):
             on_cpu = device.kind == "cpu" and not missing
             count = group.count or (device.cores if on_cpu else 1)
-            counts[device, missing] = counts.get((device, missing), 0) + count
+            counts[device, missing, group.limiter] = counts.get((device, missing, group.limiter), 0) + count
+            there[device, missing] += count
     return [
         Placement(
-            device, count, _threads(device.cores, count, config), device.cores, _threads(cpu, count, config), missing
+            device,
+            count,
+            _threads(device.cores, there[device, missing], config),
+            device.cores,
+            _threads(cpu, there[device, missing], config),
+            missing,
+            limiter,
         )
-        for (device, missing), count in counts.items()
+        for (device, missing, limiter), count in counts.items()
     ]
 
 

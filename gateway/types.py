@@ -33,6 +33,9 @@ NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 EMPTY_FINAL = "triton_enable_empty_final_response"
 """The parameter by which a caller asks for a last response that says nothing but that it is the last."""
 
+RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
+"""The parameters that the protocol gives a meaning; the others are the model's."""
+
 _NUMPY = {
     "BOOL": "?",
     "UINT8": "u1",
@@ -150,6 +153,13 @@ def wires(tensors: Iterable[Tensor]) -> list[Buffer]:
     return [tensor.wire if tensor._wire is None else tensor._wire for tensor in tensors]  # noqa: SLF001 - this module's
 
 
+class Pieces(NamedTuple):
+    """One array of this shape before it is copied together: what tensors of one type hold, end to end."""
+
+    shape: tuple[int, ...]
+    tensors: Sequence[Tensor]
+
+
 def element_count(shape: tuple[int, ...]) -> int:
     """How many elements a shape holds; 1 for a scalar, 0 when any dimension is 0."""
     return math.prod(shape)
@@ -223,7 +233,8 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     `callers` are the models that wait for the answer, where it is no client that does. With `places` some tensors are in
     shared memory, and the inputs among them have no data until they were read (`middleware/shared_memory.py`).
     `one_answer` says that whoever asks can take one only. `trace_context` are the W3C trace context's headers, where spans are
-    made of requests: by the gateway, so that no worker gets them.
+    made of requests: by the gateway, so that no worker gets them. Nor does it get the `trace`, which is `middleware/tracing.py`'s:
+    of the request or, where models wait for it, of theirs. A model's code has in its place the request that it works on.
     """
 
     model_name: str
@@ -245,6 +256,7 @@ class InferRequest(msgspec.Struct, eq=False, gc=False):
     places: Places | None = None
     one_answer: bool = False
     trace_context: Mapping[str, str] = NO_CONTEXT
+    trace: object = None
 
 
 class Timings(msgspec.Struct, gc=False):
@@ -326,7 +338,8 @@ class Batch:
     apart; a measurement has none. `waits` is told when the run has to wait for other models, which may
     need its cores: from then on it has none. It may be told again. `wanted` says whether somebody still waits for the
     request at this place. `predicted` is how many seconds the run is expected
-    to take, None when nothing is known: from it follows when it has hung.
+    to take, None when nothing is known: from it follows when it has hung. `gather` gives what `stack` does, uncopied; None
+    where the inputs are not just what the requests hold.
     """
 
     rows: int
@@ -338,6 +351,7 @@ class Batch:
     waits: Callable[[], None] = lambda: None
     predicted: float | None = None
     wanted: Callable[[int], bool] = lambda _: True
+    gather: Callable[[], Mapping[str, Pieces]] | None = None
 
 
 @dataclass(slots=True)

@@ -48,18 +48,19 @@ class GreedyScheduler(DeadlineScheduler[Job]):
         return self._greedy.close(lane)
 
     def admit(self, lane: LaneKey, request: Request, now: float) -> Refusal | None:
-        return None
+        return self._greedy.admit(lane, request, now)
 
     def settle(self, lane: LaneKey, request: Request, now: float) -> None:
-        return
+        self._greedy.settle(lane, request, now)
 
-    def add_all(self, lane: LaneKey, jobs: Sequence[Job], now: float) -> None:
+    def add_all(self, lane: LaneKey, jobs: Sequence[Job], now: float) -> None:  # noqa: ARG002 - nothing is timed
         self._greedy._lines[lane].waiting.extend(jobs)  # noqa: SLF001 - as cheap as it can be
 
     def dispatch(self, device: str, now: float) -> Dispatch[Job]:
         return self._greedy.dispatch(device, now)
 
     def finished(self, run: Run[Job], seconds: float, now: float, *, failed: bool = False, learn: bool = True) -> None:
+        del learn
         run.ended = now
         self._greedy.finished(run, seconds, now, failed=failed)
 
@@ -83,7 +84,7 @@ def serve(kind: str, arguments: list[str]) -> None:
     from gateway.cli import main as run
 
     if kind == "greedy":
-        place.DeadlineScheduler = GreedyScheduler  # type: ignore[misc]
+        setattr(place, "DeadlineScheduler", GreedyScheduler)  # noqa: B010 - a class is not assigned to, says mypy
     sys.argv = ["gateway", "serve", *arguments]
     run()
 
@@ -126,8 +127,8 @@ def compare(pairs: int, seconds: float, *, instructions: bool) -> list[Measured]
     return runs
 
 
-def judge(runs: list[Measured]) -> dict[str, float | list[float]]:
-    """How much more the gateway's own scheduler takes, by pair and in the middle."""
+def judge(runs: list[Measured]) -> dict[str, float]:
+    """How much more the gateway's own scheduler takes: the median over pairs, and their range."""
 
     def more(of: Callable[[Measured], float]) -> list[float]:
         found = {(run.kind, run.pair): of(run) for run in runs}
@@ -136,7 +137,8 @@ def judge(runs: list[Measured]) -> dict[str, float | list[float]]:
     cpu = more(lambda run: run.cpu_us)
     return {
         "cpu_us_more": statistics.median(cpu),
-        "cpu_us_more_by_pair": [round(each, 1) for each in cpu],
+        "cpu_us_more_least": min(cpu),
+        "cpu_us_more_most": max(cpu),
         "kilo_instructions_more": statistics.median(more(lambda run: run.kilo_instructions)),
     }
 
@@ -159,7 +161,7 @@ def main() -> int:
         return 2
     runs = compare(args.pairs, args.seconds, instructions=args.instructions)
     found = judge(runs)
-    met = statistics.median(found["cpu_us_more_by_pair"]) <= CPU_BAR and not any(run.errors for run in runs)  # type: ignore[arg-type]
+    met = found["cpu_us_more"] <= CPU_BAR and not any(run.errors for run in runs)
     print(json.dumps(found, indent=1))
     if args.out:
         args.out.write_text(

@@ -12,6 +12,7 @@ import numpy as np
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
 from gateway.engines.base import EngineSpec
+from gateway.engines.measures import Measure, Measures, Owner
 from gateway.engines.python.model import PythonModel, load
 from gateway.scheduling.batch import stack
 from gateway.types import Answer, Batch, DataType, InferRequest, InferResponse, Tensor
@@ -52,10 +53,16 @@ class FakeChannel:
         self.models = models or {}
         self.asked: list[InferRequest] = []
         self.gone: set[str] = set()
+        self.measures = Measures()
+        self.owner = Owner(self.measures)
 
     def infer(self, request: InferRequest) -> Iterator[InferResponse]:
         self.asked.append(request)
         return self.models[request.model_name](request)
+
+    def measure(self, measure: Measure, *, wait: bool = True) -> float:
+        value = self.owner.act(measure)
+        return value if wait else 0.0
 
     def cancelled(self, request: InferRequest) -> bool:
         return request.id in self.gone

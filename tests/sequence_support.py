@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import urllib.error
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto, helper
+
+from tests.system.process import GatewayProcess
+
+FLEET = ("--queue", "embedded", "--workers", "2", "--http-workers", "2")
 
 FLAGS = {"START": "CONTROL_SEQUENCE_START", "END": "CONTROL_SEQUENCE_END", "READY": "CONTROL_SEQUENCE_READY"}
 
@@ -62,3 +67,17 @@ def named(folder: Path, name: str) -> None:
     nodes = [helper.make_node("Identity", ["ID"], ["OUT"]), helper.make_node("Identity", ["IN"], ["SAME"])]
     inputs = {"IN": TensorProto.FLOAT, "ID": TensorProto.STRING}
     save(folder, name, config, nodes, inputs, {"OUT": TensorProto.STRING, "SAME": TensorProto.FLOAT})
+
+
+def wait_served(gateway: GatewayProcess, *models: str) -> None:
+    """Until both gateways of a `FLEET` have heard of these models: a dozen callers in a row find each."""
+    gateway.wait_for("ready", gateways=2, workers=2)
+    for model in models:
+        found = 0
+        while found < 12:
+            try:
+                gateway.get(f"/v2/models/{model}/ready")
+                found += 1
+            except urllib.error.HTTPError as not_yet:
+                not_yet.close()
+                found = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gateway.config.check import ACCELERATORS, check, default_deadline_ms, response_cache_public
@@ -14,12 +15,15 @@ from gateway.config.model import (
     ModelConfig,
     ModelConfigProto,
     QueuePolicy,
+    RateLimiter,
+    Resource,
     ResponseCache,
     TensorConfig,
     Warmup,
     WarmupInput,
 )
 from gateway.config.parse import Source
+from gateway.config.ragged import read_batch_inputs, read_scattered
 from gateway.config.sequences import check_sequences, read_sequences
 from gateway.types import DataType
 
@@ -40,13 +44,17 @@ def build(
     check(full, gpus, source)
     check_sequences(full, source)
     public = response_cache_public(full, source)
+    scattered = read_scattered(full)
     return ModelConfig(
         name=full.name,
         backend=full.backend,
         platform=full.platform,
         max_batch_size=full.max_batch_size,
         inputs=tuple(_tensor(tensor, ()) for tensor in full.input),
-        outputs=tuple(_tensor(tensor, (labels or {}).get(tensor.name, ())) for tensor in full.output),
+        outputs=tuple(
+            replace(_tensor(tensor, (labels or {}).get(tensor.name, ())), like=scattered.get(tensor.name, ""))
+            for tensor in full.output
+        ),
         instance_groups=_groups(proto, full, gpus),
         batching=_batching(full),
         warmup=tuple(_warmup(sample) for sample in full.model_warmup),
@@ -60,6 +68,7 @@ def build(
         accelerators=_accelerators(full),
         sequences=read_sequences(full) if full.HasField("sequence_batching") else None,
         steps=read_steps(full),
+        batch_inputs=read_batch_inputs(full),
     )
 
 
@@ -82,6 +91,8 @@ def _tensor(tensor: Any, labels: tuple[str, ...]) -> TensorConfig:
         optional=getattr(tensor, "optional", False),
         label_filename=getattr(tensor, "label_filename", ""),
         labels=labels,
+        ragged=getattr(tensor, "allow_ragged_batch", False),
+        whole=tensor.is_shape_tensor,
     )
 
 
@@ -90,9 +101,17 @@ def _groups(given: ModelConfigProto, full: ModelConfigProto, gpus: Sequence[int]
     counts = [group.count for group in given.instance_group] or [0] * len(full.instance_group)
     one = int(given.backend == "python")  # its code may rely on being there once
     return tuple(
-        InstanceGroup(kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus))
+        InstanceGroup(
+            kind=_kind(group, gpus), count=count or one, gpus=tuple(group.gpus), limiter=_limiter(group.rate_limiter)
+        )
         for group, count in zip(full.instance_group, counts, strict=True)
     )
+
+
+def _limiter(given: Any) -> RateLimiter | None:
+    # A priority alone has no effect, as in Triton: nobody waits for an instance that needs nothing.
+    resources = tuple(Resource(each.name, each.count, everywhere=getattr(each, "global")) for each in given.resources)
+    return RateLimiter(resources, max(given.priority, 1)) if resources else None
 
 
 def _kind(group: Any, gpus: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from gateway.config.complete import FORMATS
 from gateway.config.ensemble import check_ensemble
 from gateway.config.model import ModelConfigProto, may_leave_gpu
 from gateway.config.parse import Source
+from gateway.config.ragged import ragged_checks
 
 ACCELERATORS = {
     "tensorrt": "TensorrtExecutionProvider",
@@ -38,6 +39,7 @@ def checks(proto: ModelConfigProto, gpus: Sequence[int], source: Source) -> Iter
     for kind, tensors in (("input", proto.input), ("output", proto.output)):
         yield partial(_check_some, proto.name, tensors, kind, source)
         yield from _tensor_checks(proto, kind, tensors, source)
+    yield from ragged_checks(proto, source)
     for about_batches in (_check_batching, _check_priorities, _check_ordering):
         yield partial(about_batches, proto, source)
     for group in proto.instance_group:
@@ -123,8 +125,12 @@ def tensor_faults(tensor: Any, kind: str, max_batch_size: int) -> Iterator[str]:
             "has format NHWC/NCHW, which require 3 dims. Remove format",
         ),
         (
-            tensor.is_shape_tensor or tensor.is_non_linear_format_io,
-            "is a shape tensor or has a non-linear format, which is only supported for TensorRT models",
+            tensor.is_non_linear_format_io,
+            "has a non-linear format, which is only supported for TensorRT models",
+        ),
+        (
+            tensor.is_shape_tensor and kind == "input" and tensor.allow_ragged_batch,
+            "is a shape tensor, which is the same for all requests of a batch. Remove allow_ragged_batch",
         ),
     )
     for at_fault, text in faults:

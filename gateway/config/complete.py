@@ -89,10 +89,11 @@ def complete(proto: ModelConfigProto, io: ModelIO, default_max_batch_size: int, 
 
 
 def _kept(proto: ModelConfigProto) -> set[str]:
-    """What is filled in and kept for a model of sequences, and is no business of clients."""
+    """What is filled in for a batch, or kept for a sequence, and is no business of clients."""
     sequences = proto.sequence_batching
     states = {name for state in sequences.state for name in (state.input_name, state.output_name)}
-    return states | {control.name for control in sequences.control_input}
+    made = {name for each in proto.batch_input for name in each.target_name}
+    return states | made | {control.name for control in sequences.control_input}
 
 
 def adopt(proto: ModelConfigProto, theirs: ModelConfigProto) -> ModelConfigProto:

@@ -7,7 +7,8 @@ changes. The graph is of tensors: a step's outputs can be had once all tensors t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -123,14 +124,20 @@ def _check_flow(proto: ModelConfigProto, steps: Sequence[Step], source: Source) 
             raise source.error(f"ensemble tensor '{tensor}' is unused in ensemble '{name}'", _FIELD, tensor)
 
 
-def reachable(steps: Sequence[Step], given: set[str]) -> set[str]:
+def reachable(steps: Sequence[Step], given: Collection[str]) -> set[str]:
     """The tensors that there will be once all steps have run that can."""
-    there, waiting = set(given), list(steps)
+    return {*given}.union(*(step.outputs.values() for step in in_order(steps, given)))
+
+
+def in_order(steps: Sequence[Step], given: Collection[str]) -> list[Step]:
+    """The steps that can run where these tensors are given, each after those whose outputs it takes."""
+    there, waiting, order = set(given), list(steps), list[Step]()
     while ready := [step for step in waiting if there.issuperset(step.inputs.values())]:
         for step in ready:
             there.update(step.outputs.values())
+        order += ready
         waiting = [step for step in waiting if step not in ready]
-    return there
+    return order
 
 
 class _Tensor(NamedTuple):
@@ -161,11 +168,7 @@ def fit(ensemble: ModelConfig, config_of: ConfigOf) -> ModelConfig:
                 f"ensemble '{ensemble.name}' allows maximum batch size {ensemble.max_batch_size}, but it contains model "
                 f"'{step.model}' which only allows maximum batch size to be {config.max_batch_size}"
             )
-        if config.decoupled:
-            raise InvalidArgument(
-                f"in ensemble '{ensemble.name}', model '{step.model}' has a decoupled transaction policy, which this "
-                "version does not support in an ensemble. Use a model that gives one response per request"
-            )
+        _check_done(ensemble.name, step, config)
         inputs = {each.name: each for each in config.inputs}
         outputs = {each.name: each for each in config.outputs}
         _check_names(ensemble.name, step, inputs, outputs)
@@ -175,9 +178,52 @@ def fit(ensemble: ModelConfig, config_of: ConfigOf) -> ModelConfig:
                 _check_same(ensemble.name, tensor, known.setdefault(tensor, found), found)
         labels.update({tensor: outputs[name].labels for name, tensor in step.outputs.items()})
         dims = {name: inputs[name].dims for name in step.inputs}
-        steps.append(replace(step, batched=config.max_batch_size > 0, dims=dims))
+        steps.append(replace(step, batched=config.max_batch_size > 0, dims=dims, decoupled=config.decoupled))
+    _check_origins(ensemble, steps)
     given = tuple(replace(each, labels=each.labels or labels.get(each.name, ())) for each in ensemble.outputs)
-    return replace(ensemble, steps=tuple(steps), outputs=given)
+    fitting = replace(ensemble, steps=tuple(steps), outputs=given)
+    return _with_policy(fitting, decoupled=any(step.decoupled for step in steps))
+
+
+def _with_policy(config: ModelConfig, *, decoupled: bool) -> ModelConfig:
+    """As in Triton an ensemble is decoupled where one of its models is, whatever its own file says."""
+    if config.decoupled is decoupled:
+        return config
+    proto = copy.deepcopy(config.proto)
+    proto.model_transaction_policy.decoupled = decoupled
+    return replace(config, decoupled=decoupled, proto=proto)
+
+
+def _check_origins(ensemble: ModelConfig, steps: Sequence[Step]) -> None:
+    """Nothing may take the tensors of different decoupled models: their responses do not belong to each other."""
+    origins = {
+        each.name: "" for each in ensemble.inputs
+    }  # by tensor, one of those that the model gave which it is from
+
+    def origin_of(tensors: Collection[str], model: str) -> str:
+        found = {origins[tensor] for tensor in tensors}
+        if len(found) > 1:
+            raise InvalidArgument(
+                f"in ensemble '{ensemble.name}', step of model '{model}' receives inputs originated from different "
+                "decoupled models"
+            )
+        return found.pop()
+
+    for step in in_order(steps, origins):
+        origin = origin_of(step.inputs.values(), step.model)
+        own = next(iter(step.outputs.values())) if step.decoupled else origin
+        origins.update(dict.fromkeys(step.outputs.values(), own))
+    origin_of([each.name for each in ensemble.outputs], ensemble.name)
+
+
+def _check_done(ensemble: str, step: Step, config: ModelConfig) -> None:
+    """Raise for what this version does not do in an ensemble."""
+    whole = {each.name for each in (*config.inputs, *config.outputs) if each.whole}
+    for name in sorted(whole.intersection((*step.inputs, *step.outputs))):
+        raise InvalidArgument(
+            f"in ensemble '{ensemble}', model '{step.model}' has the shape tensor '{name}', which this version does not "
+            "support in an ensemble. Let clients call the model itself"
+        )
 
 
 def _check_names(

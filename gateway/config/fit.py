@@ -6,7 +6,7 @@ load, so that a model whose file and configuration disagree is unavailable inste
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gateway.config.complete import proto_type
@@ -45,7 +45,9 @@ def misfits(config: ModelConfig, io: ModelIO) -> Iterator[Misfit]:
                 f"Correct the name of the {kind} in the model configuration of '{config.name}'"
             )
             yield Misfit(kind, tensor.name, text)
+    yield from _made(config, {spec.name: spec for spec in io.inputs})
     given = {tensor.name for tensor in config.inputs}
+    given.update(name for made in config.batch_inputs for name in made.targets)
     for spec in io.inputs:
         if spec.name not in given and not spec.optional:
             yield Misfit(
@@ -56,6 +58,28 @@ def misfits(config: ModelConfig, io: ModelIO) -> Iterator[Misfit]:
             )
 
 
+def _made(config: ModelConfig, takes: Mapping[str, TensorSpec]) -> Iterator[Misfit]:
+    """What of the inputs that the gateway makes for a batch does not fit."""
+    for made in config.batch_inputs:
+        rank = 2 if made.kind == "item_shape" else 1
+        for name in made.targets:
+            spec = takes.get(name)
+            if spec is None:
+                text = f"batch_input makes the input '{name}', which the model file of '{config.name}' has not; there are: "
+                yield Misfit("batch_input", name, f"{text}{', '.join(takes)}. Correct its target_name")
+                continue
+            if spec.datatype is not made.datatype:
+                text = f"the model has data type {spec.datatype.name} and batch_input {made.datatype.name}"
+                yield Misfit("batch_input", name, f"model '{config.name}', tensor '{name}': {text}. Make them equal")
+            if len(spec.shape) != rank or spec.shape[0] != -1:
+                text = f"batch_input makes {rank} open dimension(s), and the model expects shape {_text(spec.shape)}"
+                yield Misfit(
+                    "batch_input",
+                    name,
+                    f"model '{config.name}', tensor '{name}': {text}. Export it so, or use another kind",
+                )
+
+
 def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
     head = f"model '{config.name}', tensor '{tensor.name}'"
     if tensor.datatype is not spec.datatype:
@@ -63,12 +87,23 @@ def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) ->
             f"{head}: the model has data type {spec.datatype.name} and the configuration {tensor.datatype.name}. "
             f"Write data_type: {proto_type(spec.datatype)}"
         )
+    if tensor.ragged:
+        yield from _not_ragged(head, tensor, spec)
+    elif not tensor.like:  # those elements are one after the other, in whatever shape
+        yield from _not_optional(head, tensor, spec)
+        yield from _shapes(config, head, tensor, spec)
+
+
+def _not_optional(head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
     if tensor.optional and not spec.optional:
         yield (
             f"{head}: the configuration says optional: true, and the model has no value of its own for it. Remove "
             "optional, or export the model with an initializer of this name among its inputs"
         )
-    batched = config.max_batch_size > 0
+
+
+def _shapes(config: ModelConfig, head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
+    batched = config.max_batch_size > 0 and not tensor.whole
     if batched and spec.shape and spec.shape[0] != -1:
         yield (
             f"{head}: for the model to support batching the first dimension must be -1; but shape expected by the "
@@ -86,7 +121,18 @@ def _differences(config: ModelConfig, tensor: TensorConfig, spec: TensorSpec) ->
         yield (
             f"{head}: the model expects shape {_text(spec.shape)} and the configuration gives {_text(complete)}"
             + (" (the batch dimension, then dims)" if batched else "")
-            + f". {_remedy(complete, spec.shape, config.max_batch_size)}"
+            + f". {_remedy(complete, spec.shape, config.max_batch_size if batched else 0)}"
+        )
+
+
+def _not_ragged(head: str, tensor: TensorConfig, spec: TensorSpec) -> Iterator[str]:
+    what = f"{head}: configuration expects model provides input with shape [-1] for ragged input '{tensor.name}'"
+    if tensor.optional:
+        yield f"{what}, which is not supported for optional input. Remove optional or allow_ragged_batch"
+    if spec.shape != (-1,):
+        yield (
+            f"{what}, model provides {_text(spec.shape)}. Remove allow_ragged_batch, or export the model so that it takes "
+            "the elements of all requests in one dimension"
         )
 
 

@@ -19,7 +19,10 @@ ModelConfigProto: TypeAlias = Any  # tritonclient.grpc.model_config_pb2.ModelCon
 class TensorConfig:
     """One input or output. `dims` exclude the batch dimension when `max_batch_size` > 0; -1 is open.
 
-    `reshape` is the shape the model itself wants where that differs from `dims`, the shape clients use.
+    `reshape` is the shape the model itself wants where that differs from `dims`, the shape clients use. A `ragged`
+    input's elements are joined end to end, whatever the shapes of the requests. What is `whole` (Triton's shape tensor) has
+    no batch dimension and is one for the batch. An output that is `like` an input has one element after the other, which
+    are cut by that input's shapes (Triton's user_guide/ragged_batching.md, BATCH_SCATTER_WITH_INPUT_SHAPE).
     """
 
     name: str
@@ -29,6 +32,22 @@ class TensorConfig:
     optional: bool = False
     label_filename: str = ""
     labels: tuple[str, ...] = ()
+    ragged: bool = False
+    whole: bool = False
+    like: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchInput:
+    """An input that no request has: the gateway makes it from the shapes of `source` in a batch's requests.
+
+    `kind` is Triton's name without BATCH_, in lower case, or `shapes`: those of each request, for a model that is code.
+    """
+
+    kind: str
+    targets: tuple[str, ...]
+    datatype: DataType
+    source: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +80,30 @@ class Batching:
 
 
 @dataclass(frozen=True, slots=True)
+class Resource:
+    """So many of what Triton's rate limiter calls a resource: one of each device, or one for all of them."""
+
+    name: str
+    count: int
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimiter:
+    """What an instance must have while it runs; one of `priority` 2 has its turn half as often as one of 1."""
+
+    resources: tuple[Resource, ...]
+    priority: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceGroup:
     """Where instances live: `kind` is `cpu`, `gpu` or `auto`; `count` 0 leaves the number to the gateway."""
 
     kind: str = "auto"
     count: int = 0
     gpus: tuple[int, ...] = ()
+    limiter: RateLimiter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +179,7 @@ class SequenceBatching:
 class Step:
     """One call of a model in an ensemble: its inputs and outputs by name, and the ensemble's tensors that they are.
 
-    `batched` and `dims`, of its inputs, are what the model itself says, known once it is loaded.
+    `batched`, `dims`, of its inputs, and `decoupled` are what the model itself says, known once it is loaded.
     """
 
     model: str
@@ -151,6 +188,7 @@ class Step:
     outputs: Mapping[str, str]
     batched: bool = False
     dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    decoupled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +214,7 @@ class ModelConfig:
     accelerators: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # parameters by execution provider
     sequences: SequenceBatching | None = None  # None: no request has anything to do with another
     steps: tuple[Step, ...] = ()  # of an ensemble, which has them instead of a backend
+    batch_inputs: tuple[BatchInput, ...] = ()
 
     @property
     def is_code(self) -> bool:
@@ -184,6 +223,19 @@ class ModelConfig:
         So nobody runs it but for clients and for its own warm-up samples, and one instance is not two.
         """
         return self.backend == "python"
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether row i of everything the model takes and gives is row i of the batch, if there are batches at all."""
+        tensors = (*self.inputs, *self.outputs)
+        return not self.batch_inputs and not any(each.ragged or each.whole or each.like for each in tensors)
+
+
+def translate(shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...]) -> tuple[int, ...]:
+    """`target` with its open dimensions filled in order from `shape`, which is `source` after any batch dimension."""
+    batch = shape[: len(shape) - len(source)]
+    sizes = iter([size for size, dim in zip(shape[len(batch) :], source, strict=True) if dim == -1])
+    return (*batch, *(next(sizes) if dim == -1 else dim for dim in target))
 
 
 def may_leave_gpu(backend: str, fallback: str) -> bool:

@@ -67,7 +67,7 @@ def _control(name: str, control: Any) -> SequenceControl:
     if control.kind == _CORRID:
         return SequenceControl(name, kind, _datatype(control))
     field = next(field for field in _TYPES if getattr(control, field))
-    off, on = getattr(control, field)
+    off, on = map(float, getattr(control, field))  # of bools too
     return SequenceControl(name, kind, _TYPES[field], off, on)
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
+from gateway.config.client_memory import check_client_memory
+from gateway.config.rate_limit import RateLimits
 from gateway.config.restricted import checked_pattern, read_restricted
 from gateway.config.trace import read_trace_config
 
@@ -27,7 +29,7 @@ def _setting(default: Any, group: str, description: str, **constraints: Any) -> 
     return Field(default, description=description, json_schema_extra={"group": group}, **constraints)
 
 
-class Settings(BaseSettings):
+class Settings(RateLimits):
     """One process's settings. Raises pydantic's `ValidationError`, a `ValueError`, for a bad or unsafe value."""
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
@@ -229,6 +231,9 @@ class Settings(BaseSettings):
     allow_client_shm: bool = _setting(
         False, "safety", "let clients of this machine pass tensors in shared memory that they register"
     )
+    client_shm_redis: str = _setting(
+        "", "safety", "URL of a Redis for tensors of clients, by keys; with --allow-client-shm"
+    )
     insecure: bool = _setting(False, "safety", "listen beyond this machine although nobody has to show a token")
     max_request_bytes: PositiveInt = _setting((1 << 31) - 1, "safety", "bytes of one request")
     max_inflight_bytes: PositiveInt = _setting(1024 * MIB, "safety", "bytes of all accepted requests together")
@@ -238,6 +243,10 @@ class Settings(BaseSettings):
     max_connections: PositiveInt = _setting(1000, "safety", "open connections of each listener")
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
+    log_info: bool = _setting(True, "logging", "write INFO lines: starts, loads, failures that were mended")
+    log_warning: bool = _setting(True, "logging", "write WARNING lines: refusals, and what to look after")
+    log_error: bool = _setting(True, "logging", "write ERROR lines")
+    log_file: Path | None = _setting(None, "logging", "file to which lines are added, in place of standard error")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
     trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
@@ -346,6 +355,7 @@ class Settings(BaseSettings):
                 "--allow-client-shm needs one process that takes requests, or processes that tell each other what clients "
                 "register: --queue embedded or a Redis, and --queue-shared-memory, by which they know that they are on one host"
             )
+        check_client_memory(self.client_shm_redis, self.queue_prefix, allowed=self.allow_client_shm)
         if self.queue == "embedded" and self.role != "all":
             raise ValueError("--queue embedded starts gateways and workers itself; a role needs the URL of a Redis")
         return self

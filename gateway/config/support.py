@@ -87,6 +87,18 @@ def _set_in(message: ModelConfigProto, fields: Iterable[str]) -> bool:
     return any(field.name in fields for field, _ in message.ListFields())
 
 
+_JOINS: dict[str, Callable[[ModelConfigProto], bool]] = {
+    "allow_ragged_batch": lambda proto: any(tensor.allow_ragged_batch for tensor in proto.input),
+    "batch_input": _any("batch_input"),
+    "batch_output": _any("batch_output"),
+}
+"""What makes batches more than rows of requests of one shape."""
+
+
+def _has_whole(proto: ModelConfigProto) -> bool:
+    return any(tensor.is_shape_tensor for tensor in (*proto.input, *proto.output))
+
+
 _REFUSED = (
     Gap(
         lambda proto: bool(proto.sequence_batching.iterative_sequence),
@@ -109,16 +121,35 @@ _REFUSED = (
         "As in Triton a Python model keeps its own state, by correlation_id()",
     ),
     Gap(
-        lambda proto: bool(proto.model_transaction_policy.decoupled) and proto.backend != "python",
+        lambda proto: (
+            bool(proto.model_transaction_policy.decoupled)
+            and proto.backend != "python"
+            and not proto.HasField("ensemble_scheduling")  # whose models say it
+        ),
         ("model_transaction_policy", "decoupled"),
         "Only models of backend 'python' can be. Set it to false if the model gives exactly one response per request",
     ),
-    Gap(_any("batch_input"), ("batch_input",), "Add the tensor to input and let clients send it"),
-    Gap(_any("batch_output"), ("batch_output",), "Remove it and let the model give one row per request row"),
+    *(
+        Gap(
+            lambda proto, field=field: proto.backend == "remote" and _JOINS[field](proto),  # type: ignore[misc]
+            (field,),
+            "Remove it: the remote server makes its batches by itself",
+        )
+        for field in ("allow_ragged_batch", "batch_input", "batch_output")
+    ),
     Gap(
-        lambda proto: any(tensor.allow_ragged_batch for tensor in proto.input),
-        ("input", "allow_ragged_batch"),
-        "Remove it: requests of different shapes are then batched apart",
+        lambda proto: (
+            (_has_whole(proto) or any(asked(proto) for asked in _JOINS.values()))
+            and proto.HasField("sequence_batching")
+            and not proto.sequence_batching.HasField("oldest")
+        ),
+        ("sequence_batching",),
+        "With ragged inputs or shape tensors sequences cannot keep their row. Use the oldest strategy",
+    ),
+    Gap(
+        lambda proto: _has_whole(proto) and proto.backend not in ("onnxruntime", "fake"),
+        ("is_shape_tensor",),
+        "Of other models than ONNX files no tensor can be one for the whole batch",
     ),
     Gap(_has("model_operations"), ("model_operations",), "Export the model with standard ONNX operators"),
     Gap(_has("model_repository_agents"), ("model_repository_agents",), "Remove it and check the files before serving"),
@@ -145,7 +176,6 @@ _WITHOUT_EFFECT = (
     Gap(
         _groups("profile"), ("instance_group", "profile"), "Of a plan's profiles the one is taken that fits the request"
     ),
-    Gap(_groups("rate_limiter"), ("instance_group", "rate_limiter"), "Instances share a device by its slots"),
     Gap(
         _groups("passive", "secondary_devices", "host_policy"),
         ("instance_group",),
@@ -179,6 +209,13 @@ _WITHOUT_EFFECT = (
         ),
         ("optimization", "execution_accelerators", "parameters"),
         "The execution provider runs with its defaults",
+    ),
+    Gap(
+        lambda proto: (
+            bool(proto.batch_input or proto.batch_output) and (proto.backend == "python" or is_ensemble(proto))
+        ),
+        ("batch_input", "batch_output"),
+        "A Python model gets each request by itself, and the steps of an ensemble have their own",
     ),
     Gap(_any("metric_tags"), ("metric_tags",), "Metrics carry the labels model and version"),
     Gap(_has("model_metrics"), ("model_metrics",), "The histograms have fixed buckets"),

@@ -57,8 +57,6 @@ _SAGEMAKER = (
     "remove it; put a proxy that maps /ping and /invocations to /v2/health/ready and /v2/models/MODEL/infer in front"
 )
 _VERTEX = "remove it; put a proxy that maps Vertex AI's routes to /v2/health/ready and /v2/models/MODEL/infer in front"
-_RATE = "remove it; instances share a device by its slots, and instance_group count says how many run at once"
-_LEVELS = "remove it; levels are switched while the server runs, by POST /v2/logging, and --log-verbose adds more"
 
 FLAGS: dict[str, Flag] = dict(
     (
@@ -67,11 +65,11 @@ FLAGS: dict[str, Flag] = dict(
         _same("exit-timeout-secs"),
         # logging
         _same("log-verbose", "level"),
-        _only("log-info", _ON, _LEVELS),
-        _only("log-warning", _ON, _LEVELS),
-        _only("log-error", _ON, _LEVELS),
+        _same("log-info", "bool"),
+        _same("log-warning", "bool"),
+        _same("log-error", "bool"),
         _only("log-format", ("default", "ISO8601"), "use ISO8601, or GATEWAY_LOG_FORMAT=json"),
-        _only("log-file", (), "send standard error to the file: 2>FILE"),
+        _same("log-file"),
         # model repository
         ("model-store", Flag("model_repository")),
         _same("model-repository"),
@@ -157,10 +155,10 @@ FLAGS: dict[str, Flag] = dict(
         # response cache
         ("cache-config", Flag("response_cache_bytes")),
         ("response-cache-byte-size", Flag("response_cache_bytes")),
-        _only("cache-directory", (), _PLUGIN + "; --cache-config local,size=N needs none"),
+        _only("cache-directory", ("/opt/tritonserver/caches",), _PLUGIN + "; --cache-config local,size=N needs none"),
         # rate limiter
-        _only("rate-limit", ("off",), _RATE),
-        _only("rate-limit-resource", (), _RATE),
+        _same("rate-limit"),
+        _same("rate-limit-resource"),
         # memory and devices
         _only("pinned-memory-pool-byte-size", ("0",), _POOL),
         _only(
@@ -176,9 +174,9 @@ FLAGS: dict[str, Flag] = dict(
         _only("host-policy", (), "remove it, and give a model the parameter cpu_affinity"),
         _only("model-load-gpu-limit", (), "remove it, and set gpu_mem_limit in a model's execution accelerator"),
         # backends
-        _only("backend-directory", (), _PLUGIN),
+        _only("backend-directory", ("/opt/tritonserver/backends",), _PLUGIN),
         ("backend-config", Flag("default_max_batch_size")),
-        _only("repoagent-directory", (), _PLUGIN),
+        _only("repoagent-directory", ("/opt/tritonserver/repoagents",), _PLUGIN),
         # deprecated
         ("strict-model-config", Flag("disable_auto_complete_config", kind="bool")),
     )

@@ -9,7 +9,7 @@ from gateway.types import EMPTY_FINAL, Batch, Infer, InferRequest, Responses
 def call(infer: Infer, batch: Batch, model: str, request: InferRequest) -> Responses:
     """A request of a model that runs `batch`, made ready for `infer`: what a parent does for `Channel.infer`.
 
-    It is of the tenant of the batch, has to be answered by the time that the last of the batch has, and gives its
+    In its `trace` is the place in the batch of the request that it is for, and becomes the trace of that. It is of the tenant of the batch, has to be answered by the time that the last of the batch has, and gives its
     cores away meanwhile. Raises `InvalidArgument` where the model would wait for itself, which may be for ever.
     """
     callers = dict.fromkeys((model, *(each for waiting in batch.requests for each in waiting.callers)))
@@ -19,6 +19,8 @@ def call(infer: Infer, batch: Batch, model: str, request: InferRequest) -> Respo
             "other for ever; put the two on one level, or copy the model under another name"
         )
     request.callers = tuple(callers)
+    of = request.trace
+    request.trace = batch.requests[of].trace if isinstance(of, int) and 0 <= of < len(batch.requests) else None
     request.parameters = {
         **request.parameters,
         EMPTY_FINAL: True,

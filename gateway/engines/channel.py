@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from gateway.engines.measures import Measure
 from gateway.types import Answer, Array, Batch, InferRequest, InferResponse
 
 
@@ -26,6 +27,12 @@ class Channel(Protocol):
     def cancelled(self, request: InferRequest) -> bool:
         """Whether nobody waits any more for a request of the batch that runs here, one of `Batch.requests`. Asks the
         gateway, unless it is known that its deadline has passed or the whole run was given up.
+        """
+
+    def measure(self, measure: Measure, *, wait: bool = True) -> float:
+        """Do something to a metric of the model's code; gives the value that was read.
+
+        What is not to `wait` for must be allowed, because nobody hears of an error. Raises `GatewayError`.
         """
 
 

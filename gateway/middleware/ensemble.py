@@ -10,6 +10,9 @@ It is no wrapper around the whole endpoint, where every plain request would have
 the route of such a version submits to in place of the queue. So the service checks, bounds, counts, drains and times
 out an ensemble's request as it does any other, and a plain one pays nothing.
 
+Where a step is decoupled, so is the ensemble: each response of the step goes through the steps after it and becomes a
+response of the ensemble (`ensemble_stream.py`).
+
 Statistics as in Triton: the ensemble counts one execution for each request, and the sums of what its steps computed.
 """
 
@@ -17,26 +20,31 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
-
-from msgspec.structs import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.middleware.ensemble_plan import Plan, Task, fitted, make_plan
-from gateway.middleware.flights import OneAnswer, first
+from gateway.middleware.ensemble_plan import Plan, make_plan
+from gateway.middleware.ensemble_run import Run, named
+from gateway.middleware.ensemble_stream import Give, Stream, follow
+from gateway.middleware.flights import OneAnswer
+from gateway.middleware.tracing import compose
 from gateway.queues.base import Lane
 from gateway.statistics import Statistics
-from gateway.types import Infer, InferRequest, InferResponse, Responses, Tensor, Timings
+from gateway.types import Infer, InferRequest, InferResponse, Responses, Tensor
 
 _PLANS = 64  # of an ensemble, by the outputs asked for
 
 
 class Ensembles:
-    """The ensembles of this gateway, and how many requests of each are under way. `root` runs a step."""
+    """The ensembles of this gateway, and how many requests of each are under way. `root` runs a step; those with many
+    responses are run by `tasks`.
+    """
 
-    def __init__(self, statistics: Statistics, root: Infer) -> None:
+    def __init__(self, statistics: Statistics, root: Infer, tasks: asyncio.TaskGroup) -> None:
         self.root = root
+        self.tasks = tasks
         self.statistics = statistics
         self._open: Counter[Lane] = Counter()
         self._ended = asyncio.Event()
@@ -70,24 +78,49 @@ class Ensemble:
         self._owner = owner
         self._lane = lane
         self._config = config
-        self._optional = frozenset(each.name for each in config.inputs if each.optional)
         self._plans: dict[tuple[str, ...], Plan] = {}
 
     def __call__(self, _: Lane, request: InferRequest) -> Responses:
         """Run the checked request once its answer is asked for."""
+        if self._config.decoupled:
+            return Stream(self._stream, request, self._owner.tasks)
         return OneAnswer(self._answer, request)
 
     async def _answer(self, request: InferRequest) -> InferResponse:
-        run = _Run(self._owner.root, self._config.name, request, self._optional)
+        with self._running(request) as (run, plan):
+            await run.tasks(plan)
+            outputs = run.outputs(plan, self._config)
+        return self._last(request, run, outputs)
+
+    async def _stream(self, request: InferRequest, give: Give) -> None:
+        """Give the responses of a decoupled request; the last one, `final`, may say nothing more than that."""
+        outputs: dict[str, Tensor] = {}
+
+        async def give_next(branch: Run, plan: Plan, *, last: bool) -> None:
+            nonlocal outputs
+            if last:
+                outputs = branch.outputs(plan, self._config)
+                return
+            await give(InferResponse(*self._lane, branch.outputs(plan, self._config), id=request.id, final=False))
+
+        with self._running(request) as (run, plan):
+            await follow(run, plan, give_next)
+        await give(self._last(request, run, outputs))
+
+    @contextmanager
+    def _running(self, request: InferRequest) -> Iterator[tuple[Run, Plan]]:
+        compose(request)
+        run = Run(self._owner.root, self._config.name, request)
         self._owner.begin(self._lane)
         try:
-            plan = self._plan(request)
-            await (_forked(run, plan) if plan.forks else _chained(run, plan))
-            outputs = {name: run.output(name, dims, self._config) for name, dims in plan.outputs}
+            yield run, self._plan(request)
         except errors.GatewayError as error:
-            raise _named(error, f"in ensemble '{self._config.name}', ") from None
+            raise named(error, f"in ensemble '{self._config.name}', ") from None
         finally:
             self._owner.end(self._lane)
+
+    def _last(self, request: InferRequest, run: Run, outputs: dict[str, Tensor]) -> InferResponse:
+        """The last response to a request that has run, which is counted."""
         timings = run.timings
         timings.batch_rows = request.rows
         self._owner.statistics.of(*self._lane).record_batch(
@@ -103,103 +136,3 @@ class Ensemble:
                 self._plans.clear()
             plan = self._plans[wanted] = make_plan(self._config, wanted)
         return plan
-
-
-class _Run:
-    """A request on its way through the steps: the tensors that are there, and the sums of where the time went."""
-
-    __slots__ = ("_callers", "_ensemble", "_optional", "_request", "_root", "_tensors", "timings")
-
-    def __init__(self, root: Infer, ensemble: str, request: InferRequest, optional: frozenset[str]) -> None:
-        self._root = root
-        self._ensemble = ensemble
-        self._request = request
-        self._optional = optional
-        self._callers = (*request.callers, ensemble)
-        self._tensors = dict(request.inputs)
-        self.timings = Timings()
-
-    async def step(self, task: Task) -> None:
-        """Run one step, whose inputs are there."""
-        model = task.step.model
-        # All that the client said of the request counts for each step; only what was found out about it does not.
-        asked = replace(
-            self._request,
-            model_name=model,
-            model_version=task.step.version,
-            inputs=self._inputs(task),
-            outputs=task.requested,
-            callers=self._callers,
-            form=None,
-            admitted=False,
-            idempotency_key="",
-        )
-        try:
-            response = await first(self._root, asked)
-        except errors.GatewayError as error:
-            # Triton's text says where it happened only if the model's own does.
-            raise error if f"'{model}'" in error.message else _named(error, f"step '{model}': ") from None
-        for name, tensor in task.outputs:
-            if name in response.outputs:
-                self._tensors[tensor] = response.outputs[name]
-        if (spent := response.timings) is not None:
-            self.timings.compute_input_ns += spent.compute_input_ns
-            self.timings.compute_infer_ns += spent.compute_infer_ns
-            self.timings.compute_output_ns += spent.compute_output_ns
-
-    def output(self, name: str, dims: Sequence[int] | None, config: ModelConfig) -> Tensor:
-        """An output of the ensemble, fitted to `dims` if they are given."""
-        tensor = self._found(name)
-        return tensor if dims is None else fitted(tensor, tuple(dims), batched=config.max_batch_size > 0)
-
-    def _inputs(self, task: Task) -> dict[str, Tensor]:
-        inputs = {}
-        for name, tensor in task.inputs:
-            if tensor not in self._tensors and tensor in self._optional:
-                continue
-            inputs[name] = self._found(tensor)
-        for name in task.refit:
-            if name in inputs:
-                inputs[name] = fitted(inputs[name], task.step.dims[name], batched=task.step.batched)
-        return inputs
-
-    def _found(self, name: str) -> Tensor:
-        if (tensor := self._tensors.get(name)) is None:
-            raise errors.InvalidArgument(
-                errors.request_prefix(self._request.id)
-                + "unexpected deadlock, at least one output is not set while no more ensemble steps can be made"
-            )
-        return tensor
-
-
-async def _chained(run: _Run, plan: Plan) -> None:
-    """Run steps of which one waits for another: no task of their own, which cost as much as a small model."""
-    place = plan.first
-    while place:
-        task = plan.tasks[place[0]]
-        await run.step(task)
-        place = task.after
-
-
-async def _forked(run: _Run, plan: Plan) -> None:
-    """Run each step as soon as those that it waits for have run. The first error ends them all."""
-    waits = [task.waits for task in plan.tasks]
-
-    async def follow(place: int) -> None:
-        await run.step(plan.tasks[place])
-        for later in plan.tasks[place].after:
-            waits[later] -= 1
-            if not waits[later]:
-                tasks.create_task(follow(later))
-
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for place in plan.first:
-                tasks.create_task(follow(place))
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
-
-
-def _named(error: errors.GatewayError, where: str) -> errors.GatewayError:
-    """The same error, and where it happened."""
-    return type(error)(where + error.message, error.retry_after)

@@ -5,7 +5,6 @@ It is the outermost of them: all others, the queue and the workers see a request
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import NamedTuple
@@ -13,11 +12,9 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from gateway import errors
-from gateway.shm import Region, Regions
+from gateway.shm import Memory, Regions
 from gateway.shm.errors import output_too_large
 from gateway.types import Infer, InferRequest, InferResponse, Place, Places, Responses, Tensor
-
-_BLOCKING = 4 << 20  # bytes; copying them takes about a millisecond
 
 
 class Limits(NamedTuple):
@@ -71,14 +68,13 @@ def shared_memory(
     return endpoint
 
 
-async def _read(request: InferRequest, places: Mapping[str, Place], used: Mapping[str, Region]) -> None:
+async def _read(request: InferRequest, places: Mapping[str, Place], used: Mapping[str, Memory]) -> None:
     for name, place in places.items():
         region, tensor = used[place.region], request.inputs[name]
-        data = region.read(place) if place.size <= _BLOCKING else await asyncio.to_thread(region.read, place)
-        request.inputs[name] = Tensor(tensor.datatype, tensor.shape, data)
+        request.inputs[name] = Tensor(tensor.datatype, tensor.shape, await region.load(place))
 
 
-async def _write(response: InferResponse, places: Mapping[str, Place], used: Mapping[str, Region]) -> InferResponse:
+async def _write(response: InferResponse, places: Mapping[str, Place], used: Mapping[str, Memory]) -> InferResponse:
     outputs = dict(response.outputs)
     placed = [name for name in places if name in outputs]
     for name in placed:
@@ -86,9 +82,6 @@ async def _write(response: InferResponse, places: Mapping[str, Place], used: Map
         region, data = used[place.region], tensor.wire
         if len(data) > place.size:
             raise output_too_large(name, place.size, len(data))
-        if len(data) <= _BLOCKING:
-            region.write(place, data)
-        else:
-            await asyncio.to_thread(region.write, place, data)
+        await region.store(place, data)
         outputs[name] = Tensor(tensor.datatype, tensor.shape, b"")
     return replace(response, outputs=outputs, placed=placed)

@@ -85,7 +85,9 @@ class TraceFile:
         log_event("traces_lost", logging.ERROR, traces=len(batch), file=self._path.name, reason=reason)
 
     def _write(self, batch: Batch, path: Path | None) -> None:
-        text = ",\n".join(json.dumps(each) for trace, level in batch for each in activities(trace, level))
+        text = ",\n".join(
+            json.dumps(each) for trace, level in batch for part in trace.family for each in activities(part, level)
+        )
         if path is not None:
             path.write_text(f"[\n{text}\n]\n", encoding="utf-8")
             return
@@ -99,7 +101,11 @@ def activities(trace: Trace, level: tuple[str, ...]) -> Iterator[dict[str, Any]]
     request = trace.request
     version = int(trace.version) if trace.version else -1
     head = {"id": trace.number, "model_name": request.model_name, "model_version": version}
-    yield head | ({"request_id": request.id} if request.id else {})
+    if request.id:
+        head["request_id"] = request.id
+    if trace.parent:
+        head["parent_id"] = trace.parent
+    yield head
     for name, ns in trace.timestamps(wanted="TIMESTAMPS" in level):
         yield {"id": trace.number, "timestamps": [{"name": name, "ns": ns}]}
     seen = [("TENSOR_QUEUE_INPUT", trace.inputs), *(("TENSOR_BACKEND_OUTPUT", each) for each in trace.outputs)]

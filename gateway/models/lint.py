@@ -15,7 +15,7 @@ from gateway.config.build import build
 from gateway.config.check import checks, tensor_faults
 from gateway.config.complete import complete, fill_backend, normalise
 from gateway.config.fit import check_fit, misfits
-from gateway.config.model import ModelConfigProto
+from gateway.config.model import ModelConfig, ModelConfigProto
 from gateway.config.parse import Source, empty
 from gateway.config.repair import parse_all
 from gateway.config.support import unsupported
@@ -118,20 +118,34 @@ def _failures(proto: ModelConfigProto, gpus: tuple[int, ...], source: Source) ->
             yield problem.message
 
 
+def _built(alone: ModelConfigProto, proto: ModelConfigProto, source: Source) -> ModelConfig:
+    """A configuration of these tensors, and of what a batch is given and cut by as far as that makes sense."""
+    joining = empty()
+    joining.CopyFrom(alone)
+    joining.batch_input.extend(proto.batch_input)
+    joining.batch_output.extend(proto.batch_output)
+    try:
+        return build(joining, source)
+    except InvalidArgument:
+        return build(alone, source)
+
+
 def _misfits(proto: ModelConfigProto, io: ModelIO, source: Source) -> Iterator[str]:
     """What of the inputs and outputs does not fit the file; of those that can be compared."""
-    names = {tensor.name for tensor in proto.input}
+    names = {tensor.name for tensor in proto.input} | {name for each in proto.batch_input for name in each.target_name}
     alone = empty()
     for field in ("name", "backend", "platform", "max_batch_size", "default_model_filename"):
         setattr(alone, field, getattr(proto, field))
     for kind, tensors, given in (("input", alone.input, proto.input), ("output", alone.output, proto.output)):
         tensors.extend(each for each in given if not any(tensor_faults(each, kind, proto.max_batch_size)))
     try:
-        config = build(alone, source)
+        config = _built(alone, proto, source)
     except InvalidArgument:
         return  # told already
     for misfit in misfits(config, io):
         # One that is given and cannot be compared is not missing.
-        compared = misfit.tensor in {tensor.name for tensor in (*config.inputs, *config.outputs)}
+        compared = misfit.kind == "batch_input" or misfit.tensor in {
+            tensor.name for tensor in (*config.inputs, *config.outputs)
+        }
         if compared or misfit.tensor not in names:
             yield source.describe(misfit.text, misfit.kind, misfit.tensor)

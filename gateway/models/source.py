@@ -22,6 +22,8 @@ def open_repository(settings: Settings, gpus: Sequence[str]) -> Repository:
     repository.allow_remote(engines.remote_configuration)
     if settings.allow_python_models:
         repository.allow_python(engines.auto_complete)
+    if settings.rate_limit == "execution_count":
+        repository.limit_rates()
     if settings.disable_auto_complete_config:
         repository.require_complete()
     return repository

@@ -13,7 +13,7 @@ What every implementation promises (tests/contract/test_queue.py):
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -162,7 +162,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Stop routing to the model, answer what was accepted, and drop it.
+    """Stop routing to the model, answer what was accepted, and drop it; reported when done, or soon if that takes long.
 
     With `dependents` do so with the models, too, that were loaded along with it because it needs them.
     """
@@ -187,6 +187,23 @@ class Order(Protocol):
         """Report success (None) or the error for the caller."""
 
 
+def _nothing() -> None:
+    """What nobody needs to be told."""
+
+
+@dataclass(slots=True)
+class Keeps:
+    """A consumer to whom all requests of a sequence come, once it was given the first: it has what the others need.
+
+    `places` says how many more sequences it could begin at once, and `freed`, which the queue sets, is to be called when
+    that is more than before. A sequence of which nothing came for `idle` seconds is over.
+    """
+
+    places: Callable[[], int]
+    idle: float
+    freed: Callable[[], None] = _nothing
+
+
 class Queue(Protocol):
     """See the module's promises."""
 
@@ -196,11 +213,14 @@ class Queue(Protocol):
         Close it, whatever happens: until then the request counts as unanswered. Raises `GatewayError`.
         """
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 1 << 30, *, contained: bool = False) -> Consumer:
+    def consumer(
+        self, lanes: Sequence[Lane], limit: int = 1 << 30, *, contained: bool = False, keeps: Keeps | None = None
+    ) -> Consumer:
         """Open a worker's end of these lanes.
 
         Where others may take what this one leaves, no more than `limit` jobs of a lane are in its hands. With
-        `contained` jobs are run outside this process: one that kills what runs it does not kill the consumer.
+        `contained` jobs are run outside this process: one that kills what runs it does not kill the consumer. `keeps` is
+        for a lane of sequences.
         """
 
     async def drained(self, lane: Lane) -> None:

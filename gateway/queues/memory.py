@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 
 from gateway import errors
 from gateway.queues.answers import Answers
-from gateway.queues.base import Command, Job, Lane, PoolState
+from gateway.queues.base import Command, Job, Keeps, Lane, PoolState
 from gateway.types import InferRequest
 
 
@@ -38,7 +38,14 @@ class MemoryQueue:
         state.add(job)
         return job
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 0, *, contained: bool = False) -> MemoryConsumer:  # noqa: ARG002 - there is no other
+    def consumer(
+        self,
+        lanes: Sequence[Lane],
+        limit: int = 0,  # noqa: ARG002 - there is no other
+        *,
+        contained: bool = False,  # noqa: ARG002
+        keeps: Keeps | None = None,  # noqa: ARG002
+    ) -> MemoryConsumer:
         """See `Queue.consumer`."""
         return MemoryConsumer([self._lane(lane) for lane in lanes])
 

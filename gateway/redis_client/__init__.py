@@ -13,6 +13,8 @@ Cluster. Ids and field names are UTF-8.
 | `{P}:events`                  | stream | broadcasts to every process: commands, cancels, questions; MAXLEN ~ 10000        |
 | `{P}:stats`                   | hash   | process id to its last statistics, msgpack                                       |
 | `P:q:{<model>/<version>}:1..3`| stream | requests of a lane by class, 1 first; consumer group `workers`                   |
+| `P:q:{<model>/<version>}:<process>` | stream | requests of the sequences a worker has begun; group `workers`, 10 min to live |
+| `P:s:{<model>/<version>}:<id>`| hash   | one sequence: `s` its last beginning and by whom, and of that beginning the worker |
 | `P:d:{<model>/<version>}`     | stream | dead letters of a lane                                                           |
 | `P:r:<process>`               | stream | replies to one gateway process; MAXLEN ~ 10000, lives as long as its heartbeat   |
 | `P:b:<id>`                    | string | a payload beside the stream; lives as long as its request                        |

@@ -29,6 +29,15 @@ class Keys:
         """The request stream of one class of a lane."""
         return f"{self.prefix}:q:{_lane(model, version)}:{klass}"
 
+    def owned(self, model: str, version: str, process: str) -> str:
+        """The request stream of the sequences of a lane that one worker has begun."""
+        return f"{self.prefix}:q:{_lane(model, version)}:{process}"
+
+    def sequence(self, model: str, version: str, identity: int | str) -> str:
+        """What is known of one sequence. A number is another than the string of its digits."""
+        kind = "s" if isinstance(identity, str) else "n"
+        return f"{self.prefix}:s:{_lane(model, version)}:{kind}{identity}"
+
     def dead(self, model: str, version: str) -> str:
         """The dead letters of a lane."""
         return f"{self.prefix}:d:{_lane(model, version)}"

@@ -6,8 +6,10 @@ files, never where they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from gateway.config.check import plain_name
@@ -33,24 +35,43 @@ def scan(repositories: Sequence[Path]) -> dict[str, Found]:
     """
     found: dict[str, tuple[Path, ...]] = {}
     for repository in repositories:
-        if (repository / CONFIG).exists():
-            raise InvalidArgument(
-                f"model repository '{repository.name}' is the folder of one model; give the folder that holds it"
-            )
+        _require_repository(repository)
         for folder in subfolders(repository):
             found[folder.name] = (*found.get(folder.name, ()), folder)
     return {name: Found(name, found[name]) for name in sorted(found)}
 
 
+def find(repositories: Sequence[Path], name: str) -> Found | None:
+    """One model of `scan`, without a look at the others: who loads ten thousand models does not list them as often."""
+    for repository in repositories:
+        _require_repository(repository)
+    if not plain_name(name) or "/" in name or name[0] in "._":
+        return None
+    paths = tuple(path for repository in repositories if (path := repository / name).is_dir())
+    return Found(name, paths) if paths else None
+
+
+def _require_repository(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        raise InvalidArgument(
+            f"model repository '{folder.name}' is the folder of one model; give the folder that holds it"
+        )
+
+
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, in name order. Raises `Unavailable` when it cannot be read."""
-    return [folder / name for name in names(folder) if name[0] not in "._" and (folder / name).is_dir()]
+    return [folder / entry.name for entry in _entries(folder) if entry.name[0] not in "._" and entry.is_dir()]
 
 
 def names(folder: Path) -> list[str]:
     """What is in a folder, in name order. Raises `Unavailable` when it cannot be read."""
+    return [entry.name for entry in _entries(folder)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(entry.name for entry in folder.iterdir())
+        with os.scandir(folder) as found:
+            return sorted(found, key=attrgetter("name"))
     except OSError as problem:
         raise unreadable(f"folder '{folder.name}'", problem) from None
 

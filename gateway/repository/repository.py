@@ -8,7 +8,7 @@ it learns the inputs and outputs that a configuration leaves out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -80,6 +80,7 @@ class Repository:
         self._config_name = config_name
         self._caches = caches
         self._completes = True
+        self._limits_rates = False
 
     @property
     def backends(self) -> frozenset[str]:
@@ -89,6 +90,10 @@ class Repository:
     def require_complete(self) -> None:
         """Refuse models whose configurations leave out inputs or outputs."""
         self._completes = False
+
+    def limit_rates(self) -> None:
+        """Read the rate limiters of instance groups without a warning that they have no effect."""
+        self._limits_rates = True
 
     def allow_remote(self, ask: AskRemote) -> None:
         """Read models of backend `remote`, and ask their servers what their configurations leave out."""
@@ -135,10 +140,7 @@ class Repository:
         config = self._config(proto, folder, chosen, source)
         texts = [*ignored, *absent, *warnings(proto, source)]
         cached = config.response_cache is not None
-        if cached and (why := self._uncached(config)):
-            texts.append(
-                source.describe(f"response_cache has no effect {why}. Every request is computed", "response_cache")
-            )
+        texts += self._unheeded(config, source)
         return ModelSource(
             name=name,
             config=config,
@@ -150,6 +152,16 @@ class Repository:
             else {},
         )
 
+    def _unheeded(self, config: ModelConfig, source: Source) -> Iterator[str]:
+        """What the settings of this server leave without effect."""
+        if not self._limits_rates and any(group.limiter for group in config.instance_groups):
+            text = (
+                "rate_limiter has no effect without --rate-limit execution_count. Instances share a device by its slots"
+            )
+            yield source.describe(text, "instance_group", "rate_limiter")
+        if config.response_cache is not None and (why := self._uncached(config)):
+            yield source.describe(f"response_cache has no effect {why}. Every request is computed", "response_cache")
+
     def _uncached(self, config: ModelConfig) -> str:
         """Why nobody keeps the responses of a model that asks for it; empty if they are kept."""
         if _is_remote(config):
@@ -157,8 +169,9 @@ class Repository:
         return "" if self._caches else "without --response-cache-bytes"
 
     def _folder(self, name: str) -> Path:
-        found = self.scan().get(name)
+        found = layout.find(self._paths, name)
         if found is None:
+            self.scan()  # raises when a repository cannot be read
             raise NotFound(f"model '{name}' is in no model repository")
         if len(found.paths) > 1:
             places = ", ".join(f"'{path.parent.name}'" for path in found.paths)

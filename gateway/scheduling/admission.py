@@ -22,6 +22,7 @@ _BUSY = 0.8  # utilisation above which nothing sheddable is admitted
 _STANDING = 0.1  # seconds for which a queue must not have been empty to be a standing one (CoDel's interval)
 _SETTLED = 0.004  # seconds for which a lane's excess is taken as unchanged
 _LONGEST = 1 << 62  # microseconds; a client may send a number that no float can hold
+_LIGHT = 2.0  # times the constant part of a batch; in a shorter one, who comes along costs next to nothing
 _STALE = 1.0  # seconds without a run after which the latency may be another one
 
 _rank = attrgetter("rank")
@@ -148,7 +149,11 @@ def eta(lane: Lane[W], pool: Sequence[Seat[W]], entry: Entry[W], number: int, at
     # Those who arrive until its batch starts ride along, and make it longer.
     last = model.mean(min(batch, rest + 1 + int(lane.arrivals.rate(now) / parallel * wait)))
     own = full * model.mean(batch) + last
-    ahead = _ahead(lane, seat.device, own, entry.rank - own, now) if len(seat.device.lanes) > 1 else 0.0
+    ahead = 0.0
+    if len(seat.device.lanes) > 1:
+        rides = not full and own <= _LIGHT * model.fit[0]
+        turn = _turn(lane, number) if rides else math.inf  # it goes when those go that it goes with
+        ahead = _ahead(entry, seat.device, own, now, (number, turn))
     return now + at.overhead + (residual + own + ahead) * model.tail
 
 
@@ -212,18 +217,30 @@ def _is_full(lane: Lane[W], number: int) -> bool:
     return 0 < most <= waiting
 
 
-def _ahead(lane: Lane[W], device: Device[W], own: float, latest: float, now: float) -> float:
-    """Seconds for which the device is kept by other lanes before a request of `own` seconds, which must start by `latest`.
+def _turn(lane: Lane[W], number: int) -> float:
+    """The rank of the first that waits in a lane, as long as nothing more urgent than the level is there."""
+    if next(iter(lane.levels), number) < number:
+        return -math.inf
+    return min((line[0].rank for level in lane.levels.values() for line in level.lines.values()), default=math.inf)
 
-    Of each other lane at most as much counts as of this one, and its next batch. A lane that wants more than its
-    fair share of the device also leaves room for what will have come to the others by then.
+
+def _ahead(entry: Entry[W], device: Device[W], own: float, now: float, place: tuple[int, float]) -> float:
+    """Seconds for which the device is kept by other lanes before a request that waits and runs `own` seconds in its lane.
+
+    Of each other lane at most as much counts as of this one, and its next batch; nothing of one whose turn comes after
+    this `place`, a level and a rank. A lane that wants more than its fair share of the device also leaves room for what
+    will have come to the others by then.
     """
+    lane, latest = entry.lane, entry.rank - own
+    number, turn = place
     ahead = 0.0
     excess = _excess(lane, device, latest + own - now, now)
     for other in device.lanes:
         if other is lane:
             continue
         rows = other.rows
+        if rows and turn < math.inf and _turn(other, number) > turn:
+            continue
         seat = other.seats[device.name]
         model = seat.current
         if excess > 0:

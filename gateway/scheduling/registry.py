@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Generic
 
 from gateway.scheduling.base import LaneKey, Limits, Place, QueuePolicy, W
@@ -18,6 +18,7 @@ class Registry(Generic[W]):
         self._cores = cores
         self._devices: dict[str, Device[W]] = {}
         self._lanes: dict[LaneKey, Lane[W]] = {}
+        self._held: Mapping[str, Collection[Lane[W]]] = {}
 
     def open(self, lane: LaneKey, limits: Limits, places: Sequence[Place]) -> None:
         """A model version is ready to run. Opening a lane again replaces its limits and places and keeps its jobs."""
@@ -52,6 +53,15 @@ class Registry(Generic[W]):
         for state in list(self._lanes.values()):
             if state.seats.pop(device, None) is not None:
                 self._attach(state)
+
+    def hold(self, lanes: Mapping[str, Sequence[LaneKey]]) -> None:
+        """Start no runs of these lanes, by device, until the next call."""
+        self._held = {device: [self._lanes[key] for key in keys] for device, keys in lanes.items()}
+
+    def ready(self, lane: LaneKey, device: str) -> bool:
+        """Whether something waits of a lane, and an instance on the device is idle and may have its cores."""
+        state = self._lanes.get(lane)
+        return state is not None and state.waiting > 0 and device in state.seats and state.seats[device].free
 
     def is_quiet(self, lane: LaneKey) -> bool:
         """Whether no job of a lane waits or runs."""

@@ -187,12 +187,13 @@ class DeadlineScheduler(Registry[W]):
             return answer
         asks = math.inf
         for lane in state.lanes:
-            if lane.next_expiry <= now:
-                self._expire(lane, now)
+            if lane.next_expiry < math.inf:
+                if lane.next_expiry <= now:
+                    self._expire(lane, now)
+                asks = min(asks, lane.next_expiry)
             if lane.refused:
                 answer.refused += lane.refused
                 lane.refused = []
-            asks = min(asks, lane.next_expiry)
         if state.free > 0:
             asks = min(asks, self._assign(state, now, answer))
         answer.ask_at = asks if asks < math.inf else None
@@ -260,7 +261,7 @@ class DeadlineScheduler(Registry[W]):
 
     def _assign(self, device: Device[W], now: float, answer: Dispatch[W]) -> float:
         """Start one batch, of the most urgent lane that has one. Returns when to ask again at the latest."""
-        passed: set[Lane[W]] = set()
+        passed = set(self._held.get(device.name, ())) if self._held else set()
         asks = math.inf
         while (head := most_urgent(device, passed)) is not None:
             lane, seat = head.lane, head.seat

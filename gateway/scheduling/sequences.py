@@ -12,9 +12,9 @@ import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-SequenceId: TypeAlias = int | str
+from gateway.sequence import SequenceId
 
 
 class Job(Protocol):
@@ -63,6 +63,7 @@ class Sequence(Generic[W]):
     running: Item[W] | None = None
     over: bool = False  # its last request has come, or it was given up
     state: object = None  # whatever is kept for it from one run to the next
+    how: str = "ended"  # it comes to its end
 
     @property
     def idle(self) -> bool:
@@ -81,9 +82,18 @@ class Placed(Generic[W]):
 class Sequences(Generic[W]):
     """The sequences of one version. After each call `take_lost` has the jobs whose sequence was broken by it."""
 
-    def __init__(self, rules: Rules, instances: int, alike: Callable[[Sequence[W], Item[W]], Hashable]) -> None:
-        """Requests share a batch if `alike` says the same of them."""
+    def __init__(
+        self,
+        rules: Rules,
+        instances: int,
+        alike: Callable[[Sequence[W], Item[W]], Hashable],
+        ends: dict[str, int] | None = None,
+    ) -> None:
+        """Requests share a batch if `alike` says the same of them. `ends` counts how sequences ended: `ended` as their
+        client said, `idle` for too long, or `failed`.
+        """
         self.rules = rules
+        self._ends = {} if ends is None else ends
         self._alike = alike
         self._known: dict[SequenceId, Sequence[W]] = {}  # that may go on
         self._line: deque[Sequence[W]] = deque()
@@ -95,6 +105,11 @@ class Sequences(Generic[W]):
     def quiet(self) -> bool:
         """Whether nothing waits or runs."""
         return not self._line and all(each.idle for each in self._seated())
+
+    @property
+    def places(self) -> int:
+        """How many more sequences could have a slot at once."""
+        return max(len(self._free) - len(self._line), 0)
 
     def add(self, id_: SequenceId, item: Item[W], now: float) -> bool:
         """A request has come. False if it does not begin its sequence, and nobody knows that."""
@@ -164,7 +179,7 @@ class Sequences(Generic[W]):
             if until > now:
                 asks = min(asks, until)
             else:
-                self._forget(sequence)
+                self._forget(sequence, "idle")
                 self._leave(sequence)
         self._seat()
         return asks
@@ -207,10 +222,10 @@ class Sequences(Generic[W]):
         while sequence.waiting and (sequence.waiting[0].job.done or not sequence.waiting[0].start):
             self._lost.append((sequence.id, sequence.waiting.popleft().job))
         if not sequence.waiting:
-            self._forget(sequence)
+            self._forget(sequence, "failed")
 
-    def _forget(self, sequence: Sequence[W]) -> None:
-        sequence.over = True
+    def _forget(self, sequence: Sequence[W], how: str) -> None:
+        sequence.over, sequence.how = True, how
         if self._known.get(sequence.id) is sequence:
             del self._known[sequence.id]
 
@@ -220,6 +235,7 @@ class Sequences(Generic[W]):
             del self._slots[sequence.instance][sequence.slot]
             heapq.heappush(self._free, (sequence.slot, sequence.instance))
             sequence.slot = -1
+            self._count(sequence)
 
     def _seat(self) -> None:
         """Give free slots to those that are in line."""
@@ -229,3 +245,8 @@ class Sequences(Generic[W]):
             if sequence.waiting:
                 sequence.slot, sequence.instance = heapq.heappop(self._free)
                 self._slots[sequence.instance][sequence.slot] = sequence
+            else:
+                self._count(sequence)
+
+    def _count(self, sequence: Sequence[W]) -> None:
+        self._ends[sequence.how] = self._ends.get(sequence.how, 0) + 1

@@ -6,6 +6,7 @@ request's `rows`, `size` and `signature`, and remembers which forms have passed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Hashable
 from typing import NamedTuple
@@ -35,12 +36,15 @@ class Checker:
         self._inputs = {tensor.name: tensor for tensor in config.inputs}
         self._required = [tensor.name for tensor in config.inputs if not tensor.optional]
         self._outputs = frozenset(tensor.name for tensor in config.outputs)
+        # What says with whom a request may share a batch: of a ragged input no more than that it is there.
+        self._ragged = frozenset(tensor.name for tensor in config.inputs if tensor.ragged)
+        self._whole = frozenset(tensor.name for tensor in config.inputs if tensor.whole)
         # With every shape fixed all requests fit one batch, and the signature need not be built.
         self._fixed = len(self._required) == len(self._inputs) and not any(
-            -1 in tensor.dims for tensor in config.inputs
+            tensor.whole or (-1 in tensor.dims and not tensor.ragged) for tensor in config.inputs
         )
         # BYTES elements are data, and no form says anything about data.
-        self._forms_tell = not any(tensor.datatype is DataType.BYTES for tensor in config.inputs)
+        self._forms_tell = not any(tensor.datatype is DataType.BYTES or tensor.whole for tensor in config.inputs)
         self._passed: dict[object, _Passed] = {}
 
     def check(self, request: InferRequest) -> None:
@@ -66,8 +70,20 @@ class Checker:
         except errors.InvalidArgument as error:
             raise errors.InvalidArgument(errors.request_prefix(request.id) + error.message) from None
         if not self._fixed:
-            skip = 1 if self._max_batch_size else 0
-            request.signature = tuple(sorted((name, t.shape[skip:]) for name, t in request.inputs.items()))
+            request.signature = self._signature(request)
+
+    def _signature(self, request: InferRequest) -> Hashable:
+        """What must be equal for two requests to share a batch."""
+        skip = 1 if self._max_batch_size else 0
+        if not self._ragged and not self._whole:
+            return tuple(sorted((name, tensor.shape[skip:]) for name, tensor in request.inputs.items()))
+        parts: list[tuple[str, tuple[int, ...], bytes]] = []
+        for name, tensor in sorted(request.inputs.items()):
+            if name in self._whole:
+                parts.append((name, tensor.shape, hashlib.blake2b(tensor.wire).digest()))
+            else:
+                parts.append((name, () if name in self._ragged else tensor.shape[skip:], b""))
+        return tuple(parts)
 
     def _check_outputs(self, request: InferRequest) -> None:
         seen: set[str] = set()
@@ -96,6 +112,8 @@ class Checker:
             return 1
         rows: int | None = None
         for name, tensor in request.inputs.items():
+            if name in self._whole:
+                continue
             if not tensor.shape:
                 raise self._bad_shape(self._inputs[name], tensor)
             if rows is None:
@@ -119,7 +137,7 @@ class Checker:
             raise errors.InvalidArgument(
                 f"shape of input '{config.name}' causes total element count to exceed maximum size of {_MAX_ELEMENTS}"
             )
-        shape = tensor.shape[1:] if self._max_batch_size else tensor.shape
+        shape = tensor.shape[1:] if self._batched(config) else tensor.shape
         if -1 in shape or (shape != config.dims and not _fits(shape, config.dims)):
             raise self._bad_shape(config, tensor)
         if tensor.datatype is DataType.BYTES:
@@ -141,10 +159,13 @@ class Checker:
             ) from None
 
     def _bad_shape(self, config: TensorConfig, tensor: Tensor) -> errors.InvalidArgument:
-        expected = (-1, *config.dims) if self._max_batch_size else config.dims
-        return errors.unexpected_shape(
-            config.name, self._model, expected, tensor.shape, batched=bool(self._max_batch_size)
-        )
+        batched = self._batched(config)
+        expected = (-1, *config.dims) if batched else config.dims
+        return errors.unexpected_shape(config.name, self._model, expected, tensor.shape, batched=batched)
+
+    def _batched(self, config: TensorConfig) -> bool:
+        """Whether its first dimension is the batch's."""
+        return self._max_batch_size > 0 and not config.whole
 
 
 def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:

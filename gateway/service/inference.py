@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 from gateway import errors
 from gateway.service.route import Route
+from gateway.statistics.responses import Outcome
 from gateway.types import EMPTY_FINAL, InferRequest, InferResponse, Responses
 
 
@@ -23,7 +24,7 @@ class Submit(Protocol):
 class Inference:
     """The `Responses` of a request. Each ends in exactly one entry of the statistics: success, failure or cancelled."""
 
-    __slots__ = ("_answered", "_ended", "_request", "_responses", "_route", "_service", "_started")
+    __slots__ = ("_answered", "_ended", "_index", "_latest", "_request", "_responses", "_route", "_service", "_started")
 
     def __init__(self, service: Submit, request: InferRequest) -> None:
         self._service = service
@@ -31,6 +32,7 @@ class Inference:
         self._responses: Responses | None = None  # None until begun
         self._answered = False
         self._ended = False
+        self._index = 0  # of the next response, of a decoupled model
 
     def __aiter__(self) -> Self:
         return self
@@ -41,12 +43,14 @@ class Inference:
             raise StopAsyncIteration
         try:
             if self._responses is None:
-                self._started = time.monotonic_ns()
+                self._started = self._latest = time.monotonic_ns()
                 self._responses, self._route = self._service.submit(self._request)
             response = await self._responses.__anext__()
         except errors.GatewayError as error:
             self._fail(error)
             raise
+        if self._route.config.decoupled:
+            self._count("success" if response.outputs else "empty_response")
         if response.final:
             self._answered = True
             self._route.statistics.record_success(
@@ -65,6 +69,8 @@ class Inference:
             return
         if not self._answered:
             self._route.statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
+            if self._route.config.decoupled:
+                self._count("cancel")
         self._service.end(self._request, self._route)
         await self._responses.aclose()
 
@@ -74,3 +80,11 @@ class Inference:
             return
         self._answered = True
         self._route.statistics.record_refusal(error, time.monotonic_ns() - self._started)
+        if self._route.config.decoupled and not error.reason:  # which those have that no model answered
+            self._count("fail")
+
+    def _count(self, outcome: Outcome) -> None:
+        now = time.monotonic_ns()
+        self._route.statistics.record_response(self._index, outcome, now - self._latest)
+        self._index += 1
+        self._latest = now

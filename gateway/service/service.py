@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,13 +32,14 @@ EXTENSIONS = (
     "schedule_policy",
     "model_configuration",
     "system_shared_memory",
+    "redis_shared_memory",
     "binary_tensor_data",
     "parameters",
     "statistics",
     "trace",
     "logging",
 )
-"""The Triton extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`)."""
+"""The extensions that work here, if they are allowed, in Triton's order (`core/src/server.cc`), which lacks Redis."""
 
 
 _LET_THROUGH = 16  # at least one in so many is read, and asked for its priority
@@ -59,7 +60,7 @@ class ServiceOptions:
     explicit_control: bool = False
     max_inflight_bytes: int = 1 << 30
     default_deadline_ms: float = 0.0
-    client_shm: bool = False
+    without: Collection[str] = ("system_shared_memory", "redis_shared_memory")  # of the extensions
 
 
 class Behind(NamedTuple):
@@ -289,7 +290,7 @@ class Service:
 
     def server_metadata(self) -> tuple[str, str, tuple[str, ...]]:
         """Name, version and extensions of this server."""
-        told = tuple(each for each in EXTENSIONS if each != "system_shared_memory" or self._options.client_shm)
+        told = tuple(each for each in EXTENSIONS if each not in self._options.without)
         return self._options.server_id, __version__, told
 
     def model_ready(self, name: str, version: str = "") -> bool:

@@ -5,7 +5,7 @@ A part of the table in `gateway/errors.py`, whose rows these are.
 
 from __future__ import annotations
 
-from gateway.errors import AlreadyExists, Internal, InvalidArgument, NotFound, Unavailable
+from gateway.errors import AlreadyExists, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
 
 
 def reserved_region_key(name: str, key: str, prefix: str) -> InvalidArgument:
@@ -30,9 +30,9 @@ def unknown_region(name: str) -> NotFound:
     return NotFound(f"Unable to find shared memory region: '{name}'")
 
 
-def unknown_system_region(name: str) -> NotFound:
-    """The status of a shared memory region that was not registered."""
-    return NotFound(f"Unable to find system shared memory region: '{name}'")
+def unknown_region_of(kind: str, name: str) -> NotFound:
+    """The status of a region of this kind that was not registered."""
+    return NotFound(f"Unable to find {kind} shared memory region: '{name}'")
 
 
 def bad_region_offset(name: str) -> InvalidArgument:
@@ -80,6 +80,33 @@ def no_cuda_regions(name: str) -> Unavailable:
     return Unavailable(f"failed to register CUDA shared memory region: '{name}', GPUs not supported")
 
 
-def unknown_cuda_region(name: str) -> NotFound:
-    """The status of a CUDA shared memory region: there are none."""
-    return NotFound(f"Unable to find cuda shared memory region: '{name}'")
+def redis_memory_disabled() -> Unsupported:
+    """Tensors in Redis, where no Redis was named for them."""
+    return Unsupported(
+        "Redis shared memory is disabled. Start the server with '--allow-client-shm=true --client-shm-redis=URL' to enable."
+    )
+
+
+def foreign_redis_key(name: str, key: str, prefix: str) -> InvalidArgument:
+    """A key in Redis that is not for clients."""
+    return InvalidArgument(
+        f"cannot register shared memory region '{name}' with key '{key}': keys of clients begin with '{prefix}'"
+    )
+
+
+def redis_key_too_short(name: str, key: str, found: int, size: int) -> InvalidArgument:
+    """An input that its key in Redis does not hold."""
+    return InvalidArgument(
+        f"key '{key}' of shared memory region '{name}' holds {found} bytes where the request says {size}; SET it before "
+        "the request"
+    )
+
+
+def redis_memory_away(why: str) -> Unavailable:
+    """Redis does not answer."""
+    return Unavailable(f"the Redis of shared memory cannot be reached: {why}")
+
+
+def redis_memory_refused(name: str, key: str, why: str) -> InvalidArgument:
+    """Redis does not do it: the key holds something else, there is no memory, or the user may not."""
+    return InvalidArgument(f"Redis refuses key '{key}' of shared memory region '{name}': {why}")

@@ -10,6 +10,7 @@ Errors are Triton's words (server `shared_memory_manager.cc`; PROTOCOL.md sectio
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import stat
@@ -17,6 +18,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -29,6 +31,28 @@ FOLDER = Path("/dev/shm")  # noqa: S108 - where shm_open() has its objects
 _RESERVED = ("triton_python_backend_shm_region_", "lockgate-")  # Triton's own, and the payloads of our fleets
 _LONGEST = 255  # characters of an object's name
 _SIZE_MAX = (1 << 64) - 1
+_BLOCKING = 4 << 20  # bytes; copying them takes about a millisecond
+
+
+class Memory(Protocol):
+    """A registered stretch of memory of some kind, `users` the requests that use it now; `leaving` once unregistered."""
+
+    name: str
+    key: str
+    offset: int
+    byte_size: int
+    users: int
+    leaving: bool
+
+    @property
+    def kind(self) -> str:
+        """`system`, or another that has endpoints."""
+
+    async def load(self, place: Place) -> Buffer:
+        """The bytes at a place that was checked. Raises `GatewayError`."""
+
+    async def store(self, place: Place, data: Buffer) -> None:
+        """Write at a place that was checked. Raises `GatewayError`."""
 
 
 @dataclass(slots=True)
@@ -46,8 +70,24 @@ class Region:
     users: int = 0
     leaving: bool = False
 
+    @property
+    def kind(self) -> str:
+        """See `Memory`."""
+        return "system"
+
     def __del__(self) -> None:
         os.close(self.descriptor)
+
+    async def load(self, place: Place) -> memoryview:
+        """See `Memory`: `read`, off the event loop where it takes long."""
+        return self.read(place) if place.size <= _BLOCKING else await asyncio.to_thread(self.read, place)
+
+    async def store(self, place: Place, data: Buffer) -> None:
+        """See `Memory`: `write`, off the event loop where it takes long."""
+        if len(data) <= _BLOCKING:
+            self.write(place, data)
+        else:
+            await asyncio.to_thread(self.write, place, data)
 
     def read(self, place: Place) -> memoryview:
         """The bytes at a place that was checked. Raises `InvalidArgument` when the object has been cut short."""
@@ -90,7 +130,7 @@ class Regions:
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self._folder = folder
-        self._regions: dict[str, Region] = {}
+        self._regions: dict[str, Memory] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Make a stretch of the object `key` known as `name`. Raises `GatewayError`."""
@@ -98,8 +138,7 @@ class Regions:
         for prefix in _RESERVED:
             if key_name.startswith(prefix):
                 raise texts.reserved_region_key(name, key, prefix)
-        if name in self._regions:
-            raise texts.region_exists(name)
+        self.require_free(name)
         # A half of the files that may be open is left to connections.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         if len(self._regions) >= most:
@@ -113,22 +152,33 @@ class Regions:
             raise texts.region_out_of_bounds(name)
         self._regions[name] = Region(name, key, offset, byte_size, descriptor)
 
-    def unregister(self, name: str = "") -> None:
-        """Forget a region, or without a name all. One in use is forgotten once its last request has ended."""
-        for region in [each for each in self._regions.values() if name in ("", each.name)]:
+    def add(self, region: Memory) -> None:
+        """Make memory of another kind known. Raises `AlreadyExists`."""
+        self.require_free(region.name)
+        self._regions[region.name] = region
+
+    def require_free(self, name: str) -> None:
+        """Raise `AlreadyExists` for a name that a region of any kind has."""
+        if name in self._regions:
+            raise texts.region_exists(name)
+
+    def unregister(self, name: str = "", kind: str = "system") -> None:
+        """Forget a region, or without a name all of a kind. One in use is forgotten once its last request has ended."""
+        for region in [each for each in self.status(kind=kind) if name in ("", each.name)]:
             region.leaving = True
             self._drop_unused(region)
 
-    def status(self, name: str = "") -> list[Region]:
-        """A region, or without a name all in the order of their names. Raises `NotFound`."""
+    def status(self, name: str = "", kind: str = "system") -> list[Memory]:
+        """A region, or without a name all of a kind in the order of their names. Raises `NotFound`."""
+        found = [self._regions[each] for each in sorted(self._regions) if self._regions[each].kind == kind]
         if not name:
-            return [self._regions[each] for each in sorted(self._regions)]
-        if name not in self._regions:
-            raise texts.unknown_system_region(name)
+            return found
+        if name not in [each.name for each in found]:
+            raise texts.unknown_region_of(kind, name)
         return [self._regions[name]]
 
     @contextmanager
-    def using(self, places: Iterable[Place]) -> Generator[dict[str, Region], None, None]:
+    def using(self, places: Iterable[Place]) -> Generator[dict[str, Memory], None, None]:
         """The regions of these places by name, which stay for the duration of the block. Raises `GatewayError`."""
         used = {place.region: self._checked(place) for place in places}
         for region in used.values():
@@ -140,7 +190,7 @@ class Regions:
                 region.users -= 1
                 self._drop_unused(region)
 
-    def _checked(self, place: Place) -> Region:
+    def _checked(self, place: Place) -> Memory:
         region = self._regions.get(place.region)
         if region is None:
             raise texts.unknown_region(place.region)
@@ -167,7 +217,7 @@ class Regions:
             raise unable
         return descriptor
 
-    def _drop_unused(self, region: Region) -> None:
+    def _drop_unused(self, region: Memory) -> None:
         if region.leaving and not region.users and self._regions.get(region.name) is region:
             del self._regions[region.name]
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway import errors
+from gateway.statistics import responses
 from gateway.types import Timings
 
 TIME_BOUNDS_NS = tuple(
@@ -58,7 +59,7 @@ class ModelStatistics(TypedDict):
     inference_count: int
     execution_count: int
     inference_stats: dict[str, Duration]
-    response_stats: dict[str, object]
+    response_stats: dict[str, dict[str, dict[str, int]]]
     batch_stats: list[BatchEntry]
     memory_usage: list[object]
 
@@ -160,8 +161,8 @@ class VersionStatistics:
     __slots__ = (
         "_answers", "_counted", "_now_ms", "admitted", "batches", "cache_hit_count", "cache_hit_ns", "cache_miss_count",
         "cache_miss_ns", "closed", "crashes", "epoch", "executing", "execution_count", "failure_ns", "failures",
-        "fallbacks", "last_inference_ms", "late", "links", "model", "pending", "predictions", "refused", "restarts",
-        "row_sizes", "version",
+        "fallbacks", "last_inference_ms", "late", "links", "model", "pending", "predictions", "refused", "responses",
+        "restarts", "row_sizes", "sequences", "version",
     )  # fmt: skip
 
     inference_count = _answered("inference_count")
@@ -192,11 +193,13 @@ class VersionStatistics:
         self.admitted = self.late = 0
         self.predictions: tuple[float, bool] | None = None
         self.batches: dict[int, BatchStatistics] = {}
+        self.responses: dict[int, list[int]] = {}  # see `responses`
         self.closed: dict[str, int] = {}
         self.refused: dict[str, int] = {}  # requests by `GatewayError.reason`
         self.links: dict[str, int] = {}  # requests of a chain of engines, by the link that answered them
         self.fallbacks: dict[str, int] = {}  # those that not the first link answered, by why it did not
         self.crashes: dict[str, int] = {}
+        self.sequences: dict[str, int] = {}  # that are over, by how they ended
         self.restarts = 0
         self.row_sizes = Histogram(ROW_BOUNDS)
 
@@ -239,6 +242,10 @@ class VersionStatistics:
         self.cache_miss_ns += cache_ns
         self._counted.success_ns += cache_ns
 
+    def record_response(self, index: int, outcome: responses.Outcome, ns: int) -> None:
+        """Count a response of a decoupled model: its number in its request, and how long after the one before it came."""
+        responses.record(self.responses, index, outcome, ns)
+
     def record_batch(
         self, rows: int, compute_input_ns: int, compute_infer_ns: int, compute_output_ns: int, reason: str
     ) -> None:
@@ -273,7 +280,7 @@ class VersionStatistics:
                 "cache_hit": _duration(self.cache_hit_count, self.cache_hit_ns),
                 "cache_miss": _duration(self.cache_miss_count, self.cache_miss_ns),
             },
-            "response_stats": {},
+            "response_stats": responses.to_triton(self.responses),
             "batch_stats": [_batch_entry(size, self.batches[size]) for size in sorted(self.batches)],
             "memory_usage": [],
         }

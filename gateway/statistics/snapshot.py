@@ -27,7 +27,7 @@ _OWN = (
     "admitted", "late", "restarts",
 )  # fmt: skip
 _HISTOGRAMS = ("request_times", "queue_times", "compute_times", "row_sizes")
-_TABLES = ("failures", "closed", "refused", "crashes", "links", "fallbacks")
+_TABLES = ("failures", "closed", "refused", "crashes", "links", "fallbacks", "sequences")
 _BATCH = ("count", "compute_input_ns", "compute_infer_ns", "compute_output_ns")
 
 _Key = TypeVar("_Key")
@@ -40,7 +40,8 @@ _read_batch = attrgetter(*_BATCH)
 class VersionSnapshot(msgspec.Struct, array_like=True, gc=False):
     """The counters of one version since `epoch`; if not `loaded`, all it says is that the version was unloaded then.
 
-    A histogram is its total and then its buckets; `batches` has by rows what `BatchStatistics` has.
+    A histogram is its total and then its buckets; `batches` has by rows what `BatchStatistics` has, `responses` by
+    number what the module of that name counts.
     """
 
     model: str
@@ -55,6 +56,7 @@ class VersionSnapshot(msgspec.Struct, array_like=True, gc=False):
     histograms: dict[str, list[int]] = {}
     tables: dict[str, dict[str, int]] = {}
     batches: dict[int, list[int]] = {}
+    responses: dict[int, list[int]] = {}
 
     def add(self, other: VersionSnapshot) -> VersionSnapshot:
         """The sum of both, made of this one. What was counted before the version was unloaded is left out."""
@@ -70,6 +72,7 @@ class VersionSnapshot(msgspec.Struct, array_like=True, gc=False):
             _add_counts(self.tables.setdefault(name, {}), table)
         _add_lists(self.histograms, other.histograms)
         _add_lists(self.batches, other.batches)
+        _add_lists(self.responses, other.responses)
         return self
 
 
@@ -128,6 +131,7 @@ def take(statistics: VersionStatistics) -> VersionSnapshot:
         {name: [histogram.total, *histogram.counts] for name, histogram in histograms},
         {name: getattr(statistics, name) for name in _TABLES},
         {rows: list(_read_batch(batch)) for rows, batch in statistics.batches.items()},
+        {index: list(figures) for index, figures in statistics.responses.items()},
     )
 
 
@@ -149,6 +153,7 @@ def restore(snapshot: VersionSnapshot, now_ms: Callable[[], int]) -> VersionStat
         batch = statistics.batches[rows] = BatchStatistics()
         for name, figure in zip(_BATCH, figures, strict=False):
             setattr(batch, name, figure)
+    statistics.responses = snapshot.responses
     return statistics
 
 

@@ -17,6 +17,7 @@ REMEDIES = {
     "conflict": "an Idempotency-Key was used for two different requests; give each request its own",
     "crashed": "a request that crashes the model by itself, its digest is in the log; mend the model, or the request",
     "quarantined": "a request that crashed the model, sent again; it is not run for ten minutes",
+    "sequence_lost": "a request of a sequence whose worker died or stopped; the client is to begin it again",
 }
 """What to do about refused requests, by the reasons of the table of refusals."""
 

@@ -15,7 +15,7 @@ from functools import lru_cache
 from gateway.config.restricted import read_restricted
 from gateway.errors import PermissionDenied, Unavailable
 from gateway.transport.auth import Header
-from gateway.types import NO_CONTEXT, Parameter
+from gateway.types import NO_CONTEXT, RESERVED, Parameter
 
 _GRPC_PREFIX = "triton-grpc-protocol-"
 _CONTEXT = ("traceparent", "tracestate")
@@ -84,11 +84,15 @@ class HeaderRules:
             raise Unavailable(f"This protocol is restricted, expecting header '{name}'")
 
     def forwarded(self, headers: Iterable[tuple[str, str | bytes]]) -> dict[str, Parameter]:
-        """The parameters that these headers become."""
+        """The parameters that these headers become; what the protocol has a use for comes with the request only."""
         forward = self.forward
         if forward is None:
             return {}
-        return {key: value for key, value in headers if isinstance(value, str) and forward.search(key)}
+        return {
+            key: value
+            for key, value in headers
+            if isinstance(value, str) and forward.search(key) and key not in RESERVED and not key.startswith("triton_")
+        }
 
     def context(self, header: Header) -> Mapping[str, str]:
         """The W3C trace context of a request, as it came."""

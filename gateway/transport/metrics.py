@@ -112,6 +112,9 @@ def model_metrics(statistics: Statistics) -> list[Family]:
     links = "Number of requests of a chain of engines, by the link that answered them"
     fallbacks = "Number of requests that another link of the chain answered than the first, by why that did not"
     crashed = "Number of times that an engine's process ended or could not be started, by cause"
+    ended = (
+        "Number of sequences that are over, by how they ended: as their client said, idle for too long, or by a failure"
+    )
     waiting = "Instantaneous number of pending requests awaiting execution per-model."
     families += [
         Family("nv_inference_request_failure", "counter", failed, _by_reason(versions, "failures")),
@@ -120,6 +123,7 @@ def model_metrics(statistics: Statistics) -> list[Family]:
         Family("gateway_link_requests_total", "counter", links, _by_reason(versions, "links", "link")),
         Family("gateway_fallbacks_total", "counter", fallbacks, _by_reason(versions, "fallbacks")),
         Family("gateway_engine_crashes_total", "counter", crashed, _by_reason(versions, "crashes")),
+        Family("gateway_sequences_ended_total", "counter", ended, _by_reason(versions, "sequences")),
         Family(
             "nv_inference_pending_request_count",
             "gauge",
@@ -164,12 +168,13 @@ def _by_reason(
 @dataclass(frozen=True, slots=True)
 class Own:
     """What a process tells beside the sums over the fleet: its machine's devices, the models as its queue has them, and
-    its child processes, which takes a look at files.
+    its child processes, which takes a look at files; and what the code of models keeps, in the whole fleet.
     """
 
     devices: DeviceMetrics = field(default_factory=DeviceMetrics)
     pools: Callable[[], Iterable[PoolState]] = tuple
     children: Callable[[], list[Family]] = list
+    measures: Callable[[], Awaitable[list[Family]]] | None = None
 
 
 class MetricsApp:
@@ -225,6 +230,7 @@ class MetricsApp:
                 *await self._queue.collect(statistics),
                 Family("gateway_tasks", "gauge", tasks, [(self._labels, len(asyncio.all_tasks()))]),
                 *self._own.devices.gpus(),
+                *(await self._own.measures() if self._own.measures is not None else ()),
             ]
             body = await asyncio.get_running_loop().run_in_executor(self._thread, self._write, families)
             protocol.response_bytes(200, [("content-type", METRICS_CONTENT_TYPE)], body)

@@ -84,6 +84,7 @@ class Runner:
             part.waits,
             part.predicted,
             lambda place: not jobs[place].done,
+            lambda: batching.gather(requests, self._config),
         )
         first: BatchResult | None = None  # of those that came request by request, and the last
         last: BatchResult | None = None

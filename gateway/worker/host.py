@@ -32,12 +32,12 @@ from gateway.worker.instance import Instance
 from gateway.worker.lane import limits, places
 from gateway.worker.ordering import Order
 from gateway.worker.priors import Prior, Priors, key
-from gateway.worker.probe import measurable, measure
+from gateway.worker.probe import measure
 from gateway.worker.running import count, digest, state, where
 from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat, Slots
 from gateway.worker.source import Source
-from gateway.worker.warmup import warm_up
+from gateway.worker.warmup import measurable, warm_up
 
 _CLOSE_SECONDS = 5.0  # how long a run in progress may hold up the end of its engine
 _FEW = 3  # runs
@@ -108,6 +108,7 @@ class Host:
                 if row is not None:
                     rows[where(engine, placement)[0]] = row
             priors = await self._read_priors() if self._persists else {}
+            self._slots.require(self, self._engines)
         except BaseException:
             await self._close_engines()
             raise
@@ -116,7 +117,7 @@ class Host:
         self.warnings = tuple(dict.fromkeys(warning for engine, _ in self._engines for warning in engine.warnings))
         self._open_lane(priors, rows if self._measures else {})
         self._row = max(rows.values(), default=0.0)
-        self._consumer = self._queue.consumer([self.lane], self._credits(), contained=self._contained())
+        self._consumer = self._open_consumer()
 
     def admit(self, request: InferRequest) -> None:
         """See `Admission.admit`."""
@@ -202,7 +203,7 @@ class Host:
             while True:
                 self._moved.clear()
                 for _ in range(seats, instance.engine.concurrency):
-                    seat = self._slots.seat(self, where(instance.engine, placement)[0])
+                    seat = self._slots.seat(self, where(instance.engine, placement)[0], instance.engine)
                     self._seats.append((seat, instance.engine, placement))
                     tasks.create_task(instance.serve(seat))
                 seats = max(seats, instance.engine.concurrency)
@@ -251,6 +252,9 @@ class Host:
         for device, seconds in rows.items():
             self._slots.scheduler.warmed(self, device, 1, seconds)
 
+    def _open_consumer(self) -> Consumer:
+        return self._queue.consumer([self.lane], self._credits(), contained=self._contained())
+
     def _contained(self) -> bool:
         return all(engine.contained for engine, _ in self._engines)
 
@@ -294,7 +298,8 @@ class Host:
         instances = len(
             self._engines
         )  # and not the runs that each may have open: a server far away is not to be flooded
-        largest = await measure(self._slots, self, self.source.config, instances, self._row)
+        async with self._slots.measuring:
+            largest = await measure(self._slots, self, self.source.config, instances, self._row)
         log_event("measured", logging.DEBUG, model=self.lane.model, version=self.lane.version, rows=largest)
         if self._priors is not None:
             await self._priors.keep(self._learned())

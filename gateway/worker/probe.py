@@ -64,11 +64,6 @@ class Probe:
         return True
 
 
-def measurable(config: ModelConfig) -> bool:
-    """Whether rows of zeros are typical of the model: open dimensions say nothing of what will come."""
-    return not config.is_code and not any(-1 in tensor.dims for tensor in config.inputs)
-
-
 def sizes(config: ModelConfig) -> Iterator[int]:
     """1, 2, 4 ... and the largest batch."""
     rows, most = 1, config.max_batch_size if config.batching is not None else 1

@@ -15,7 +15,7 @@ from typing import Any
 from gateway.config.model import ModelConfig
 from gateway.engines.base import Engine
 from gateway.placement import Placement
-from gateway.queues.base import Job
+from gateway.queues.base import Consumer, Job, Keeps
 from gateway.scheduling.base import Limits
 from gateway.scheduling.sequences import Item, Placed, Rules, Sequence, Sequences
 from gateway.types import InferRequest
@@ -68,9 +68,19 @@ class SequenceHost(Host):
         if self._line is None:
             config = self.source.config
             self._rows = [Rows(engine, config, self._initial) for engine, _ in engines]
-            sequences: Sequences[Job] = Sequences(_rules(config), len(engines), self._alike)
+            ends = self._statistics.sequences
+            sequences: Sequences[Job] = Sequences(_rules(config), len(engines), self._alike, ends)
             lanes = [self._lane_of(engine) for engine, _ in engines]
             self._line = SequenceLine(config, sequences, self._slots, lanes)
+
+    def _open_consumer(self) -> Consumer:
+        line, config = self._line, self.source.config
+        assert line is not None
+        assert config.sequences is not None
+        keeps = Keeps(lambda: line.places, config.sequences.idle_us / 1e6)
+        consumer = self._queue.consumer([self.lane], contained=self._contained(), keeps=keeps)
+        line.looked = keeps.freed
+        return consumer
 
     def _lane_of(self, engine: Engine) -> Hashable:
         return self, id(engine)
@@ -83,7 +93,7 @@ class SequenceHost(Host):
         index = next(index for index, (each, _) in enumerate(self._engines) if each is engine)
         source = self.source
         instance = SequenceInstance(engine, source.config, source.version, self._statistics, self._rows[index])
-        seat = self._slots.seat(self._lane_of(engine), where(engine, placement)[0])
+        seat = self._slots.seat(self._lane_of(engine), where(engine, placement)[0], engine)
         self._seats.append((seat, engine, placement))
         await instance.serve(index, self._line, seat)
 

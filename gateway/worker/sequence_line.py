@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as List
 
 from gateway import errors
+from gateway import sequence as refusals
 from gateway.config.model import ModelConfig
 from gateway.queues.base import Job
 from gateway.scheduling.base import LaneKey
-from gateway.scheduling.sequences import Item, Placed, Sequence, SequenceId, Sequences
+from gateway.scheduling.sequences import Item, Placed, Sequence, Sequences
+from gateway.sequence import flag, id_of
 from gateway.types import DataType, InferRequest, InferResponse
-from gateway.worker import sequence_errors as refusals
 from gateway.worker.slots import Slots
 
 
@@ -51,8 +52,8 @@ class SequenceLine:
     def __init__(self, config: ModelConfig, sequences: Sequences[Job], slots: Slots, lanes: List[LaneKey]) -> None:
         assert config.sequences is not None
         self._model = config.name
-        kinds = [control.datatype for control in config.sequences.controls if control.kind == "corrid"]
-        self._id_type = kinds[0] if kinds else None  # what the model can be told
+        told = [control for control in config.sequences.controls if control.kind == "corrid"]
+        self._corrid = told[0] if told else None
         self._sequences = sequences
         self._slots = slots
         self._lanes = lanes
@@ -61,6 +62,12 @@ class SequenceLine:
         self._reaper: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._closed = False
+        self.looked: Callable[[], None] = lambda: None  # told when `places` may be more
+
+    @property
+    def places(self) -> int:
+        """How many more sequences could begin at once."""
+        return self._sequences.places
 
     def add(self, jobs: Iterable[Job]) -> None:
         """Requests have come; those of no sequence are refused."""
@@ -75,12 +82,14 @@ class SequenceLine:
         request = job.request
         if request.rows > 1:
             raise refusals.of_one_row(self._model)
-        id_ = _id(request)
+        id_ = id_of(request)
         if not id_:
             raise refusals.no_id(self._model)
-        if self._id_type is not None and isinstance(id_, str) is not (self._id_type is DataType.BYTES):
-            raise refusals.wrong_id(self._model, expected="a number" if isinstance(id_, str) else "a string")
-        item = Item(job, _flag(request, "sequence_start"), _flag(request, "sequence_end"))
+        told = self._corrid
+        if told is not None and isinstance(id_, str) is not (told.datatype is DataType.BYTES):
+            given = DataType.BYTES if isinstance(id_, str) else DataType.UINT64
+            raise refusals.wrong_id(self._model, told.name, given.value, told.datatype.value)
+        item = Item(job, flag(request, "sequence_start"), flag(request, "sequence_end"))
         if not self._sequences.add(id_, item, time.monotonic()):
             raise refusals.not_started(id_, self._model)
 
@@ -127,6 +136,7 @@ class SequenceLine:
                 self._look_at(instance, now)
         self._refuse_lost()
         self._changed.set()
+        self.looked()
 
     def _look_at(self, instance: int, now: float) -> None:
         if (timer := self._timers.pop(instance, None)) is not None:
@@ -150,19 +160,3 @@ class SequenceLine:
         for id_, job in self._sequences.take_lost():
             if not job.done:
                 job.fail(refusals.broken(id_, self._model))
-
-
-def _id(request: InferRequest) -> SequenceId:
-    given = request.parameters.get("sequence_id", 0)
-    if isinstance(given, int) and not isinstance(given, bool):
-        return given & ((1 << 64) - 1)
-    if isinstance(given, str):
-        return given
-    raise errors.InvalidArgument("Unable to parse 'sequence_id': it must be a number or a string")
-
-
-def _flag(request: InferRequest, key: str) -> bool:
-    given = request.parameters.get(key, False)
-    if not isinstance(given, bool):
-        raise errors.InvalidArgument(f"Unable to parse '{key}': it must be true or false")
-    return given

@@ -91,6 +91,7 @@ class Rows:
             batch,
             rows=len(rows),
             stack=lambda: self._stack(batch.stack(), placed, rows),
+            gather=None,
             outputs=outputs if batch.outputs else (),
             requests=[nobody if index == _NOBODY else batch.requests[index] for index in rows],
             wanted=lambda row: rows[row] != _NOBODY and batch.wanted(rows[row]),

@@ -14,14 +14,18 @@ from collections import deque
 from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
+from gateway.engines.base import Engine
+from gateway.placement import Placement
 from gateway.queues.base import Job, Lane
 from gateway.scheduling.base import LaneKey, Limits, Place, Request, Run
 from gateway.scheduling.refusals import refused
 from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.worker.ordering import Order
+from gateway.worker.resources import Claim
 
 _WAY = 0.002  # seconds that a batch may take from the decision to the engine and back,
 _WAY_SHARE = 0.1  # or this part of the time it runs
+_MEASURED = 4  # versions at once: a thousand that are loaded together would all stand in line, and be measured as such
 
 
 class Seat:
@@ -34,6 +38,7 @@ class Seat:
         self.place = (lane, device)
         self.waited = True
         self.waiter: asyncio.Future[Run[Job]] | None = None
+        self.claim: Claim | None = None  # where rates are limited
         self._slots = slots
 
     async def next(self) -> Run[Job]:
@@ -76,6 +81,7 @@ class Slots:
         self._scheduled: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._turn = asyncio.Event()
+        self.measuring = asyncio.Semaphore(_MEASURED)
         self.orders: WeakValueDictionary[Lane, Order] = WeakValueDictionary()  # of lanes whose answers keep theirs
 
     # --- lanes
@@ -101,7 +107,10 @@ class Slots:
                 del places[place]
         self._devices.pop(lane, None)
 
-    def seat(self, lane: LaneKey, device: str) -> Seat:
+    def require(self, lane: LaneKey, engines: Sequence[tuple[Engine, Placement]]) -> None:
+        """A version will open lanes for these instances. Raises `InvalidArgument` if one of them could never run."""
+
+    def seat(self, lane: LaneKey, device: str, engine: Engine | None = None) -> Seat:  # noqa: ARG002 - see `LimitedSlots`
         """A place for one open run of an instance of the lane."""
         return Seat(self, lane, device)
 
@@ -200,11 +209,14 @@ class Slots:
                 break
             self._start(dispatch.run)
         if dispatch.ask_at is not None:
-            delay = max(dispatch.ask_at - now, 0.0)
-            if (timer := self._timers.pop(device, None)) is not None:
-                timer.cancel()  # set by a decision made within this one
-            self._timers[device] = asyncio.get_running_loop().call_later(delay, self._wake, device)
+            self._later(device, dispatch.ask_at)
         self._turn.set()
+
+    def _later(self, device: str, ask_at: float) -> None:
+        if (timer := self._timers.pop(device, None)) is not None:
+            timer.cancel()  # set by a decision made within this one
+        delay = max(ask_at - time.monotonic(), 0.0)
+        self._timers[device] = asyncio.get_running_loop().call_later(delay, self._wake, device)
 
     def _start(self, run: Run[Job]) -> None:
         seats = self._idle.get((run.lane, run.device))

@@ -29,24 +29,25 @@ async def warm_up(engine: Engine, config: ModelConfig, folder: Path, cores: tupl
     """
     for sample in config.warmup:
         request = await asyncio.to_thread(_request, sample, config, folder)
+        requests = [request] * (max(sample.batch_size, 1) if config.max_batch_size else 1)  # as many as Triton sends
         try:
             for _ in range(max(sample.count, 1)):
-                await _run(engine, request, config, cores)
+                await _run(engine, requests, config, cores)
         except Exception as problem:  # an engine may raise anything, and the operator must know which sample did it
             raise errors.Internal(f"model_warmup sample '{sample.name}' failed: {problem}") from problem
-    if not config.warmup and not config.is_code and not any(-1 in tensor.dims for tensor in config.inputs):
+    if not config.warmup and measurable(config):
         try:
-            return await _run(engine, zeros(config), config, cores)
+            return await _run(engine, [zeros(config)], config, cores)
         except Exception as problem:  # noqa: BLE001 - zeros may be input that this model rightly refuses
             log_event("not_warmed_up", model=config.name, reason=f"it does not run on zeros: {problem}")
     return None
 
 
-async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores: tuple[int, ...]) -> float:
+async def _run(engine: Engine, requests: list[InferRequest], config: ModelConfig, cores: tuple[int, ...]) -> float:
     first = 0.0
     for number in cores:
         started = time.monotonic()
-        batch = Batch(request.rows, lambda: stack([request], config), (), number, requests=(request,))
+        batch = Batch(len(requests), lambda: stack(requests, config), (), number, requests=requests)
         async with aclosing(engine.run(batch)) as results:
             async for result in results:
                 for answer in result.answers or ():
@@ -54,6 +55,11 @@ async def _run(engine: Engine, request: InferRequest, config: ModelConfig, cores
                         raise answer.error
         first = first or time.monotonic() - started
     return first
+
+
+def measurable(config: ModelConfig) -> bool:
+    """Whether rows of zeros are typical of the model: open dimensions say nothing of what will come, and zeros are no shape."""
+    return not config.is_code and not any(-1 in tensor.dims or tensor.whole for tensor in config.inputs)
 
 
 def zeros(config: ModelConfig, rows: int = 1) -> InferRequest:
@@ -76,14 +82,14 @@ def _fill(datatype: DataType, shape: tuple[int, ...]) -> Array:
 
 
 def _request(sample: Warmup, config: ModelConfig, folder: Path) -> InferRequest:
-    """A sample as a client would send it, the same row `batch_size` times over. Blocking: reads files."""
-    rows = max(sample.batch_size, 1) if config.max_batch_size else 1
+    """A sample's one row as a client would send it. Blocking: reads files."""
+    whole = {tensor.name for tensor in config.inputs if tensor.whole}
     inputs = {}
     for name, spec in sample.inputs.items():
         row = _data(sample, name, spec, folder)
-        array = np.stack([row] * rows) if config.max_batch_size else row
+        array = row[np.newaxis] if config.max_batch_size and name not in whole else row
         inputs[name] = Tensor.from_array(spec.datatype, array)
-    return InferRequest(config.name, inputs, rows=rows)
+    return InferRequest(config.name, inputs)
 
 
 def _data(sample: Warmup, name: str, spec: WarmupInput, folder: Path) -> Array:
@@ -112,8 +118,10 @@ def _from_file(sample: Warmup, name: str, spec: WarmupInput, folder: Path) -> Ar
             f"{where} cannot be read ({problem.strerror}); put it in the model's folder"
         ) from None
     expected = element_count(spec.dims) * spec.datatype.itemsize
-    if spec.datatype is not DataType.BYTES and len(wire) != expected:
-        raise errors.InvalidArgument(f"{where} holds {len(wire)} bytes, its dims {list(spec.dims)} need {expected}")
+    if spec.datatype is not DataType.BYTES:
+        if len(wire) < expected:
+            raise errors.InvalidArgument(f"{where} holds {len(wire)} bytes, its dims {list(spec.dims)} need {expected}")
+        wire = wire[:expected]  # a file may hold more, as in Triton
     try:
         return Tensor(spec.datatype, spec.dims, wire).array
     except ValueError as problem:

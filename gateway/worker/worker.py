@@ -17,6 +17,7 @@ import msgspec
 
 from gateway import errors
 from gateway.config.model import ModelConfig
+from gateway.config.rate_limit import ResourceCounts
 from gateway.engines.isolated.children import Children
 from gateway.placement import REMOTE, Device, plan
 from gateway.queues.base import Load, Order, PoolState, Queue, VersionState
@@ -26,10 +27,14 @@ from gateway.statistics import Statistics
 from gateway.telemetry import log_event
 from gateway.worker.ensemble import UNLOADED, Drained, EnsembleHost
 from gateway.worker.host import Host
+from gateway.worker.limited_slots import LimitedSlots
 from gateway.worker.needs import Needs
+from gateway.worker.resources import Resources
 from gateway.worker.sequence_host import SequenceHost
 from gateway.worker.slots import Slots
 from gateway.worker.source import Source
+
+_UNLOAD_REPORTED = 0.5  # seconds; nearly every model is gone by then, and who asked finds it gone
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
 """Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
@@ -78,7 +83,6 @@ class Worker:
             DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
         )
         self.children: Children | None = None  # where engines may live, set before anything is loaded
-        self.alone = True  # no other worker takes from the queue; set before anything is loaded
         self.ensembles_drained: Drained | None = None  # set before anything is loaded
         self._needs = Needs()
         self._measures = measures
@@ -88,6 +92,10 @@ class Worker:
         self._loading = asyncio.Semaphore(load_threads)
         self._models: dict[str, _Model] = {}
         self._tasks: asyncio.TaskGroup | None = None
+
+    def limit_rates(self, given: ResourceCounts) -> None:
+        """Have instances wait for the resources that they claim; before anything is loaded."""
+        self._slots = LimitedSlots(self._slots.scheduler, Resources(given))
 
     async def run(self) -> None:
         """Carry out the queue's commands until cancelled."""
@@ -121,7 +129,12 @@ class Worker:
                     model.along = False
                     await self._load(model, order.command)
                 else:
-                    await self._unload(model, dependents=order.command.dependents)
+                    # As in Triton, who unloads a model does not wait for requests that take their time.
+                    reported = asyncio.get_running_loop().call_later(_UNLOAD_REPORTED, order.finish, None)
+                    try:
+                        await self._unload(model, dependents=order.command.dependents)
+                    finally:
+                        reported.cancel()
         except asyncio.CancelledError:
             order.finish(errors.stopping())
             raise
@@ -186,11 +199,13 @@ class Worker:
 
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
         """The error for a model that does not even read; what is loaded of it goes on serving."""
+        if isinstance(problem, errors.NoConfiguration):
+            return errors.not_polled(model.name, problem.message)
         if isinstance(problem, errors.NotFound) and not model.hosts:
             model.reason = ""
             model.states.clear()
             self._queue.withdraw(model.name)
-            return errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
+            return errors.not_polled(model.name)
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()
@@ -202,7 +217,6 @@ class Worker:
         predecessor = model.hosts.get(source.version)
         host = self._host(source, replaces=predecessor is not None)
         try:
-            self._require_alone(source.config)
             async with self._loading:
                 await host.load(() if source.config.steps else plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
@@ -216,13 +230,6 @@ class Worker:
         self._open(model, host)
         if predecessor is not None:
             await predecessor.retire()
-
-    def _require_alone(self, config: ModelConfig) -> None:
-        if config.sequences is not None and not self.alone:
-            raise errors.Unsupported(
-                f"sequence_batching of model '{config.name}' needs a worker of its own: workers that share a queue in "
-                "Redis take each other's requests. Serve it by a gateway with --queue memory"
-            )
 
     def _host(self, source: Source, *, replaces: bool) -> Host | EnsembleHost:
         if source.config.steps:

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
+from gateway.service.controls import Controls
 from gateway.transport.grpc import GrpcOptions, Keepalive, Tls
 from gateway.transport.grpc.calls import Calls
 from gateway.transport.grpc.native import native_front
@@ -129,7 +131,7 @@ async def test_ipv6(implementation):
 
 def test_the_front_serves_only_what_it_can():
     def implementation(**options) -> str:
-        return GrpcServer(None, None, None, GrpcOptions(**options)).implementation
+        return GrpcServer(SimpleNamespace(controls=Controls()), None, None, GrpcOptions(**options)).implementation
 
     pytest.importorskip("pygrpc_native")
     assert implementation() == "native"

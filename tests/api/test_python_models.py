@@ -7,6 +7,7 @@ import os
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_sync
@@ -65,8 +66,8 @@ def execute(self, requests):
 async def serving(folder: Path, **more):
     """A gateway on a folder of models that are allowed to be code."""
     settings = Settings(
-        model_repository=(folder,), http_port=0, grpc_port=0, allow_metrics=False, persist_latency=False,
-        **{"allow_python_models": True, **more},
+        model_repository=(folder,), http_port=0, grpc_port=0, persist_latency=False,
+        **{"allow_python_models": True, "allow_metrics": False, **more},
     )  # fmt: skip
     async with running(settings) as gateway:
         await gateway.loaded.wait()
@@ -336,3 +337,46 @@ async def release(gateway: Gateway, writer: int) -> None:
     """Let the model go on once the gateway drains."""
     await until(lambda: not gateway.service.live())
     os.close(writer)
+
+
+async def test_metrics_of_a_model_are_scraped(tmp_path):
+    write(
+        tmp_path / "counts",
+        """
+        def initialize(self, args):
+            family = pb_utils.MetricFamily(name="runs", description="how often", kind=pb_utils.MetricFamily.COUNTER)
+            times = pb_utils.MetricFamily(name="times", description="how long", kind=pb_utils.MetricFamily.HISTOGRAM)
+            self.kept = family, times
+            self.runs = family.Metric(labels={"model": "counts"})
+            self.times = times.Metric(labels={}, buckets=[0.5, 1.0])
+            with_error = None
+            try:
+                pb_utils.MetricFamily(name="runs", description="", kind=pb_utils.MetricFamily.GAUGE)
+            except pb_utils.TritonModelException as error:
+                with_error = str(error)
+            assert "is there already, as a counter" in with_error
+
+        def execute(self, requests):
+            for each in requests:
+                self.runs.increment(2.5)
+                self.times.observe(0.7)
+            out = np.full((1, 2), self.runs.value(), np.float32)
+            return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", out)]) for _ in requests]
+        """,
+        CONFIG + "instance_group { count: 2 }",
+    )
+    explicit = {"model_control_mode": "explicit", "load_model": ("counts",)}
+    async with (
+        serving(tmp_path, allow_metrics=True, metrics_port=0, **explicit) as gateway,
+        httpx.AsyncClient() as client,
+    ):
+        url = f"http://127.0.0.1:{gateway.ports['metrics']}/metrics"
+        assert 'runs{model="counts"} 0\n' in (await client.get(url)).text
+        answers = [await ask(gateway, "counts", (1, 2)) for _ in range(4)]
+        assert answers == [[[n, n]] for n in (2.5, 5, 7.5, 10)]
+        text = (await client.get(url)).text
+        assert '# HELP runs how often\n# TYPE runs counter\nruns{model="counts"} 10\n' in text
+        assert 'times_bucket{le="0.5"} 0\ntimes_bucket{le="1"} 4\ntimes_bucket{le="+Inf"} 4\n' in text
+        await gateway.service.unload("counts")
+        await until(lambda: not gateway.children.measures.known)
+        assert "runs" not in (await client.get(url)).text

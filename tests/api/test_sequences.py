@@ -19,7 +19,7 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.python_support import write
-from tests.sequence_support import accumulator, controls, named
+from tests.sequence_support import FLEET, accumulator, controls, named, wait_served
 from tests.system.process import GatewayProcess, started
 
 ONE = "instance_group { kind: KIND_CPU count: 1 }"
@@ -55,6 +55,21 @@ sequence_batching { direct {} control_input [ {
 """
 
 
+MODELS = (
+    "code",
+    "direct",
+    "oldest",
+    "plain",
+    "alone",
+    "hundred",
+    "hasty",
+    "told_int32",
+    "told_fp32",
+    "told_bool",
+    "named",
+)
+
+
 def repository(folder: Path) -> None:
     write(folder / "code", CODE, CODE_CONFIG)
     accumulator(folder, "direct", "direct {}", more=ONE)
@@ -72,12 +87,19 @@ def repository(folder: Path) -> None:
     named(folder, "named")
 
 
-@pytest.fixture(scope="module")
-def gateway() -> Iterator[GatewayProcess]:
+@pytest.fixture(
+    scope="module", params=["memory", pytest.param("fleet", marks=[pytest.mark.slow, pytest.mark.timeout(90)])]
+)
+def gateway(request: pytest.FixtureRequest) -> Iterator[GatewayProcess]:
+    """One process, or two gateways and two workers over a Redis of their own."""
     with tempfile.TemporaryDirectory(prefix="gw") as folder:
         repository(Path(folder))
-        with started("--model-repository", folder, "--allow-python-models") as process:
-            process.wait_ready()
+        more = FLEET if request.param == "fleet" else ()
+        with started("--model-repository", folder, "--allow-python-models", *more) as process:
+            if request.param == "fleet":
+                wait_served(process, *MODELS)
+            else:
+                process.wait_ready()
             yield process
 
 
@@ -175,8 +197,8 @@ def test_an_id_may_be_a_string(wire):
             ("inference request for sequence x to model 'direct' must specify the START flag on the first request of the "
             "sequence"),
         ),
-        ("told_int32", "x", START, "sequence_id of a request to model 'told_int32' must be a number, as its CORRID input is"),
-        ("named", 1, START, "sequence_id of a request to model 'named' must be a string, as its CORRID input is"),
+        ("told_int32", "x", START, "sequence batching control 'ID' data-type is 'BYTES', but model 'told_int32' expects 'UINT64'"),
+        ("named", 1, START, "sequence batching control 'ID' data-type is 'UINT64', but model 'named' expects 'BYTES'"),
     ],
 )  # fmt: skip
 def test_refusals_are_in_tritons_words(wire, model, of, flags, text):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gateway import errors
 from gateway.config.model import ModelConfig, TensorConfig
+from gateway.engines.isolated.layout import lay_out, read, read_form, write
 from gateway.scheduling import batch
 from gateway.types import Array, DataType, InferRequest, RequestedOutput, Tensor
 from tests.support import model_config, request, tensor, tensor_config
@@ -107,6 +108,22 @@ def test_the_engine_sees_the_models_own_shapes(sample):
         assert array.shape[0] == rows
         assert len(array.shape) == len(wanted) + 1
         assert all(dim in (-1, size) for size, dim in zip(array.shape[1:], wanted, strict=True))
+
+
+@pytest.mark.parametrize("small", [0, 1 << 14])
+@given(samples())
+def test_what_is_gathered_lies_in_shared_memory_as_what_is_stacked(small, sample):
+    layout, values = lay_out(batch.gather(sample.requests, sample.config))
+    block = bytearray(max(layout.size, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.engines.isolated.layout._SMALL", small)
+        write(block, layout, values)
+    found = read(block, read_form(layout.form), copy=True)
+    stacked = batch.stack(sample.requests, sample.config)
+    assert list(found) == list(stacked)
+    for name, array in stacked.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(found[name], array)
 
 
 def test_a_large_batch_is_stacked_like_a_small_one():

@@ -66,3 +66,10 @@ async def test_a_model_that_waits_is_not_called_by_those_it_waits_for():
         with pytest.raises(errors.InvalidArgument, match=f"model 'b' cannot call '{name}', which waits for it"):
             await gateway.call(batch, request(model_name=name), "b")
     assert gateway.waits == 2
+
+
+async def test_it_is_a_part_of_the_trace_of_the_request_that_it_is_for():
+    gateway, trace = Gateway(), object()
+    batch = gateway.batch(request(), request(trace=trace))
+    for of, expected in ((1, trace), (0, None), (-1, None), (2, None), (None, None)):
+        assert (await gateway.call(batch, request(model_name="b", trace=of))).trace is expected

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gateway import errors
+from gateway.config.model import ModelConfig
 from gateway.service.check import Checker
 from gateway.types import DataType, InferRequest, RequestedOutput, Tensor
 from tests.support import model_config, tensor_config
@@ -193,3 +194,50 @@ def test_only_requests_that_can_share_a_batch_have_the_same_signature():
     Checker(OPEN).check(swapped)
     assert swapped.signature == different[2]
     assert signature(OPTIONAL, A=wire((1, 2))) != signature(OPTIONAL, A=wire((1, 2)), B=wire((1, 2)))
+
+
+# --- who may share a batch
+
+RAGGED = model_config(inputs=(tensor_config("IN", FP32, (-1,), ragged=True), tensor_config("ROW", INT32, (2,))))
+RAGGED_OPTIONAL = model_config(
+    inputs=(tensor_config("IN", FP32, (-1,), ragged=True), tensor_config("B", FP32, (-1,), ragged=True, optional=True))
+)
+WHOLE = model_config(
+    inputs=(tensor_config("IN", FP32, (2,)), tensor_config("SHAPE", DataType.INT64, (-1,), whole=True))
+)
+
+
+def signature(config: ModelConfig, **inputs: Tensor) -> object:
+    request = asked(inputs)
+    Checker(config).check(request)
+    return request.signature
+
+
+def test_ragged_inputs_of_any_shape_share_a_batch() -> None:
+    short, long = (signature(RAGGED, IN=wire((1, size)), ROW=wire((1, 2), INT32)) for size in (3, 5))
+    assert short == long
+    one, other = (signature(RAGGED_OPTIONAL, IN=wire((1, size)), B=wire((1, size))) for size in (3, 5))
+    assert one == other
+    assert one != signature(RAGGED_OPTIONAL, IN=wire((1, 3)))
+
+
+def test_shape_tensors_have_no_batch_dimension_and_must_be_equal() -> None:
+    def sized(*sizes: int) -> Tensor:
+        return Tensor.from_array(DataType.INT64, np.array(sizes))
+
+    one = signature(WHOLE, IN=wire((1, 2)), SHAPE=sized(3, 4))
+    assert one == signature(WHOLE, SHAPE=sized(3, 4), IN=wire((5, 2)))
+    assert one != signature(WHOLE, IN=wire((1, 2)), SHAPE=sized(4, 3))
+    assert one != signature(WHOLE, IN=wire((1, 2)), SHAPE=sized(3, 4, 0))
+
+
+def test_what_a_shape_tensor_says_is_not_remembered_by_its_form() -> None:
+    checker = Checker(WHOLE)
+    signatures = []
+    for size in (3, 4):
+        request = asked({"IN": wire((2, 2)), "SHAPE": Tensor.from_array(DataType.INT64, np.array([size]))})
+        request.form = "the same"
+        checker.check(request)
+        assert request.rows == 2
+        signatures.append(request.signature)
+    assert signatures[0] != signatures[1]

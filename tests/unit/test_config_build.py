@@ -303,7 +303,14 @@ def test_requests_are_joined_only_when_asked() -> None:
         ),
         ('input { name: "a" data_type: TYPE_FP32 dims: [2,-1] reshape { shape: [-1,2] } }', "different size for dims"),
         ('input { name: "a" data_type: TYPE_FP32 dims: 4 format: FORMAT_NCHW }', "NHWC/NCHW, which require 3 dims"),
-        ('input { name: "a" data_type: TYPE_FP32 dims: 4 is_shape_tensor: true }', "only supported for TensorRT"),
+        (
+            'input { name: "a" data_type: TYPE_FP32 dims: 4 is_non_linear_format_io: true }',
+            "only supported for TensorRT",
+        ),
+        (
+            'input { name: "a" data_type: TYPE_FP32 dims: 4 is_shape_tensor: true allow_ragged_batch: true }',
+            "the same for all requests of a batch",
+        ),
         (IO_TEXT + 'input { name: "x" data_type: TYPE_FP32 dims: 4 }', "line 2: model input 'x' is given twice"),
         (IO_TEXT + "max_batch_size: -1", "line 4: 'max_batch_size' must be non-negative"),
         (
@@ -417,9 +424,11 @@ def test_gpus_must_exist() -> None:
         ('sequence_batching { } backend: "remote"', "sequence_batching"),
         ('sequence_batching { state { input_name: "a" } } backend: "python"', "state"),
         ("model_transaction_policy { decoupled: true }", "decoupled"),
-        ("batch_input { kind: BATCH_ELEMENT_COUNT }", "batch_input"),
-        ("batch_output { }", "batch_output"),
-        ("input { allow_ragged_batch: true }", "allow_ragged_batch"),
+        ('batch_input { } backend: "remote"', "batch_input"),
+        ('input { allow_ragged_batch: true } backend: "remote"', "allow_ragged_batch"),
+        ("sequence_batching { direct { } } input { allow_ragged_batch: true }", "sequence_batching"),
+        ("sequence_batching { } output { is_shape_tensor: true }", "sequence_batching"),
+        ('platform: "tensorrt_plan" input { is_shape_tensor: true }', "is_shape_tensor"),
         ('model_operations { op_library_filename: "lib.so" }', "model_operations"),
         ('model_repository_agents { agents { name: "checksum" } }', "model_repository_agents"),
         ('cc_model_filenames { key: "7.0" value: "model7" }', "cc_model_filenames"),
@@ -444,7 +453,6 @@ def test_what_would_change_answers_is_refused(text: str, field: str) -> None:
     [
         ("dynamic_batching { default_priority_level: 1 }", "priority_levels"),
         ("dynamic_batching { priority_queue_policy { key: 1 value { max_queue_size: 1 } } }", "priority_levels"),
-        ("instance_group { rate_limiter { priority: 1 } }", "rate_limiter"),
         ('instance_group { host_policy: "a" }', "instance_group"),
         ("instance_group { kind: KIND_MODEL }", "KIND_MODEL"),
         ("optimization { graph { level: 1 } }", "optimization"),
@@ -489,10 +497,10 @@ def test_every_field_of_the_schema_is_done_refused_or_warned_of() -> None:
     done = {
         "name", "platform", "backend", "version_policy", "max_batch_size", "input", "output", "instance_group",
         "dynamic_batching", "optimization", "default_model_filename", "parameters", "model_warmup", "response_cache",
-        "ensemble_scheduling",
+        "ensemble_scheduling", "batch_input", "batch_output",
     }  # fmt: skip
     gaps = {
-        "sequence_batching", "model_transaction_policy", "batch_input", "batch_output",
+        "sequence_batching", "model_transaction_policy",
         "model_operations", "model_repository_agents", "cc_model_filenames", "metric_tags", "model_metrics",
         "runtime",
     }  # fmt: skip

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -181,28 +181,33 @@ def test_a_fault_that_ends_the_process(parameters: dict[str, str], number: int) 
     assert process.exitcode == -number
 
 
-def _hang_beside(parameter: str, begun) -> None:
+def _hang_beside(parameter: str, beats) -> None:
+    beats.send(None)
     threading.Thread(target=_fail, args=({parameter: "1"},), daemon=True).start()
-    begun.send(None)
-    time.sleep(0.2)  # with the interpreter's lock kept, it is never to be had again
+    for _ in range(_BEATS - 1):
+        beats.send(None)
+        time.sleep(0.01)  # with the interpreter's lock kept, it is never to be had again
     os._exit(0)
+
+
+_BEATS = 50
 
 
 @pytest.mark.parametrize("parameter", ["hang", "hang_gil"])
 def test_a_hang_keeps_the_interpreter_only_if_it_is_that_kind(parameter: str) -> None:
     context = multiprocessing.get_context("spawn")
-    begun, child = context.Pipe(duplex=False)
+    beats, child = context.Pipe(duplex=False)
     process = context.Process(target=_hang_beside, args=(parameter, child))
     process.start()
-    if parameter == "hang":
-        process.join()
-        assert process.exitcode == 0
-    else:
-        assert begun.poll(10)
-        process.join(0.7)
-        assert process.exitcode is None
-        process.kill()
-        process.join()
+    child.close()
+    heard = 0
+    with suppress(EOFError):
+        while beats.poll(60 if heard == 0 or parameter == "hang" else 2):
+            beats.recv()
+            heard += 1
+    assert (heard == _BEATS) == (parameter == "hang")
+    process.kill()
+    process.join()
 
 
 def test_memory_that_no_machine_has() -> None:

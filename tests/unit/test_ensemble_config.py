@@ -92,7 +92,6 @@ def test_what_the_models_say_is_filled_in() -> None:
     ("model", "text"),
     [
         (model_config(name="a", max_batch_size=4), "ensemble 'e' allows maximum batch size 8, but it contains model 'a' which only allows maximum batch size to be 4"),
-        (model_config(name="a", decoupled=True), "in ensemble 'e', model 'a' has a decoupled transaction policy"),
         (model_config(name="a", inputs=(tensor_config("X"),)), "in ensemble 'e', ensemble tensor 'IN' is mapping to non-existing input 'IN' in model 'a'"),
         (model_config(name="a", inputs=(tensor_config("IN"), tensor_config("X"))), "in ensemble 'e', input 'X' in model 'a' is not mapped to any ensemble tensors"),
         (model_config(name="a", outputs=(tensor_config("X"),)), "in ensemble 'e', ensemble tensor 'mid' is mapped from non-existing output 'OUT' in model 'a'"),
@@ -109,3 +108,51 @@ def test_models_that_do_not_fit_are_refused(model: ModelConfig, text: str) -> No
 def test_an_optional_input_need_not_be_mapped() -> None:
     optional = model_config(name="a", inputs=(tensor_config("IN"), tensor_config("X", optional=True)))
     assert fitting(a=optional).steps[0].batched
+
+
+def test_an_ensemble_is_decoupled_where_one_of_its_models_is() -> None:
+    stream = model_config(name="b", decoupled=True)
+    config = fitting(b=stream)
+    assert [step.decoupled for step in config.steps] == [False, True]
+    assert config.decoupled
+    assert config.proto.model_transaction_policy.decoupled
+    again = fit(config, lambda name, _: model_config(name=name))
+    assert not again.decoupled
+    assert not again.proto.model_transaction_policy.decoupled
+
+
+def test_its_own_file_need_not_say_so() -> None:
+    config = read(more='platform: "ensemble" model_transaction_policy { decoupled: true }')
+    assert not fit(config, lambda name, _: model_config(name=name)).decoupled
+
+
+JOIN = model_config(name="join", inputs=(tensor_config("A"), tensor_config("B")))
+
+
+def sides(*models: str, more: str = "") -> str:
+    """Two steps whose outputs a third takes."""
+    first, second = (
+        f'step {{ model_name: "{model}" input_map {{ key: "IN" value: "IN" }} output_map {{ key: "OUT" value: "{place}" }} }}'
+        for place, model in zip("xy", models, strict=True)
+    )
+    maps = " ".join(f'input_map {{ key: "{name}" value: "{tensor}" }}' for name, tensor in (("A", "x"), ("B", "y")))
+    join = f'step {{ model_name: "join" {maps} output_map {{ key: "OUT" value: "OUT" }} }}'
+    return f"ensemble_scheduling {{ {first} {second} {join} }}"
+
+
+@pytest.mark.parametrize("models", [("a", "stream"), ("stream", "a"), ("stream", "stream")])
+def test_responses_of_different_models_do_not_meet(models: tuple[str, str]) -> None:
+    known = {"join": JOIN, "a": model_config(name="a"), "stream": model_config(name="stream", decoupled=True)}
+    with pytest.raises(InvalidArgument) as refused:
+        fit(read(sides(*models)), lambda name, _: known[name])
+    expected = "in ensemble 'e', step of model 'join' receives inputs originated from different decoupled models"
+    assert refused.value.message == expected
+
+
+def test_outputs_of_different_models_do_not_meet() -> None:
+    known = {"a": model_config(name="a"), "stream": model_config(name="stream", decoupled=True)}
+    steps = sides("a", "stream").partition(' step { model_name: "join"')[0].replace('"x"', '"OUT"') + " }"
+    more = 'platform: "ensemble" output { name: "y" data_type: TYPE_FP32 dims: 2 }'
+    config = read(steps, more)
+    with pytest.raises(InvalidArgument, match="step of model 'e' receives inputs originated from different decoupled"):
+        fit(config, lambda name, _: known[name])

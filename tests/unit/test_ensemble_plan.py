@@ -23,6 +23,10 @@ def step(model: str, *given: str, made: str, batched: bool = True) -> Step:
     return Step(model, "", inputs, {f"O{place}": tensor for place, tensor in enumerate(made.split())}, batched)
 
 
+def stream(model: str, *given: str, made: str) -> Step:
+    return replace(step(model, *given, made=made), decoupled=True)
+
+
 def models(plan: Plan) -> list[str]:
     return [task.step.model for task in plan.tasks]
 
@@ -68,6 +72,28 @@ def test_batch_dimensions_are_looked_at_where_they_may_differ() -> None:
     assert plan.outputs == (("OUT", None),)
     last = make_plan(ensemble(step("a", "IN", made="OUT", batched=False)), ())
     assert last.outputs == (("OUT", (2,)),)
+
+
+def test_what_follows_a_decoupled_step_is_a_plan_of_its_own() -> None:
+    sides = step("l", "y", made="l"), step("r", "y", made="r")
+    last = step("join", "l", "r", made="OUT")
+    plan = make_plan(ensemble(last, stream("s", "x", made="y"), *sides, step("a", "IN", made="x")), ())
+    assert plan.stream is not None
+    assert plan.rest is not None
+    assert (models(plan), plan.stream.step.model, models(plan.rest)) == (["a"], "s", ["l", "r", "join"])
+    assert plan.rest.forks
+    assert [task.waits for task in plan.rest.tasks] == [0, 0, 2]
+    assert plan.rest.stream is plan.rest.rest is None
+
+
+def test_one_decoupled_step_may_follow_the_other() -> None:
+    plan = make_plan(ensemble(stream("s", "IN", made="x"), stream("t", "x", made="OUT")), ())
+    found = []
+    rest: Plan | None = plan
+    while rest is not None:
+        found.append((models(rest), rest.stream and rest.stream.step.model))
+        rest = rest.rest
+    assert found == [([], "s"), ([], "t"), ([], None)]
 
 
 @pytest.mark.parametrize(

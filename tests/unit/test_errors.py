@@ -10,6 +10,7 @@ from gateway import errors
 ROOT = Path(__file__).parents[2]
 ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "InvalidArgument": (3, 400, False, ""),
+    "NoConfiguration": (3, 400, False, ""),
     "NotFound": (5, 404, False, ""),
     "AlreadyExists": (6, 400, False, ""),
     "Conflict": (6, 409, False, "conflict"),
@@ -26,11 +27,19 @@ ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "Internal": (13, 500, False, ""),
     "Crashed": (13, 500, False, "crashed"),
     "Quarantined": (13, 500, False, "quarantined"),
+    "SequenceLost": (10, 409, False, "sequence_lost"),
     "Unauthenticated": (16, 401, False, ""),
     "PermissionDenied": (7, 403, False, ""),
     "MethodNotAllowed": (12, 405, False, ""),
 }
-STATUS = {8: "RESOURCE_EXHAUSTED", 4: "DEADLINE_EXCEEDED", 14: "UNAVAILABLE", 6: "ALREADY_EXISTS", 13: "INTERNAL"}
+STATUS = {
+    8: "RESOURCE_EXHAUSTED",
+    4: "DEADLINE_EXCEEDED",
+    14: "UNAVAILABLE",
+    6: "ALREADY_EXISTS",
+    10: "ABORTED",
+    13: "INTERNAL",
+}
 ARGUMENTS = {
     "str": "x",
     "int": 1,

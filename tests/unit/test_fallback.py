@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 
 from gateway import engines, errors
+from gateway.config.model import TensorConfig
 from gateway.engines import fallback
 from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.chain import Chain, Link
 from gateway.engines.fallback import FallbackEngine, tender
 from gateway.engines.fallback.health import Health, Room, Times
+from gateway.engines.fallback.parts import Part, cut
 from gateway.types import Answer, Array, Batch, BatchResult
-from tests.support import background, model_config, refusal, request, soon, until
+from tests.support import background, model_config, refusal, request, soon, tensor_config, until
 
 FIRST, SECOND = "fake", "fake:b"
 
@@ -51,9 +54,15 @@ def fault(tmp_path: Path) -> Fault:
 
 
 @asynccontextmanager
-async def chain(count: int = 1, **parameters: str):
-    """Engines of a chain of two fake links, whose background work is done meanwhile; `moves` is told of changes."""
-    created = await engines.create(spec(**parameters), count)
+async def chain(count: int = 1, tensors: Sequence[TensorConfig] = (), **parameters: str):
+    """Engines of a chain of two fake links, whose background work is done meanwhile; `moves` is told of changes.
+
+    With `tensors` they are the model's input and output.
+    """
+    made = spec(**parameters)
+    if tensors:
+        made = replace(made, config=replace(made.config, inputs=(tensors[0],), outputs=(tensors[1],)))
+    created = await engines.create(made, count)
     assert all(isinstance(engine, FallbackEngine) for engine in created)
     moves: list[str] = []
     try:
@@ -297,6 +306,36 @@ async def test_requests_are_not_cut_in_two_and_a_large_one_is() -> None:
         (result,) = await results(engine, Batch(8, lambda: large, requests=[request(rows=8)]))
         assert result.outputs["OUT"].tolist() == large["IN"].tolist()
         assert list(first.runs)[7:] == [2, 2, 2, 2]
+
+
+def test_what_is_cut_is_not_gathered_from_all_requests() -> None:
+    requests = [request(row) for row in range(4)]
+    inputs = {"IN": np.concatenate([each.inputs["IN"].array for each in requests])}
+    batch = Batch(4, lambda: inputs, requests=requests, gather=dict)
+    parts = cut(Part(batch), 2)
+    assert [(part.batch.gather, part.batch.stack()["IN"][:, 0].tolist()) for part in parts] == [
+        (None, [0.0, 1.0]),
+        (None, [2.0, 3.0]),
+    ]
+
+
+async def test_a_batch_that_is_not_made_of_rows_is_not_cut_but_tried_elsewhere() -> None:
+    ragged = tensor_config("IN", dims=(), ragged=True), tensor_config("OUT", dims=(), like="IN")
+    async with chain(tensors=ragged, fake__memory_rows="2") as (engine, _):
+        elements = {"IN": np.arange(6, dtype="<f4")}
+        batch = Batch(3, lambda: elements, requests=[request(row) for row in range(3)])
+        (result,) = await results(engine, batch)
+        assert told(result) == (SECOND, "memory")
+        assert result.outputs["OUT"].tolist() == elements["IN"].tolist()
+
+
+async def test_such_a_batch_is_kept_whole_to_try_a_link_with() -> None:
+    ragged = tensor_config("IN", dims=(), ragged=True), tensor_config("OUT", dims=(), like="IN")
+    async with chain(tensors=ragged) as (engine, _):
+        elements = {"IN": np.arange(6, dtype="<f4")}
+        await results(engine, Batch(3, lambda: elements, requests=[request(row) for row in range(3)]))
+        inputs, outputs, _ = engine._tender.sample._kept
+        assert inputs["IN"].tolist() == outputs["OUT"].tolist() == elements["IN"].tolist()
 
 
 async def test_answers_request_by_request_keep_their_places_when_the_batch_is_cut() -> None:

@@ -317,10 +317,13 @@ def test_raw_bytes_request() -> None:
     [
         (
             (("A", "FP32", (2,)), ("B", "FP32", (2,))),
-            "Raw request must only have 1 input to be deduced but got 2 inputs",
+            "[request id: <id_unknown>] Raw request must only have 1 input (found 1) to be deduced but got 2 inputs",
         ),
-        ((("A", "FP32", (-1, -1)),), "there are more than one variable-sized dimension"),
-        ((("A", "BYTES", (2,)),), "the model must have input shape [1]"),
+        (
+            (("A", "FP32", (-1, -1)),),
+            "the raw input 'A' can not be deduced because there are more than one variable-sized dimension",
+        ),
+        ((("A", "BYTES", (2,)),), "For BYTE datatype raw input 'A', the model must have input shape [1]"),
     ],
 )
 def test_models_that_take_no_raw_request(inputs: tuple, text: str) -> None:
@@ -359,6 +362,8 @@ def test_models_that_take_no_raw_request(inputs: tuple, text: str) -> None:
         ),
         (json_input([1.0], shape=[1 << 40]), 400, "causes total element count to exceed maximum size of 1048576"),
         (json_input([], shape=[0, 1 << 40]), 400, "causes total element count to exceed maximum size of 1048576"),
+        (json_input([1.0], shape=[1 << 62]), 400, "byte size overflow for input 'IN'"),
+        (json_input([1.0], shape=[1 << 63]), 400, "causes total element count to exceed maximum size of 1048576"),
         (json_input([1.0], "FLOAT"), 400, "input 'IN' has unknown datatype 'FLOAT'; expected one of BOOL, UINT8"),
         ({"inputs": [IN]}, 400, "Input must set only one of the following fields: 'data', "),
         (

@@ -215,8 +215,9 @@ def test_the_test_is_a_row_of_zeros_where_shapes_are_fixed():
     assert inputs["B"].tolist() == [[b""]]
 
 
-def test_else_it_is_the_first_small_batch_that_went_well():
-    golden = Golden.of(model_config(inputs=(tensor_config(dims=(-1,)),)))
+@pytest.mark.parametrize("more", [{"dims": (-1,)}, {"ragged": True}, {"whole": True}])
+def test_else_it_is_the_first_small_batch_that_went_well(more):
+    golden = Golden.of(model_config(inputs=(tensor_config(**more),)))
     assert golden.batch() is None
     large = {"IN": np.zeros((1, 1 << 20), "<f4")}
     assert not golden.offer(large, large)

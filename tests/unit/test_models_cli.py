@@ -55,7 +55,7 @@ output { name: OUTPUT0 data_type: TYPE_FP32 dims: 16 }
 output { name: "OUT1" data_type: TYPE_FP32 dims: 16 }
 zzz: 1
 instance_group { kind: KIND_CPU count: -1 }
-batch_input { kind: BATCH_ELEMENT_COUNT target_name: "X" data_type: TYPE_FP32 source_input: "INPUT0" }
+batch_input { kind: BATCH_ELEMENT_COUNT target_name: "X" data_type: TYPE_FP32 source_input: "NONE" }
 """,
     )
     places = [
@@ -71,7 +71,7 @@ batch_input { kind: BATCH_ELEMENT_COUNT target_name: "X" data_type: TYPE_FP32 so
         ("line 7 column 16", "allowed outputs are: OUTPUT0, OUTPUT1"),
         ("line 8 column 1", "Known here: "),
         ("line 9 column 33", "leave it out or use 1 or more"),
-        ("line 10 column 1", "Add the tensor to input"),
+        ("line 10 column 93", "There are: INPUT0, INPUT1"),
     ]
     problems = lint(run)
     assert len(problems) >= len(places)

@@ -49,6 +49,41 @@ def test_each_request_gets_the_rows_that_are_its_own(tmp_path):
     assert [each.outputs["OUT"].tolist() for each in answers] == [[[2, 2]], [[4, 4]] * 3, [[6, 6]]]
 
 
+RAGGED = """
+backend: "python" max_batch_size: 8
+input { name: "TEXT" data_type: TYPE_STRING dims: [ -1 ] allow_ragged_batch: true }
+input { name: "IN" data_type: TYPE_FP32 dims: [ -1, -1 ] allow_ragged_batch: true optional: true }
+output { name: "OUT" data_type: TYPE_STRING dims: [ -1 ] }
+batch_input { target_name: "N" data_type: TYPE_FP32 source_input: "IN" }
+"""
+SHAPES = """
+def execute(self, requests):
+    told = [[f"{each.name()} {each.as_numpy().tolist()}" for each in request.inputs()] for request in requests]
+    return [pb_utils.InferenceResponse([pb_utils.Tensor("OUT", np.array([each], dtype=object))]) for each in told]
+"""
+
+
+def test_requests_of_different_shapes_share_a_batch(tmp_path):
+    (model,) = loaded(tmp_path, SHAPES, RAGGED)
+    given = [
+        {"TEXT": texts([b"a"]), "IN": tensor(np.arange(6).reshape(1, 2, 3))},
+        {"TEXT": texts([b"b", b"c", b"d", b"e"], (2, 2)), "IN": tensor(np.zeros((2, 0, 1)))},
+        {"TEXT": texts([]), "IN": tensor(np.full((1, 1, 1), 9))},
+    ]
+    answers = one(model, *(request(inputs=inputs, rows=inputs["TEXT"].shape[0]) for inputs in given))
+    assert [sorted(each.outputs["OUT"].reshape(-1).tolist()) for each in answers] == [
+        [b"IN [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]", b"TEXT [[b'a']]"],
+        [b"IN [[], []]", b"TEXT [[b'b', b'c'], [b'd', b'e']]"],
+        [b"IN [[[9.0]]]", b"TEXT [[]]"],
+    ]
+
+
+def test_a_ragged_input_may_be_absent(tmp_path):
+    (model,) = loaded(tmp_path, SHAPES, RAGGED)
+    (answer,) = one(model, request(inputs={"TEXT": texts([b"a"])}))
+    assert answer.outputs["OUT"].tolist() == [[b"TEXT [[b'a']]"]]
+
+
 def test_what_a_request_says_reaches_the_code(tmp_path):
     (model,) = loaded(
         tmp_path,
@@ -96,7 +131,7 @@ def test_the_code_is_told_who_it_is_and_can_import_what_lies_beside_it(tmp_path)
 
 
 def test_code_of_equal_names_is_told_apart(tmp_path):
-    utilities.install("m", tmp_path, FakeChannel().infer)
+    utilities.install("m", tmp_path, FakeChannel().infer, FakeChannel().measure)
     for name in ("a", "b"):
         path = write(tmp_path / name, "from .beside import NAME\ndef execute(self, requests): pass")
         (path / "beside.py").write_text(f"NAME = {name!r}")
@@ -202,9 +237,9 @@ def test_every_code_has_its_error(tmp_path, code, kind):
 @pytest.mark.parametrize(
     ("returned", "text"),
     [
-        ("[]", "objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
-        ("7", "Expected a list in the execute return, found type '<class 'int'>'."),
-        ("[1, 2]", "Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
+        ("[]", "'m_0_0', message: Number of InferenceResponse objects do not match the number of InferenceRequest objects. InferenceRequest(s) size is:2, and InferenceResponse(s) size is:0"),
+        ("7", "message: Expected a list in the execute return, found type '<class 'int'>'."),
+        ("[1, 2]", "message: Expected an 'InferenceResponse' object in the execute function return list, found type '<class 'int'>'."),
         ("1 / 0", "ZeroDivisionError: division by zero"),
     ],
 )  # fmt: skip
@@ -212,7 +247,7 @@ def test_what_no_batch_may_return_fails_all_of_it(tmp_path, returned, text):
     (model,) = loaded(tmp_path, f"def execute(self, requests): return {returned}")
     with pytest.raises(errors.Internal) as raised:
         one(model, request(), request())
-    assert raised.value.message.startswith("Failed to process the request(s) for model 'm', message: ")
+    assert raised.value.message.startswith("Failed to process the request(s) for model instance 'm_0_0', message: ")
     assert text in raised.value.message
 
 
@@ -655,12 +690,10 @@ def test_lines_of_the_model_are_in_the_log(tmp_path, caplog):
         def execute(self, requests):
             pb_utils.Logger.log_warn("look out")
             pb_utils.Logger.log("nothing", pb_utils.Logger.INFO)
-            pb_utils.MetricFamily(name="n", description="d", kind=pb_utils.MetricFamily.COUNTER).Metric(labels={}).increment(2)
             return [pb_utils.InferenceResponse([])]
         """,
     )
     caplog.set_level("INFO", "gateway")
     one(model, request())
     lines = [str(record.msg) for record in caplog.records]
-    assert lines[:2] == ['model_log model=m message="look out"', "model_log model=m message=nothing"]
-    assert "custom metrics of Python models are not exported" in lines[2]
+    assert lines == ['model_log model=m message="look out"', "model_log model=m message=nothing"]

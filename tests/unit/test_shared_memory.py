@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gateway import errors
-from gateway.middleware import shared_memory as module
 from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.shm import Regions
+from gateway.shm import regions as regions_module
 from gateway.types import DataType, InferRequest, InferResponse, Place, Places, Tensor
 from tests.support import refusal
 
@@ -162,7 +162,7 @@ async def answer(regions: Regions | None, request: InferRequest, limits: Limits 
 
 @pytest.mark.parametrize("blocking", [1, 1 << 20])
 async def test_inputs_are_read_and_outputs_written(regions: Regions, folder: Path, monkeypatch, blocking: int):
-    monkeypatch.setattr(module, "_BLOCKING", blocking)
+    monkeypatch.setattr(regions_module, "_BLOCKING", blocking)
     regions.register("inner", "data", 32, 16)
     response = await answer(regions, asked(IN=Place("r", 4, 8), OUT=Place("inner", 2, 14)))
     assert response.placed == ["OUT"]

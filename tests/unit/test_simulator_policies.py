@@ -171,3 +171,10 @@ def test_eight_models_share_a_device_under_the_deadline_scheduler():
 def test_a_hot_model_leaves_the_others_their_part_under_the_deadline_scheduler():
     assert figures("deadline", "hot-model", 0.9).worst_model >= 0.85
     assert figures("timeout-0.8", "hot-model", 0.9).worst_model < 0.6
+
+
+def test_who_can_come_along_is_not_refused_for_those_who_come_later():
+    there = build("zipf-16", replace(SETUP, seconds=3.0), 1.5)
+    ours = measure(simulate(there, POLICIES["deadline"](there), seed=1))
+    best = measure(simulate(there, GRID["timeout-0.9+0.0"](there), seed=1))
+    assert ours.in_time >= 0.97 * best.in_time

@@ -17,12 +17,13 @@ from gateway.types import Timings
 from tests.support import refusal, request
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+TIMINGS = Timings(100, 20, 300, 4, 1)
 SAMPLING = Sampling(("TIMESTAMPS",), 1, -1, 0)
 
 
 def trace(**more: Any) -> Trace:
     asked = request(id="7", trace_context={"traceparent": PARENT})
-    return Trace(3, asked, 1000, 5000, "2", Timings(100, 20, 300, 4, 1), **more)
+    return Trace(3, asked, 1000, 5000, "2", TIMINGS, **more)
 
 
 def test_a_trace_is_three_spans() -> None:
@@ -40,13 +41,28 @@ def test_a_trace_is_three_spans() -> None:
         "triton.model_version": "2",
         "triton.request_id": "7",
     }
-    assert [*model.events] == ["REQUEST_START", "QUEUE_START", "REQUEST_END"]
-    assert compute.events == {
+    assert [name for name, _ in model.events] == ["REQUEST_START", "QUEUE_START", "REQUEST_END"]
+    assert dict(compute.events) == {
         "COMPUTE_START": 4676,
         "COMPUTE_INPUT_END": 4696,
         "COMPUTE_OUTPUT_START": 4996,
         "COMPUTE_END": 5000,
     }
+
+
+def test_the_models_that_a_model_asked_are_under_it() -> None:
+    step = Trace(4, request(model_name="step"), 2000, 3000, "1", TIMINGS, parent=3)
+    whole = trace(parts=[step], composed=True, wire=[("GRPC_WAITREAD_START", 900), ("GRPC_SEND_END", 6000)])
+    root = span_of(whole)
+    assert (root.started, root.ended) == (900, 6000)
+    assert root.events == (*whole.wire, ("INFER_RESPONSE_COMPLETE", 5000))
+    (model,) = root.children
+    (asked,) = model.children  # and no compute of its own
+    assert (model.started, model.ended) == (1000, 5000)
+    assert (asked.name, asked.attributes["triton.trace_parent_id"], model.attributes["triton.trace_parent_id"]) == (
+        "step", "3", "0",
+    )  # fmt: skip
+    assert [child.name for child in asked.children] == ["compute"]
 
 
 def test_what_never_ran_has_no_compute() -> None:

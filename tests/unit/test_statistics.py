@@ -5,6 +5,7 @@ from google.protobuf import json_format
 from tritonclient.grpc import service_pb2
 
 from gateway.statistics import Histogram, Statistics, VersionStatistics
+from gateway.statistics.responses import MOST
 from gateway.types import Timings
 
 
@@ -136,3 +137,24 @@ def test_versions_come_in_number_order() -> None:
     for model, version in (("b", "1"), ("a", "10"), ("a", "9")):
         statistics.of(model, version)
     assert [(each.model, each.version) for each in statistics] == [("a", "9"), ("a", "10"), ("b", "1")]
+
+
+def test_responses_of_decoupled_models_are_counted_by_their_number() -> None:
+    counters = Statistics(lambda: 1).of("m", "1")
+    counters.record_response(0, "success", 40)
+    counters.record_response(0, "success", 2)
+    counters.record_response(1, "empty_response", 3)
+    counters.record_response(1, "fail", 5)
+    counters.record_response(2, "cancel", 7)
+    counters.record_response(MOST, "success", 1)
+    told = counters.to_triton()["response_stats"]
+    assert list(told) == ["0", "1", "2"]
+    counts = {
+        index: {name: tuple(of.values()) for name, of in figures.items() if of["count"]}
+        for index, figures in told.items()
+    }
+    assert counts == {
+        "0": {"compute_infer": (2, 42), "compute_output": (2, 0), "success": (2, 42)},
+        "1": {"compute_infer": (2, 8), "compute_output": (1, 0), "fail": (1, 5), "empty_response": (1, 3)},
+        "2": {"cancel": (1, 7)},
+    }

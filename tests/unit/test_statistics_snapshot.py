@@ -21,6 +21,8 @@ def counted(statistics: Statistics, model: str = "m", version: str = "1", times:
         of.record_failure("REJECTED", 90)
         of.record_batch(4, 10, 200, 30, "full")
         of.record_batch(2, 1, 2, 3, "drained")
+        of.record_response(0, "success", 11)
+        of.record_response(1, "empty_response", 3)
         of.refused["shed"] = of.refused.get("shed", 0) + 1
         of.cache_hit_count += 1
         of.cache_hit_ns += 7
@@ -133,7 +135,7 @@ def test_names_of_a_later_version_of_the_code_are_passed_over() -> None:
     part = stat()
     counted(part)
     body = msgspec.msgpack.decode(part.snapshot())
-    counts, histograms, tables, batches = body[2][0][8:]
+    counts, histograms, tables, batches, _ = body[2][0][8:]
     counts["teleported"] = 3
     histograms["distances"] = [1, 2]
     tables["planets"] = {"Mars": 1}

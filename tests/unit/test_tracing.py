@@ -12,7 +12,8 @@ from msgspec.structs import replace
 from gateway import errors
 from gateway.config.trace import TraceConfig, read_trace_config
 from gateway.middleware.trace_file import TraceFile
-from gateway.middleware.tracing import Sampling, Trace, tracing
+from gateway.middleware.tracing import Sampling, Trace, tracing, tracing_parts
+from gateway.middleware.wire_times import WireTimes
 from gateway.service.controls import Controls
 from gateway.service.trace_settings import TraceSettings
 from gateway.types import DataType, Infer, InferRequest, InferResponse, Timings
@@ -100,6 +101,68 @@ async def test_the_stages_are_as_long_as_they_were() -> None:
     assert [name for name, _ in stamps] == STAGES
     assert [ns for _, ns in stamps] == [1000, 4576, 4676, 4696, 4996, 5000, 5000, 5000]
     assert trace.timestamps(wanted=False) == []
+
+
+async def test_what_a_model_asks_of_others_is_a_part_of_its_trace(tmp_path: Path) -> None:
+    traces: list[Trace] = []
+
+    async def asks(asked: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        for name in ("a", "b"):
+            await ask(inner, replace(asked, model_name=name, id=""))
+        yield answer(asked)
+
+    leaf = tracing_parts(model)
+
+    async def between(asked: InferRequest) -> AsyncGenerator[InferResponse, None]:
+        await ask(leaf, replace(asked, model_name=f"under {asked.model_name}"))
+        yield answer(asked)
+
+    inner = tracing_parts(between)
+    infer = tracing(asks, settings(tmp_path / "t", "level=TIMESTAMPS", "rate=2"), kept(traces))
+    await ask(infer, request(id="1"))
+    asked = request(id="2")
+    await ask(infer, asked)
+    (trace,) = traces
+    assert asked.trace is None
+    seen = [(each.request.model_name, each.number, each.parent) for each in trace.family]
+    assert seen == [("m", 1, 0), ("a", 2, 1), ("under a", 3, 2), ("b", 4, 1), ("under b", 5, 4)]
+    assert all(each.ended >= each.started for each in trace.family)
+
+
+async def test_parts_are_told_after_the_whole_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    part = Trace(2, request(model_name="part"), 5, 6, "1", parent=1)
+    whole = Trace(1, request(id="7"), 1, 9, "1", parts=[part], composed=True, timings=TIMINGS)
+    async with TraceFile(path) as file:
+        file.keep(whole, Controls(traces=TraceConfig(("TIMESTAMPS",), rate=1)).traces.sample("m"))
+    told = read(path)
+    assert [each for each in told if "model_name" in each] == [
+        {"id": 1, "model_name": "m", "model_version": 1, "request_id": "7"},
+        {"id": 2, "model_name": "part", "model_version": 1, "parent_id": 1},
+    ]
+    names = [each["timestamps"][0]["name"] for each in told if each["id"] == 1 and "timestamps" in each]
+    assert names == ["REQUEST_START", "QUEUE_START", "INFER_RESPONSE_COMPLETE", "REQUEST_END"]
+
+
+async def test_a_trace_waits_until_all_is_sent(tmp_path: Path) -> None:
+    traces: list[Trace] = []
+    infer = tracing(model, settings(tmp_path / "t", "level=TIMESTAMPS", "rate=1"), kept(traces))
+    wire = WireTimes("HTTP", 0.000001)
+    wire.received()
+    await ask(infer, request(trace=wire))
+    assert not traces
+    wire.sending()
+    wire.sent()
+    wire.close()
+    (trace,) = traces
+    names = [name for name, _ in trace.timestamps(wanted=True)]
+    assert names == ["HTTP_RECV_START", "HTTP_RECV_END", *STAGES, "HTTP_SEND_START", "HTTP_SEND_END"]
+    assert next(ns for _, ns in trace.timestamps(wanted=True)) == 1000
+    late = WireTimes("GRPC")
+    late.sent()
+    late.close()
+    await ask(infer, request(trace=late))
+    assert [name for name, _ in traces[1].wire] == ["GRPC_WAITREAD_START"]
 
 
 async def test_a_request_that_fails_is_traced_too(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ VALUES = {  # a value of each setting's type
     "http_restricted_api": "health:k=v",
     "grpc_restricted_protocol": "health:k=v",
     "trace_config": "rate=9",
+    "rate_limit": "execution_count",
+    "rate_limit_resource": "R:1:0",
     "grpc_server_cert": __file__,
     "grpc_server_key": __file__,
     "grpc_root_cert": __file__,

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from gateway import errors
-from gateway.config.model import Warmup, WarmupInput
+from gateway.config.model import BatchInput, Warmup, WarmupInput
 from gateway.types import Answer, BatchResult, DataType, Tensor
-from gateway.worker.probe import measurable
-from gateway.worker.warmup import warm_up
+from gateway.worker.warmup import measurable, warm_up
 from tests.support import model_config, tensor_config
 
 FP32, INT64, BYTES = DataType.FP32, DataType.INT64, DataType.BYTES
@@ -166,3 +165,34 @@ async def test_code_is_run_on_its_own_samples_only_and_one_that_it_refuses_is_an
     with pytest.raises(errors.Internal, match="sample 's' failed: not this"):
         await warm_up(engine, replace(config, warmup=(sample("zero"),)), tmp_path, (1,))
     assert len(engine.runs[0]) == 1
+
+
+async def test_a_file_may_hold_more_than_a_sample_needs(tmp_path):
+    (tmp_path / "warmup").mkdir()
+    (tmp_path / "warmup" / "data").write_bytes(np.arange(5, dtype=np.float32).tobytes())
+    engine = Recorder()
+    await warm_up(engine, model_config(warmup=(sample("data"),)), tmp_path, (1,))
+    assert engine.runs[0][0]["IN"].tolist() == [[0.0, 1.0]]
+
+
+async def test_a_sample_of_several_rows_is_as_many_requests(tmp_path):
+    engine = Recorder()
+    inputs = (tensor_config("IN", dims=(-1,), ragged=True), tensor_config("SHAPE", dims=(2,), whole=True))
+    counts = BatchInput("element_count", ("COUNTS",), DataType.INT32, "IN")
+    spec = WarmupInput(FP32, (2,), "zero")
+    config = model_config(inputs=inputs, warmup=(Warmup("s", 3, 1, {"IN": spec, "SHAPE": spec}),))
+    await warm_up(engine, replace(config, batch_inputs=(counts,)), tmp_path, (1,))
+    ((stacked, rows, _),) = engine.runs
+    assert rows == 3
+    assert {name: array.tolist() for name, array in stacked.items()} == {
+        "IN": [0.0] * 6,
+        "SHAPE": [0.0] * 2,
+        "COUNTS": [2, 2, 2],
+    }
+
+
+async def test_a_shape_is_not_guessed(tmp_path):
+    engine = Recorder()
+    config = model_config(inputs=(tensor_config("SHAPE", whole=True),))
+    assert await warm_up(engine, config, tmp_path, (1,)) is None
+    assert engine.runs == []

@@ -123,13 +123,16 @@ class LiveLink:
         part = waiting.popleft()
         if self._room.holds(part.batch.rows):
             return part
-        first, *rest = cut(part, self._room.rows)
+        first, *rest = self._cut(part, self._room.rows)
         waiting.extendleft(reversed(rest))
         return first
 
+    def _cut(self, part: Part, limit: int) -> list[Part]:
+        return cut(part, limit) if self.config.by_rows else [part]
+
     def _smaller(self, part: Part, problem: MemoryError) -> list[Part]:
         """The part in halves, because it did not fit; none when it cannot be halved."""
-        parts = cut(part, max(1, part.batch.rows // 2))
+        parts = self._cut(part, max(1, part.batch.rows // 2))
         if len(parts) == 1:
             return []
         rows = self._room.refuse(part.batch.rows)

@@ -48,6 +48,7 @@ def cut(part: Part, limit: int) -> list[Part]:
             batch,
             rows=stop - start,
             stack=lambda start=start, stop=stop: stacked.rows(start, stop),  # type: ignore[misc]
+            gather=None,
             requests=batch.requests[first:last],
         )
         parts.append(Part(rows, part.first + first))

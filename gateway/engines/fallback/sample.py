@@ -48,7 +48,7 @@ class Sample:
             first, self.wanted = self.wanted, False
             return first and self._kept is not None
 
-        return replace(batch, stack=stack), ended
+        return replace(batch, stack=stack, gather=None), ended
 
     def _rows(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         rows = {name: array[:1] if self._batched else array for name, array in arrays.items()}

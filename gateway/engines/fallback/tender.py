@@ -32,7 +32,7 @@ class Tender:
         self.links = links
         self.current = links[0]
         self.model = links[0].config.name
-        self.sample = Sample(batched=links[0].config.max_batch_size > 0)
+        self.sample = Sample(batched=links[0].config.max_batch_size > 0 and links[0].config.by_rows)
         self._preload = links[0].config.parameters.get(PRELOAD, "")
         self._wanted: list[LiveLink] = []  # to be loaded
         self._wake = asyncio.Event()

@@ -20,7 +20,8 @@ import msgspec
 
 from gateway import errors
 from gateway.engines.isolated.area import Area
-from gateway.engines.isolated.frames import CHUNK, Ask, Frame, Frames, GiveUp, Message, Reply, Wanted, pack
+from gateway.engines.isolated.frames import CHUNK, Ask, Counted, Frame, Frames, GiveUp, Message, Reply, Wanted, pack
+from gateway.engines.measures import Measure, Measures, Owner
 from gateway.message import BadMessage, pack_error, pack_request, pack_response, unpack_error, unpack_request
 from gateway.message import unpack_response as read_response
 from gateway.telemetry import log_event
@@ -29,7 +30,7 @@ from gateway.types import Buffer, Infer, InferRequest, InferResponse
 _MOST_CALLS = 256  # open at once, of one instance
 _LARGE = 1 << 16  # bytes
 Replies: TypeAlias = deque[tuple[Reply, Buffer]]
-_decode_asked = msgspec.msgpack.Decoder(Ask | GiveUp | Wanted).decode
+_decode_asked = msgspec.msgpack.Decoder(Ask | Counted | GiveUp | Wanted).decode
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
@@ -61,7 +62,9 @@ class ChildCalls:
         ended = False
         shared = self._share(parts)
         try:
-            self._send(Ask(number, header, request.deadline, shared), [] if shared else parts)
+            self._send(
+                Ask(number, header, request.deadline, shared, self._place(request.trace)), [] if shared else parts
+            )
             while not ended:
                 reply = self._next(replies)
                 if reply is None:
@@ -79,11 +82,28 @@ class ChildCalls:
             if shared:
                 self._area_lock.release()
 
+    def measure(self, measure: Measure, *, wait: bool = True) -> float:
+        """See `Channel.measure`."""
+        if not wait:
+            self._send(Counted(-1, measure), [])
+            return 0.0
+        number, replies = self._expect()
+        try:
+            self._send(Counted(number, measure), [])
+            reply = self._next(replies)
+        finally:
+            del self._open[number]
+        if reply is None:
+            raise errors.stopping()
+        if reply[0].error:
+            raise unpack_error(reply[0].error)
+        return float(reply[0].response)
+
     def cancelled(self, request: InferRequest) -> bool:
         """See `Channel.cancelled`."""
         late = request.deadline is not None and time.monotonic() > request.deadline
-        place = next((place for place, each in enumerate(self._batch) if each is request), None)
-        if self._gone or late or place is None:
+        place = self._place(request)
+        if self._gone or late or place < 0:
             return True
         number, replies = self._expect()
         try:
@@ -92,6 +112,10 @@ class ChildCalls:
         finally:
             del self._open[number]
         return reply is None or bool(reply[0].error)
+
+    def _place(self, request: object) -> int:
+        """The place of a request in the batch that runs, -1 if it is not there."""
+        return next((place for place, each in enumerate(self._batch) if each is request), -1)
 
     def _expect(self) -> tuple[int, Replies]:
         number = next(self._numbers)
@@ -162,9 +186,15 @@ class CallServer(asyncio.Protocol):
     """
 
     def __init__(
-        self, infer: Infer, wanted: Callable[[int], bool], tasks: asyncio.TaskGroup, area: Area | None
+        self,
+        infer: Infer,
+        wanted: Callable[[int], bool],
+        tasks: asyncio.TaskGroup,
+        measures: Measures,
+        area: Area | None,
     ) -> None:
         self._infer = infer
+        self._metrics = Owner(measures)
         self._wanted = wanted
         self._area = area
         self._tasks = tasks
@@ -189,6 +219,7 @@ class CallServer(asyncio.Protocol):
         """Part of asyncio.Protocol. What runs for the instance is given up."""
         for task in self._open.values():
             task.cancel()
+        self._metrics.close()
         if self._area is not None:
             self._area.close()
 
@@ -206,6 +237,8 @@ class CallServer(asyncio.Protocol):
         if isinstance(message, GiveUp):
             if (task := self._open.get(message.call)) is not None:
                 task.cancel()
+        elif isinstance(message, Counted):
+            self._count(message)
         elif isinstance(message, Wanted):
             self._send(Reply(message.call, b"", b"" if self._wanted(message.place) else b"no", True), [])
         elif message.call in self._open or len(self._open) >= _MOST_CALLS:
@@ -215,10 +248,21 @@ class CallServer(asyncio.Protocol):
             self._open[message.call] = task
             task.add_done_callback(lambda _: self._open.pop(message.call, None))
 
+    def _count(self, counted: Counted) -> None:
+        try:
+            reply = Reply(counted.call, repr(self._metrics.act(counted.measure)).encode(), b"", True)
+        except errors.GatewayError as error:
+            reply = Reply(counted.call, b"", pack_error(error), True)
+        except KeyError:  # what nobody opened
+            raise BadMessage("a metric is used that is not there") from None
+        if counted.call >= 0:
+            self._send(reply, [])
+
     async def _answer(self, asked: Ask, payload: Buffer) -> None:
         try:
             request = unpack_request(asked.header, self._shared(asked.shared) if asked.shared else payload)
             request.deadline = asked.deadline
+            request.trace = asked.of
             async with aclosing(self._infer(request)) as responses:
                 async for response in responses:
                     header, parts = pack_response(response)

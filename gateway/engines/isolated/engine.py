@@ -246,7 +246,8 @@ class IsolatedEngine:
         life = Life(origin, home, self._lost)
         calls = None
         if origin.backend.calls and origin.spec.infer is not None:
-            calls = partial(CallServer, partial(self._call, origin.spec.infer), self._wanted, self._children.tasks)
+            ours = self._children
+            calls = partial(CallServer, partial(self._call, origin.spec.infer), self._wanted, ours.tasks, ours.measures)
         try:
             seconds = await life.begin(calls, self._patience.limit())
         except OSError as problem:

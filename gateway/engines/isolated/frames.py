@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple, TypeAlias
 import msgspec
 
 from gateway.engines.isolated.layout import MOST
+from gateway.engines.measures import Measure
 from gateway.message import BadMessage
 from gateway.types import Buffer, Parameter
 
@@ -115,18 +116,29 @@ FromChild: TypeAlias = Ready | Done | Answered | Finished | Failed
 
 
 class Ask(Message, tag="ask"):
-    """Run the request that `header` and the payload pack, which is in shared memory where `shared` says how long it is."""
+    """Run the request that `header` and the payload pack, which is in shared memory where `shared` says how long it is.
+
+    It is a part of the trace of the request at the place `of` in the batch that runs; -1 for none.
+    """
 
     call: int
     header: bytes
     deadline: float | None
     shared: Annotated[int, msgspec.Meta(ge=0, le=MOST)] = 0
+    of: int = -1
 
 
 class GiveUp(Message, tag="give_up"):
     """Nobody waits for a call's responses any more."""
 
     call: int
+
+
+class Counted(Message, tag="counted"):
+    """Something is done to a metric. The reply, where `call` is not -1, has what was read, or why it may not be done."""
+
+    call: int
+    measure: Measure
 
 
 class Wanted(Message, tag="wanted"):

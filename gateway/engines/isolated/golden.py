@@ -75,6 +75,8 @@ def _alike(one: Array, other: Array) -> bool:
 
 
 def _zeros(config: ModelConfig) -> dict[str, Array] | None:
+    if not config.by_rows:
+        return None
     lead = (1,) if config.max_batch_size else ()
     inputs: dict[str, Array] = {}
     for tensor in config.inputs:

@@ -17,14 +17,16 @@ import msgspec
 import numpy as np
 
 from gateway.message import BadMessage
-from gateway.types import Array, DataType, decode_bytes, encode_bytes
+from gateway.types import Array, Buffer, DataType, Pieces, decode_bytes, encode_bytes, wires
 
 Block: TypeAlias = mmap | bytearray
+Value: TypeAlias = Array | bytes | list[Buffer]
 
 MOST = 1 << 32
 """Bytes that the arrays of one message may have."""
 
 _ALIGNMENT = 64  # bytes, of a cache line and of the widest registers
+_SMALL = 1 << 14  # bytes, below which a copy with the interpreter's lock is the quicker one
 _MAX_ELEMENTS = 1 << 48
 _REMEMBERED = 512  # forms
 _DTYPES = {datatype.dtype.str: datatype.dtype for datatype in DataType}
@@ -56,12 +58,17 @@ class Layout(NamedTuple):
     form: bytes
 
 
-def lay_out(arrays: Mapping[str, Array]) -> tuple[Layout, Sequence[Array | bytes]]:
+def lay_out(arrays: Mapping[str, Array] | Mapping[str, Pieces]) -> tuple[Layout, Sequence[Value]]:
     """Where to put these arrays, and what to put there. Raises TypeError for a type that no tensor has."""
-    values: list[Array | bytes] = []
+    values: list[Value] = []
     described = []
     for name, array in arrays.items():
-        if array.dtype == _OBJECT:
+        if isinstance(array, Pieces):
+            parts = wires(array.tensors)
+            values.append(parts)
+            dtype = array.tensors[0].datatype.dtype.str
+            described.append((name, dtype, array.shape, sum(map(len, parts))))
+        elif array.dtype == _OBJECT:
             wire = encode_bytes(array)
             values.append(wire)
             described.append((name, "|O", array.shape, len(wire)))
@@ -71,13 +78,26 @@ def lay_out(arrays: Mapping[str, Array]) -> tuple[Layout, Sequence[Array | bytes
     return _laid(tuple(described)), values
 
 
-def write(block: Block, layout: Layout, values: Sequence[Array | bytes]) -> None:
+def write(block: Block, layout: Layout, values: Sequence[Value]) -> None:
     """Put the values where `lay_out` said."""
     for (_, dtype, shape, start, size), value in zip(layout.cuts, values, strict=True):
         if isinstance(value, bytes):
             block[start : start + size] = value
+        elif isinstance(value, list):
+            _join(block, start, size, value)
         else:
             np.copyto(np.ndarray(shape, dtype, block, start), value)
+
+
+def _join(block: Block, start: int, size: int, parts: list[Buffer]) -> None:
+    if size <= _SMALL:
+        block[start : start + size] = b"".join(parts)
+        return
+    whole = np.ndarray(size, np.uint8, block, start)
+    at = 0
+    for part in parts:  # numpy's copies leave the interpreter to others
+        whole[at : at + len(part)] = np.frombuffer(part, np.uint8)
+        at += len(part)
 
 
 def read(block: Block, layout: Layout, *, copy: bool) -> dict[str, Array]:

@@ -8,8 +8,7 @@ from contextlib import suppress
 
 from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.frames import CHUNK, Frame, Frames, Message, pack
-from gateway.engines.isolated.layout import Layout, write
-from gateway.types import Array
+from gateway.engines.isolated.layout import Layout, Value, write
 
 
 class ChildLine:
@@ -35,7 +34,7 @@ class ChildLine:
         """Send a message without arrays."""
         self._put(pack(message))
 
-    def give(self, message: Message, layout: Layout, values: Sequence[Array | bytes], area: Area | None) -> None:
+    def give(self, message: Message, layout: Layout, values: Sequence[Value], area: Area | None) -> None:
         """Send a message and its arrays, through shared memory if there is enough."""
         if layout.size and not (area is not None and _fits(area, layout, values)):
             payload = bytearray(layout.size)
@@ -54,7 +53,7 @@ class ChildLine:
         self._socket.close()
 
 
-def _fits(area: Area, layout: Layout, values: Sequence[Array | bytes]) -> bool:
+def _fits(area: Area, layout: Layout, values: Sequence[Value]) -> bool:
     try:
         block = area.room(layout.size)
     except OSError:

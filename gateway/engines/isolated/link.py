@@ -166,7 +166,7 @@ class Link:
         return await self._thread.call(lambda: self._stacked(batch), hurry=batch.hurry)
 
     def _stacked(self, batch: Batch) -> tuple[bytes, bytearray | None]:
-        layout, values = lay_out(batch.stack())
+        layout, values = lay_out(batch.stack() if batch.gather is None else batch.gather())
         payload = self._memory.put(layout, values)
         requests = tuple(map(_about, batch.requests)) if self._tells else ()
         message = Run(batch.rows, batch.cores, batch.outputs, layout.form, requests)

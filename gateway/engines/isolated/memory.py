@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from gateway.engines.isolated.area import Area
-from gateway.engines.isolated.layout import Layout, read, write
+from gateway.engines.isolated.layout import Layout, Value, read, write
 from gateway.message import BadMessage
 from gateway.types import Array
 
@@ -28,7 +28,7 @@ class Memory:
         """What the child needs of it, its inputs' first; none where there is no shared memory."""
         return [area.descriptor for area in self._areas or ()]
 
-    def put(self, layout: Layout, values: Sequence[Array | bytes]) -> bytearray | None:
+    def put(self, layout: Layout, values: Sequence[Value]) -> bytearray | None:
         """Put a batch's arrays where the child finds them; what of it must go by the line."""
         with self._lock:
             if self._areas is not None:

@@ -48,7 +48,7 @@ def _completed(path: Path, config: str) -> dict[str, Any]:
     model = ModelConfig(config)
     name = str(model.as_dict().get("name", ""))
     try:
-        utilities.install(name, path.parent, _refuse)
+        utilities.install(name, path.parent, _refuse, _keep_none)
         kind = import_model(path.parent, path.name)
         fill = getattr(kind, "auto_complete_config", None)
         filled = model if fill is None else fill(model)
@@ -62,6 +62,10 @@ def _completed(path: Path, config: str) -> dict[str, Any]:
 
 def _refuse(_: object) -> Any:
     raise TritonModelException("BLS is supported only during the 'execute' function.")
+
+
+def _keep_none(*_: object, **__: object) -> float:
+    raise TritonModelException("metrics are supported only in a loaded model.")
 
 
 if __name__ == "__main__":

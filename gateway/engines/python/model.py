@@ -21,8 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from gateway import errors
 from gateway.config.parse import config_json
+from gateway.config.ragged import shapes_of
 from gateway.engines.base import EngineSpec
 from gateway.engines.channel import Channel
 from gateway.engines.python import utilities
@@ -52,6 +55,10 @@ def load(spec: EngineSpec, count: int) -> list[PythonModel]:
     return [PythonModel(spec, spec.channel, index) for index in range(count)]
 
 
+class _Misused(Exception):
+    """What `execute` returned is none of what it may."""
+
+
 class PythonModel:
     """One instance: `Answering`."""
 
@@ -61,15 +68,17 @@ class PythonModel:
 
     def __init__(self, spec: EngineSpec, channel: Channel, index: int) -> None:
         self._config = spec.config
+        self._name = _instance(spec, index)
         self._channel = channel
         self._running = False
         self._run: Run | None = None
         self._decoupled = spec.config.decoupled
+        self._ragged = [tensor.name for tensor in spec.config.inputs if tensor.ragged]
         self._outputs = {tensor.name: tensor.datatype for tensor in spec.config.outputs}
         self._executor = ThreadPoolExecutor(1, f"execute-{spec.config.name}") if self._decoupled else None
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
-            utilities.install(spec.config.name, spec.path, self._infer)
+            utilities.install(spec.config.name, spec.path, self._infer, channel.measure)
             kind = import_model(spec.path, spec.config.default_model_filename)
             self._model = kind()
             if hasattr(self._model, "initialize"):
@@ -113,6 +122,7 @@ class PythonModel:
     def _received(self, run: Run, inputs: dict[str, Array], batch: Batch) -> list[InferenceRequest]:
         """The requests of a batch, each with its rows."""
         datatypes = {tensor.name: tensor.datatype for tensor in self._config.inputs}
+        apart = {name: _apart(inputs.pop(name), inputs.pop(shapes_of(name))) for name in self._ragged if name in inputs}
         received, at = [], 0
         for index, request in enumerate(batch.requests):
             rows = slice(at, at + request.rows) if self._config.max_batch_size else slice(None)
@@ -125,6 +135,7 @@ class PythonModel:
                 Tensor.from_gateway(name, datatypes[name], array[rows] if self._config.max_batch_size else array)
                 for name, array in inputs.items()
             ]
+            tensors += [Tensor.from_gateway(name, datatypes[name], arrays[index]) for name, arrays in apart.items()]
             received.append(InferenceRequest.received(request, tensors, names, sender))
         return received
 
@@ -142,7 +153,7 @@ class PythonModel:
                 each.get_response_sender().close()
             run.fail_rest(
                 errors.Internal(
-                    f"Failed to process the request(s) for model '{self._config.name}', message: {_plain(problem)}"
+                    f"Failed to process the request(s) for model instance '{self._name}', message: {_plain(problem)}"
                 )
             )
             problem.__traceback__ = None  # its frames hold the requests
@@ -151,19 +162,19 @@ class PythonModel:
     def _take(self, run: Run, requests: Sequence[InferenceRequest], returned: object) -> None:
         """The answers of a list of responses, one for each request."""
         if self._decoupled:
-            raise TritonModelException(
-                f"Python model '{self._config.name}' is using the decoupled mode and the execute function must return None."
+            raise _Misused(
+                f"Python model '{self._name}' is using the decoupled mode and the execute function must return None."
             )
         if not isinstance(returned, list):
-            raise TritonModelException(f"Expected a list in the execute return, found type '{type(returned)}'.")
+            raise _Misused(f"Expected a list in the execute return, found type '{type(returned)}'.")
         if len(returned) != len(requests):
-            raise TritonModelException(
+            raise _Misused(
                 "Number of InferenceResponse objects do not match the number of InferenceRequest objects. "
                 f"InferenceRequest(s) size is:{len(requests)}, and InferenceResponse(s) size is:{len(returned)}"
             )
         for response in returned:
             if response is not None and not isinstance(response, InferenceResponse):
-                raise TritonModelException(
+                raise _Misused(
                     "Expected an 'InferenceResponse' object in the execute function return list, found type "
                     f"'{type(response)}'."
                 )
@@ -215,7 +226,7 @@ def arguments(spec: EngineSpec, index: int) -> dict[str, str]:
     return {
         "model_config": json.dumps(config_json(spec.config.proto)),
         "model_instance_kind": _KINDS.get(kind, "CPU"),
-        "model_instance_name": f"{spec.config.name}_0_{index}",
+        "model_instance_name": _instance(spec, index),
         "model_instance_device_id": number or "0",
         "model_repository": str(spec.path.parent),
         "model_version": spec.version,
@@ -223,6 +234,17 @@ def arguments(spec: EngineSpec, index: int) -> dict[str, str]:
     }
 
 
+def _apart(array: Array, shapes: Array) -> list[Array]:
+    """The elements of each request's ragged input, in its shape."""
+    ends = np.cumsum(shapes.prod(axis=1))
+    return [part.reshape(shape) for part, shape in zip(np.split(array, ends[:-1]), shapes, strict=True)]
+
+
 def _plain(problem: BaseException) -> str:
     """What clients may read of an error: not where the files are."""
-    return _PATH.sub("<path>", f"{type(problem).__name__}: {problem}").strip()
+    kind = "" if isinstance(problem, _Misused) else f"{type(problem).__name__}: "
+    return _PATH.sub("<path>", f"{kind}{problem}").strip()
+
+
+def _instance(spec: EngineSpec, index: int) -> str:
+    return f"{spec.config.name}_0_{index}"

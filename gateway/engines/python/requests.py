@@ -13,11 +13,11 @@ from gateway.engines.python.errors import TritonError, TritonModelException
 from gateway.engines.python.responses import InferenceResponse, InferenceResponseSender
 from gateway.engines.python.tensors import Tensor
 from gateway.errors import GatewayError
-from gateway.types import EMPTY_FINAL, InferRequest, InferResponse, Parameter, RequestedOutput
+from gateway.types import EMPTY_FINAL, RESERVED, InferRequest, InferResponse, Parameter, RequestedOutput
 
 SEQUENCE_START, SEQUENCE_END = 1, 2  # TRITONSERVER_REQUEST_FLAG_*
 RELEASE_ALL, RELEASE_RESCHEDULE = 1, 2  # TRITONSERVER_REQUEST_RELEASE_*
-_RESERVED = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout", EMPTY_FINAL)
+_NOT_THE_MODELS = (*RESERVED, EMPTY_FINAL)
 
 
 class Options(TypedDict, total=False):
@@ -62,6 +62,8 @@ class InferenceRequest:
         self._flags = options.get("flags", 0)
         self._timeout = options.get("timeout", 0)
         self._parameters = dict(options.get("parameters") or {})
+        trace = options.get("trace")
+        self._trace = trace if isinstance(trace, InferenceTrace) else InferenceTrace()
         self._sender: InferenceResponseSender | None = None
 
     @classmethod
@@ -78,8 +80,9 @@ class InferenceRequest:
             names,
             flags=SEQUENCE_START * bool(given.get("sequence_start")) | SEQUENCE_END * bool(given.get("sequence_end")),
             timeout=timeout if isinstance(timeout, int) else 0,
-            parameters={key: value for key, value in given.items() if key not in _RESERVED},
+            parameters={key: value for key, value in given.items() if key not in _NOT_THE_MODELS},
         )
+        made._trace = InferenceTrace(request)
         made._sender = sender
         return made
 
@@ -116,8 +119,8 @@ class InferenceRequest:
         return json.dumps(self._parameters)
 
     def trace(self) -> InferenceTrace:
-        """Its trace: there is none."""
-        return InferenceTrace()
+        """Its trace, to be given to requests that are made for it."""
+        return self._trace
 
     def get_response_sender(self) -> InferenceResponseSender:
         """What answers it. Only a request that came has one."""
@@ -164,6 +167,7 @@ class InferenceRequest:
             tuple(RequestedOutput(name) for name in self._outputs),
             parameters,
             time.monotonic() + self._timeout / 1e6 if self._timeout else None,
+            trace=self._trace.of,
         )
 
 
@@ -227,7 +231,10 @@ class ResponseIterator:
 
 
 class InferenceTrace:
-    """The trace of a request; nothing is traced."""
+    """The trace of a request: of which one, `of`, whether it is traced or not."""
+
+    def __init__(self, of: InferRequest | None = None) -> None:
+        self.of = of
 
     def get_context(self) -> None:
         """Its context: None."""

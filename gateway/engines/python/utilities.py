@@ -41,17 +41,22 @@ def get_output_tensor_by_name(inference_response: responses.InferenceResponse, n
     return next((each for each in inference_response.output_tensors() if each.name() == name), None)
 
 
-def install(model: str, folder: Path, infer: Callable[[InferRequest], Iterator[InferResponse]]) -> ModuleType:
+def install(
+    model: str,
+    folder: Path,
+    infer: Callable[[InferRequest], Iterator[InferResponse]],
+    measure: Callable[..., float],
+) -> ModuleType:
     """Make the module for a model, whose version folder this is, and let it be imported from now on.
 
-    `infer` runs another model.
+    `infer` runs another model, `measure` is the `Channel`'s.
     """
     made = ModuleType(NAME, "What a Python model may use of the server: see Triton's python_backend.")
     request = type("InferenceRequest", (requests.InferenceRequest,), {"infer": staticmethod(infer)})
     vars(made).update(
         InferenceRequest=request,
         Logger=type("Logger", (observing.Logger,), {"model": model}),
-        MetricFamily=type("MetricFamily", (observing.MetricFamily,), {"model": model}),
+        MetricFamily=type("MetricFamily", (observing.MetricFamily,), {"measure": staticmethod(measure)}),
         get_model_dir=lambda: str(folder),
         **_SAME,
     )

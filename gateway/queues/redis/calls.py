@@ -23,6 +23,7 @@ from gateway.queues.base import Lane
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE, Missing
 from gateway.queues.redis.link import Link
+from gateway.queues.redis.routes import Part, Routes
 from gateway.redis_client import Disconnected
 from gateway.redis_client.keys import GROUP
 from gateway.types import Buffer, InferRequest, InferResponse
@@ -46,6 +47,7 @@ class RedisCall(Answers):
         "lane",
         "losses",
         "missing",
+        "part",
         "reference",
         "sending",
         "sent",
@@ -54,6 +56,7 @@ class RedisCall(Answers):
 
     def __init__(self, request: InferRequest, lane: Lane, stream: str, identity: bytes, calls: Calls) -> None:
         super().__init__(request)
+        self.part: Part | None = None  # of a sequence
         self.lane = lane
         self.stream = stream
         self.id = identity
@@ -80,6 +83,7 @@ class Calls:
         self._link = link
         self._cancel = cancel
         self._share = share
+        self.routes = Routes(link, self)
         self._calls: dict[bytes, RedisCall] = {}
         self._unanswered: dict[Lane, set[RedisCall]] = defaultdict(set)
         self._emptied = asyncio.Event()
@@ -89,12 +93,17 @@ class Calls:
     def submit(self, lane: Lane, request: InferRequest, klass: int) -> RedisCall:
         """Send a request. Raises `DeadlineExceeded` when its deadline is over."""
         stream = self._link.client.keys.requests(lane.model, lane.version, klass)
+        part = self.routes.part_of(lane, request, stream) if request.parameters else None
         call = RedisCall(request, lane, stream, next(self._link.ids), self)
         if request.deadline is not None:
             call.expire_at(request.deadline)
         self._calls[call.id] = call
         self._unanswered[lane].add(call)
-        self._send(call)
+        if part is None:
+            self.send(call)
+        else:
+            call.part, call.sending = part, True
+            self.routes.enter(call, part)
         return call
 
     def left(self, call: RedisCall) -> None:
@@ -107,6 +116,8 @@ class Calls:
             self._emptied.set()
         if call.reference:
             self._link.payloads.remove(call.reference)
+        if call.part is not None:
+            self.routes.left(call, call.part)
         if not call.answered:
             self._cancel(call.id, self._expired(call))
 
@@ -125,6 +136,7 @@ class Calls:
 
     def close(self) -> None:
         """Answer all that still waits."""
+        self.routes.close()
         for call in list(self._calls.values()):
             call.fail(errors.stopping())
 
@@ -168,14 +180,15 @@ class Calls:
         deadline = call.request.deadline
         return deadline is not None and time.monotonic() >= deadline
 
-    def _send(self, call: RedisCall) -> None:
+    def send(self, call: RedisCall) -> asyncio.Task[None] | None:
+        """Put it into its stream; a task does where that takes a while."""
         call.sending = True
         header, parts = pack_request(call.request)
         if sum(map(len, parts)) > INLINE:
-            self._link.start(self._send_large(call, header, parts), "payload")
-        else:
-            payload = b"".join(parts)  # which copies nothing where it is one piece of bytes
-            self._add(call, header, wire.PAYLOAD, payload, (payload,))
+            return self._link.start(self._send_large(call, header, parts), "payload")
+        payload = b"".join(parts)  # which copies nothing where it is one piece of bytes
+        self._add(call, header, wire.PAYLOAD, payload, (payload,))
+        return None
 
     async def _send_large(self, call: RedisCall, header: bytes, parts: Sequence[Buffer]) -> None:
         if call.reference:
@@ -196,8 +209,9 @@ class Calls:
     def _add(self, call: RedisCall, header: bytes, name: bytes, value: Buffer, parts: Sequence[Buffer]) -> None:
         deadline = call.request.deadline
         now = call.sent = time.monotonic()
+        sequence = b"" if call.part is None else call.part.token
         budget = 0 if deadline is None else max(int((deadline - now) * 1000), 1)
-        envelope = wire.encode(wire.Envelope(call.id, self._link.process, budget))
+        envelope = wire.encode(wire.Envelope(call.id, self._link.process, budget, sequence))
         fields: tuple[Any, ...] = (wire.ENVELOPE, envelope, wire.HEADER, header, name, value)
         if self._link.seal.size:
             signature = self._link.seal.sign(envelope, header, b"".join(parts))
@@ -237,10 +251,13 @@ class Calls:
             return
         self._down_since = None
         suspicious, self._suspicious = self._suspicious, False
+        self.routes.look()
         streams: dict[str, list[RedisCall]] = defaultdict(list)
         for call in self._calls.values():
             if not call.done and (suspicious or call.missing or now - call.sent > _YOUNG):
                 streams[call.stream].append(call)
+                if call.part is not None:
+                    self.routes.refresh(call.part)
         try:
             async with asyncio.TaskGroup() as group:
                 for stream, calls in streams.items():
@@ -258,9 +275,14 @@ class Calls:
     def _judge(self, call: RedisCall, there: set[bytes], *, suspicious: bool) -> None:
         if call.done or call.sending:
             return
-        if any(entry in there for entry in call.entries):
+        part = call.part
+        if part is not None and self.routes.orphaned(part):
+            self._orphaned(call, part)
+        elif any(entry in there for entry in call.entries):
             call.missing = False
-        elif call.losses >= _LOSSES:
+        elif part is not None and call.missing:  # it is not to run again
+            self.routes.lose(call, part)
+        elif part is None and call.losses >= _LOSSES:
             self._link.report("request_lost", model=call.lane.model, times=call.losses)
             call.fail(
                 errors.Unavailable(
@@ -268,14 +290,28 @@ class Calls:
                     "see whether its gateways and workers have the same queue key and release"
                 )
             )
-        elif call.missing or suspicious:
+        elif part is None and (call.missing or suspicious):
             call.losses += not suspicious
             self._link.counts.resubmitted += 1
             call.missing = False
             call.entries.clear()
-            self._send(call)
+            self.send(call)
         else:
             call.missing = True  # its answer may be on the way: look once more
+
+    def _orphaned(self, call: RedisCall, part: Part) -> None:
+        """The worker is dead that it was sent to."""
+        alone = not any(
+            other.part is not None and other.part.token == part.token
+            for other in self._calls.values()
+            if other is not call
+        )
+        if part.start and alone:
+            call.entries.clear()
+            call.sending = True
+            self.routes.begin_again(call, part)
+        else:
+            self.routes.lose(call, part)
 
     def _wait_for_redis(self, now: float) -> None:
         self._down_since = self._down_since or now

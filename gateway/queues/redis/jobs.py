@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from gateway import errors
@@ -24,10 +25,20 @@ class Holder(Protocol):
         """The job goes back to the front."""
 
 
+@dataclass(slots=True)
+class Stub:
+    """An entry that is no job: it is acknowledged as it is."""
+
+    stream: str
+    entry: bytes
+    call: bytes = b""
+    reply_to: str = ""
+
+
 class RedisJob:
     """The `Job` protocol. `entry` of `stream` is where it came from, `call` whom its answers are for."""
 
-    __slots__ = ("_over", "budget", "call", "enqueued", "entry", "lane", "reply_to", "request", "stream")
+    __slots__ = ("_over", "budget", "call", "enqueued", "entry", "lane", "reply_to", "request", "sequence", "stream")
 
     def __init__(self, lane: Holder, stream: str, entry: bytes, envelope: wire.Envelope, request: InferRequest) -> None:
         self.lane = lane
@@ -35,6 +46,7 @@ class RedisJob:
         self.entry = entry
         self.call = envelope.call
         self.reply_to = envelope.reply_to
+        self.sequence = envelope.sequence
         self.request = request
         self.enqueued = 0.0
         self.budget = envelope.budget_ms / 1000  # seconds from then to the deadline; 0: no deadline

@@ -12,17 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
 from gateway import errors
 from gateway.message import BadMessage, pack_request, unpack_request, version_of
-from gateway.queues.base import Job, Lane
+from gateway.queues.base import Job, Keeps, Lane
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Missing
 from gateway.queues.redis.cancelled import Cancelled
-from gateway.queues.redis.jobs import RedisJob
+from gateway.queues.redis.jobs import RedisJob, Stub
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.outbox import Outbox
 from gateway.queues.redis.suspects import Suspects
@@ -209,6 +208,10 @@ class LaneReader:
         await self._room.wait()
         return 0
 
+    def more(self) -> None:
+        """There may be room again."""
+        self._room.set()
+
     def room(self) -> int:
         """How many more requests may be held here."""
         return self._credits() - len(self.held)
@@ -340,27 +343,22 @@ class LaneReader:
                 return
 
 
-@dataclass(slots=True)
-class Stub:
-    """An entry that is no job: it is acknowledged as it is."""
-
-    stream: str
-    entry: bytes
-    call: bytes = b""
-    reply_to: str = ""
-
-
 class RedisConsumer:
     """The `Consumer` protocol over lanes of a Redis queue."""
 
-    def __init__(self, lanes: Sequence[LaneReader], limit: int, *, contained: bool = False) -> None:
+    def __init__(
+        self, lanes: Sequence[LaneReader], limit: int, *, contained: bool = False, keeps: Keeps | None = None
+    ) -> None:
         """Together with what it was given and has not answered, `limit` requests of a lane are read."""
         self.credits = limit
+        self.keeps = keeps
         self.contained = contained
         self._lanes = lanes
         self._closed = asyncio.Event()
         for lane in lanes:
             lane.attach(self)
+        if keeps is not None:
+            keeps.freed = self._freed
 
     async def take(self, limit: int) -> list[Job]:
         """See `Consumer.take`."""
@@ -380,6 +378,10 @@ class RedisConsumer:
         self._closed.set()
         for lane in self._lanes:
             lane.detach(self)
+
+    def _freed(self) -> None:
+        for lane in self._lanes:
+            lane.more()
 
     async def _arrival(self) -> None:
         waiters = [lane.waiter() for lane in self._lanes]

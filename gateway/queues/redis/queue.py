@@ -20,8 +20,7 @@ from typing import Literal, Self, TypeAlias
 from redis.exceptions import RedisError
 
 from gateway import errors
-from gateway.message import BadMessage
-from gateway.queues.base import Command, Lane, Order, PoolState
+from gateway.queues.base import Command, Keeps, Lane, Order, PoolState
 from gateway.queues.figures import FleetFigures
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Payloads
@@ -33,7 +32,9 @@ from gateway.queues.redis.figures import look
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
 from gateway.queues.redis.link import Counts, Link
 from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.owned import OwnReader, SharedReader
 from gateway.queues.redis.recovery import Recovery
+from gateway.queues.redis.replies import Replies
 from gateway.queues.redis.seal import Seal
 from gateway.queues.redis.shared_files import FOLDER
 from gateway.queues.redis.wanted import Wanted
@@ -44,8 +45,6 @@ from gateway.types import InferRequest
 Role: TypeAlias = Literal["all", "gateway", "worker"]
 
 BEAT = 0.5  # seconds between looks after what may have gone wrong
-_REPLIES_LIVE = 10.0  # seconds that the answers of a gateway outlive its last beat
-_BLOCK = 1.0  # seconds
 _FLUSH = 2.0  # seconds that a stop gives the last answers and acknowledgements
 
 
@@ -64,13 +63,13 @@ class RedisQueue:
         self._role = role
         self._shares = shares
         self._seal = Seal(key)
-        self._lanes: dict[Lane, LaneReader] = {}
+        self._lanes: dict[Lane, SharedReader] = {}
+        self._own: dict[Lane, OwnReader] = {}  # of the sequences begun here
         self._cancelled = Cancelled()
         self._tasks = asyncio.TaskGroup()
         self._background: list[asyncio.Task[None]] = []
         self._closed = False
         self._beat = asyncio.Event()
-        self._last_reply = b"0-0"
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -86,14 +85,16 @@ class RedisQueue:
             GIVEN: self._on_given,
         }
         self._events = Events(link, self._outbox, on, takes_orders=self._role != "gateway")
+        self._calls.routes.directory = self._directory
         self._recovery = Recovery(link, self._directory, self._events)
+        self._replies = Replies(link, self._role, self._deliver)
         with suppress(Disconnected, RedisError):  # it comes up later, or refuses and says so then
             await self._events.start()
-            await self._open_replies()
+            await self._replies.open()
             await self._directory.announce()
             await self._directory.refresh()
-        for run in (self._directory.run, self._events.run, self._read_replies, self._look_after, self._watch):
-            self._background.append(link.start(run(), f"queue:{run.__name__}"))
+        for run in (self._directory.run, self._events.run, self._replies.run, self._look_after, self._watch):
+            self._background.append(link.start(run(), f"queue:{run.__qualname__}"))
         return self
 
     async def __aexit__(
@@ -105,7 +106,7 @@ class RedisQueue:
                 await self._sign_off()
         except (TimeoutError, Disconnected, RedisError) as problem:
             log_event("sign_off_failed", logging.WARNING, reason=str(problem) or "Redis did not answer in time")
-        for lane in self._lanes.values():
+        for lane in self._readers():
             lane.cancel()
         for task in self._background:
             task.cancel()
@@ -127,9 +128,14 @@ class RedisQueue:
             raise errors.stopping()
         return self._calls.submit(lane, request, _class_of(request))
 
-    def consumer(self, lanes: Sequence[Lane], limit: int = 1024, *, contained: bool = False) -> RedisConsumer:
+    def consumer(
+        self, lanes: Sequence[Lane], limit: int = 1024, *, contained: bool = False, keeps: Keeps | None = None
+    ) -> RedisConsumer:
         """See `Queue.consumer`."""
-        return RedisConsumer([self._lane(lane) for lane in lanes], limit, contained=contained)
+        readers: list[LaneReader] = [self._lane(lane) for lane in lanes]
+        if keeps is not None:
+            readers += map(self._own_lane, lanes)
+        return RedisConsumer(readers, limit, contained=contained, keeps=keeps)
 
     async def drained(self, lane: Lane) -> None:
         """See `Queue.drained`. What other gateways sent counts too, unless other workers take it."""
@@ -139,9 +145,9 @@ class RedisQueue:
             return
         # Until then other workers that stop too have been heard of, and the last gateway has heard of this one.
         await asyncio.sleep(BEAT)
-        while reader.served and not any(self._directory.others(lane)):
+        while reader.served and (streams := self._left_to_us(reader)):
             try:
-                lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in reader.streams))
+                lengths = await asyncio.gather(*(self._client.call("XLEN", stream) for stream in streams))
             except (Disconnected, RedisError):
                 return  # what is there stays for other workers
             if not sum(lengths):
@@ -212,7 +218,7 @@ class RedisQueue:
         self._closed = True
         self._calls.close()
         self._events.close()
-        for lane in self._lanes.values():
+        for lane in self._readers():
             lane.abandon(self._calls)
 
     # --- what a fleet has besides
@@ -247,26 +253,47 @@ class RedisQueue:
 
     # --- requests
 
-    def _lane(self, lane: Lane) -> LaneReader:
+    def _lane(self, lane: Lane) -> SharedReader:
         reader = self._lanes.get(lane)
         if reader is None:
-            reader = LaneReader(self._link, lane, self._outbox, self._cancelled, self._directory.is_dead)
-            self._lanes[lane] = reader
+            reader = self._lanes[lane] = SharedReader(
+                self._link, lane, self._outbox, self._cancelled, self._directory.is_dead, self._yields
+            )
         return reader
+
+    def _own_lane(self, lane: Lane) -> OwnReader:
+        reader = self._own.get(lane)
+        if reader is None:
+            begun = self._lane(lane).begun
+            reader = OwnReader(self._link, lane, self._outbox, self._cancelled, self._directory.is_dead, begun)
+            self._own[lane] = reader
+        return reader
+
+    def _yields(self, lane: Lane) -> bool:
+        return self._directory.leaving and any(self._directory.others(lane))
+
+    def _left_to_us(self, reader: SharedReader) -> list[str]:
+        """The streams of a lane that no other worker will read."""
+        shared = [] if any(self._directory.others(reader.lane)) else reader.streams
+        own = self._own.get(reader.lane)
+        return shared if own is None else [*shared, own.stream]
+
+    def _readers(self) -> list[LaneReader]:
+        return [*self._lanes.values(), *self._own.values()]
 
     def _shares_memory(self, lane: Lane) -> bool:
         return self._directory.shares_memory(lane)
 
     def _cancel(self, call: bytes, expired: bool) -> None:
         """A caller of this process has gone; workers know of a deadline by themselves."""
-        if not any(lane.drop(call) for lane in self._lanes.values()) and not expired:
+        if not any(lane.drop(call) for lane in self._readers()) and not expired:
             self._cancelled.add(call, time.monotonic())
             self._events.cancel(call)
 
     def _on_cancelled(self, event: wire.Broadcast) -> None:
         now = time.monotonic()
         for call in event.ids:
-            if event.sender != self.process and not any(lane.drop(call) for lane in self._lanes.values()):
+            if event.sender != self.process and not any(lane.drop(call) for lane in self._readers()):
                 self._cancelled.add(call, now)
 
     def _on_given(self, event: wire.Broadcast) -> None:
@@ -280,49 +307,13 @@ class RedisQueue:
         self._events.died(process)
         self._link.bell.ring()
 
+    async def _deliver(self, frame: wire.Frame) -> None:
+        if frame.kind in (wire.REPORT, wire.WORKING, wire.TOLD):
+            self._events.deliver(frame)
+        else:
+            await self._calls.deliver(frame)
+
     # --- tasks
-
-    async def _open_replies(self) -> None:
-        """Make the reply stream, without which answers to this process are dropped."""
-        key = self._client.keys.replies(self.process)
-        opened = self._client.call("XADD", key, "MAXLEN", "~", 10_000, "*", "opened", self._role)
-        self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)).add_done_callback(unheeded)
-        self._last_reply = b"0-0"
-        await opened
-
-    async def _read_replies(self) -> None:
-        reader = self._client.reader()
-        key = self._client.keys.replies(self.process)
-        try:
-            while True:
-                try:
-                    reply = await reader.call(
-                        "XREAD", "COUNT", 64, "BLOCK", int(_BLOCK * 1000), "STREAMS", key, self._last_reply,
-                        seconds=_BLOCK,
-                    )  # fmt: skip
-                except Disconnected:
-                    await self._client.online()
-                except RedisError as problem:
-                    self._link.report("replies_unreadable", reason=str(problem))
-                    await asyncio.sleep(_BLOCK)
-                else:
-                    for _, self._last_reply, fields in wire.entries(reply):
-                        await self._deliver(fields)
-        finally:
-            await reader.close()
-
-    async def _deliver(self, fields: dict[bytes, bytes]) -> None:
-        for name, value in fields.items():
-            if name == b"opened":
-                continue
-            try:
-                frame = wire.read_frame(name, value, self._seal)
-                if frame.kind in (wire.REPORT, wire.WORKING, wire.TOLD):
-                    self._events.deliver(frame)
-                else:
-                    await self._calls.deliver(frame)
-            except BadMessage as problem:
-                self._link.damaged(problem, "the replies")
 
     async def _look_after(self) -> None:
         """What is to be done from time to time: nothing here is waited for by a request that goes well."""
@@ -335,10 +326,10 @@ class RedisQueue:
     async def _tidy(self) -> None:
         now = time.monotonic()
         self._outbox.retry()
-        for lane in list(self._lanes.values()):
+        for lane in self._readers():
             lane.give_up_orphans(now)
         self._link.payloads.sweep()
-        for care in (self._recover, self._keep_replies, self._calls.audit):
+        for care in (self._recover, self._replies.keep, self._calls.audit):
             try:
                 await care()
             except Disconnected:
@@ -352,12 +343,6 @@ class RedisQueue:
         for lane in lanes:
             await self._recovery.hand_over(lane)
 
-    async def _keep_replies(self) -> None:
-        key = self._client.keys.replies(self.process)
-        if not await self._client.call("PEXPIRE", key, int(_REPLIES_LIVE * 1000)):
-            await self._open_replies()
-        await self._client.call("XTRIM", key, "MINID", "~", self._last_reply)
-
     async def _watch(self) -> None:
         """Another server answers, or the same one after a loss: nothing that was stored is sure to be there."""
         generation = self._client.generation
@@ -367,13 +352,13 @@ class RedisQueue:
             self._events.disturbed()
             self._calls.suspect()
             with suppress(Disconnected, RedisError):
-                await self._open_replies()
+                await self._replies.open()
             self._link.bell.ring()
 
     async def _sign_off(self) -> None:
         """Hand over what is left, and tell the others that this process ends and did not die."""
         self._directory.leave()
-        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
+        await asyncio.gather(*(lane.stop() for lane in self._readers()))
         for lane in self._lanes.values():
             await self._recovery.hand_over(lane)
         await self._outbox.flushed()

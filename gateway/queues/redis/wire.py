@@ -31,11 +31,15 @@ _BLOCK = 256  # ids made of one read of the system's randomness
 
 
 class Envelope(msgspec.Struct, array_like=True, gc=False):
-    """How to handle a request. `budget_ms` counts from the time of the entry's id; 0 for a request without a deadline."""
+    """How to handle a request. `budget_ms` counts from the time of the entry's id; 0 for a request without a deadline.
+
+    `sequence` is the call that began the sequence it is part of, if it is of one.
+    """
 
     call: bytes
     reply_to: str
     budget_ms: int
+    sequence: bytes = b""
 
 
 class Broadcast(msgspec.Struct, array_like=True, gc=False):

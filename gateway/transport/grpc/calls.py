@@ -13,9 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from gateway import errors
+from gateway.middleware.wire_times import WireTimes
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Header
 from gateway.transport.grpc import codec
@@ -31,6 +32,12 @@ Authenticate: TypeAlias = Callable[[Header], str]
 _TIMEOUT = "x-request-timeout-ms"
 _FOREVER = 1e9  # seconds; the libraries report "no deadline" as some huge number
 _log = logging.getLogger("gateway.grpc")
+
+
+class Traces(Protocol):
+    """Whether any request may be traced, by `on`."""
+
+    on: bool
 
 
 class Caller(NamedTuple):
@@ -110,16 +117,27 @@ class Running:
 class Calls:
     """The calls of one server."""
 
-    def __init__(self, infer: Infer, authenticate: Authenticate | None, options: GrpcOptions) -> None:
-        """Without `authenticate` everybody is the default tenant."""
+    def __init__(
+        self,
+        infer: Infer,
+        authenticate: Authenticate | None,
+        options: GrpcOptions,
+        traces: Traces | None = None,
+    ) -> None:
+        """Without `authenticate` everybody is the default tenant; without `traces` none are made."""
         self.infer = infer
         self.running = Running()
         self._authenticate = authenticate
+        self._traces = traces
         self._max_bytes = options.max_request_bytes
         self._max_tensors = options.max_request_tensors
         self._refusals = Refusals()
         self._rules = options.rules
         self._plain = not options.rules.restricted and options.rules.forward is None and not options.rules.traced
+
+    def wire(self) -> WireTimes | None:
+        """Where to note when a request comes from now on; None while no request is traced."""
+        return WireTimes("GRPC") if self._traces is not None and self._traces.on else None
 
     def allow(self, rpc: str, metadata: Metadata) -> None:
         """Raise `Unavailable` for a call that lacks the metadata which its protocol demands."""
@@ -138,7 +156,7 @@ class Calls:
 
     def caller(self, metadata: Metadata, remaining: float | None) -> Caller:
         """Authenticate a call and fix its deadline; `remaining` is what gRPC says is left, in seconds."""
-        deadline = None if remaining is None or remaining > _FOREVER else time.monotonic() + remaining
+        deadline = time.monotonic() + remaining if remaining is not None and _ends(remaining) else None
         if self._authenticate is None:
             timeout = repeated = None
             # Of a key that is there twice the first counts, as on HTTP.
@@ -172,8 +190,13 @@ class Calls:
             request.deadline = until if caller.deadline is None else min(until, caller.deadline)
         return request
 
-    async def answer(self, payload: bytes, metadata: Metadata, remaining: float | None) -> bytes:
-        """ModelInfer: the one answer to a request, both serialized. Raises `GatewayError` only."""
+    async def answer(
+        self, payload: bytes, metadata: Metadata, remaining: float | None, wire: WireTimes | None = None
+    ) -> bytes:
+        """ModelInfer: the one answer to a request, both serialized. Raises `GatewayError` only.
+
+        `wire` notes when the request is read and the answer is there; whoever sends that closes it.
+        """
         try:
             with self.running:
                 caller = self.inferring("ModelInfer", metadata, remaining)
@@ -181,11 +204,17 @@ class Calls:
                 request.one_answer = True
                 if caller.key is not None:
                     request.idempotency_key = checked(caller.key)
+                if wire is not None:
+                    wire.received()
+                    request.trace = wire
                 return sendable(codec.encode(await self._only(request)))
         except Exception as error:  # noqa: BLE001 - explain() logs what is not ours
-            known = explain(error)
+            known = explain(error, timed=_ends(remaining))
             self._refusals.note(type(known).__name__, wire="grpc", reason=known.message)
             raise known from None
+        finally:
+            if wire is not None:
+                wire.sending()
 
     def _too_many(self, request: InferRequest) -> errors.InvalidArgument:
         counts = {"inputs": len(request.inputs), "outputs": len(request.outputs)}
@@ -217,8 +246,14 @@ def sendable(message: bytes) -> bytes:
     return message
 
 
-def explain(error: Exception) -> errors.GatewayError:
-    """The error a client may see; one that is not ours goes to the log and none of it to the client."""
+def explain(error: Exception, *, timed: bool = False) -> errors.GatewayError:
+    """The error a client may see; one that is not ours goes to the log and none of it to the client.
+
+    In a call with a deadline of its own, `timed`, clients look for the words of their library when that passes; with
+    Triton nobody but the library ever says that it has.
+    """
+    if timed and isinstance(error, errors.DeadlineExceeded):
+        return type(error)(f"Deadline Exceeded: {error.message}", error.retry_after)
     if isinstance(error, errors.GatewayError):
         return error
     _log.error("a gRPC call failed unexpectedly", exc_info=error)
@@ -228,6 +263,11 @@ def explain(error: Exception) -> errors.GatewayError:
 def stopping() -> errors.Unavailable:
     """What a call meets that arrives after the stop began."""
     return errors.Unavailable("GRPC server is shutting down and has stopped accepting new requests.")
+
+
+def _ends(remaining: float | None) -> bool:
+    """Whether a call with so many seconds left, as its library says, has a deadline."""
+    return remaining is not None and remaining <= _FOREVER
 
 
 def _timeout(value: str | None) -> float | None:

@@ -132,12 +132,16 @@ class Front:
 
     async def _answer(self, call_id: int, payload: bytes, details: tuple[Any, ...]) -> None:
         metadata, _, remaining = details
+        wire = self._calls.wire()
         try:
-            self._native.respond(call_id, await self._calls.answer(payload, metadata, remaining))
+            self._native.respond(call_id, await self._calls.answer(payload, metadata, remaining, wire))
         except errors.GatewayError as error:
             self._fail(call_id, error)
         finally:
             self._tasks.pop(call_id, None)
+            if wire is not None:
+                wire.sent()
+                wire.close()
 
     def _fail(self, call_id: int, error: errors.GatewayError) -> None:
         self._native.fail(call_id, error.grpc, error.message, trailers(error, pushback=False))

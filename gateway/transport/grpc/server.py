@@ -50,7 +50,7 @@ class GrpcServer:
         self.port = options.port
         self.implementation = "native" if _native_can(options) else "grpcio"
         self._service = service
-        self._calls = Calls(infer, authenticate, options)
+        self._calls = Calls(infer, authenticate, options, service.controls.traces)
         self._options = options
         self._regions = regions
         self._stack = AsyncExitStack()

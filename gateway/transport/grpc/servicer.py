@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import (
 from tritonclient.grpc import service_pb2
 
 from gateway import errors
+from gateway.middleware.wire_times import WireTimes
 from gateway.service import Service
 from gateway.service.shared_regions import SharedRegions
 from gateway.transport.grpc.calls import Calls, explain
@@ -59,12 +60,20 @@ def _inference(calls: Calls, control: Control) -> dict[str, Any]:
 
 def _model_infer(calls: Calls) -> Callable[[bytes, Any], Awaitable[bytes]]:
     async def model_infer(payload: bytes, context: Any) -> bytes:
+        wire = calls.wire()
+        if wire is not None:
+            context.add_done_callback(lambda _: _sent(wire))
         try:
-            return await calls.answer(payload, context.invocation_metadata(), context.time_remaining())
+            return await calls.answer(payload, context.invocation_metadata(), context.time_remaining(), wire)
         except errors.GatewayError as error:
             await _abort(context, error)
 
     return model_infer
+
+
+def _sent(wire: WireTimes) -> None:
+    wire.sent()
+    wire.close()
 
 
 def _model_stream_infer(calls: Calls) -> Callable[[Any, Any], Awaitable[None]]:

@@ -9,7 +9,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from gateway import errors
 from gateway.service.shared_regions import SharedRegions
-from gateway.shm.errors import no_cuda_regions, unknown_cuda_region
+from gateway.shm.errors import no_cuda_regions, unknown_region_of
 
 
 def answers(regions: SharedRegions | None) -> dict[str, Callable[[Any], Awaitable[Any]]]:
@@ -57,7 +57,7 @@ class _Calls:
 
     async def cuda_status(self, request: Any) -> Any:
         if request.name:
-            raise unknown_cuda_region(request.name)
+            raise unknown_region_of("cuda", request.name)
         return pb.CudaSharedMemoryStatusResponse()
 
     async def cuda_register(self, request: Any) -> Any:

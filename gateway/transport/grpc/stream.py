@@ -14,6 +14,7 @@ from typing import Any
 from grpc.aio import EOF, InternalError
 
 from gateway import errors
+from gateway.middleware.wire_times import WireTimes
 from gateway.transport.grpc import codec
 from gateway.transport.grpc.calls import Caller, Calls, explain, sendable, stopping
 from gateway.transport.grpc.trailers import retry_after_ms
@@ -51,33 +52,45 @@ class Stream:
 
     async def _read(self, group: asyncio.TaskGroup) -> bool:
         """Start the requests as they come; False if the server stopped before the client had sent its last."""
+        wire = self._calls.wire()
         while (payload := await self._calls.running.unless_closed(self._context.read())) is not None:
             if payload is EOF:
                 return True
-            group.create_task(self._answer(payload))
+            group.create_task(self._answer(payload, wire))
+            wire = self._calls.wire()
         return False
 
-    async def _answer(self, payload: bytes) -> None:
+    async def _answer(self, payload: bytes, wire: WireTimes | None) -> None:
+        if wire is not None:
+            wire.received()
         try:
             with self._calls.running:
                 request = self._calls.request(payload, self._caller)
+                request.trace = wire
                 async with aclosing(self._calls.infer(request)) as responses:
                     async for response in responses:
-                        await self._write(sendable(codec.encode_streamed(response)))
+                        await self._write(sendable(codec.encode_streamed(response)), wire)
         except Exception as problem:  # noqa: BLE001 - explain() logs what is not ours, and the request is answered
-            error = explain(problem)
+            error = explain(problem, timed=self._caller.deadline is not None)
             if self._fails_whole:
                 # Kept for good: the status cannot be sent while another answer is half written.
                 await self._writing.acquire()
                 raise error from None
             await self._write(
-                codec.encode_streamed_error(error.message, codec.request_id(payload), retry_after_ms(error))
+                codec.encode_streamed_error(error.message, codec.request_id(payload), retry_after_ms(error)), wire
             )
+        finally:
+            if wire is not None:
+                wire.close()
 
-    async def _write(self, message: bytes) -> None:
+    async def _write(self, message: bytes, wire: WireTimes | None) -> None:
         async with self._writing:
+            if wire is not None:
+                wire.sending()
             try:
                 await self._context.write(message)
             except InternalError:
                 # The client has ended the call, of which gRPC tells the call itself a little later.
                 raise asyncio.CancelledError from None
+            if wire is not None:
+                wire.sent()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from granian.rsgi import ProtocolClosed  # type: ignore[attr-defined]
 
 from gateway.errors import GatewayError, too_many_bytes
+from gateway.middleware.wire_times import WireTimes
 from gateway.service import Service
 from gateway.service.shared_regions import SharedRegions
 from gateway.telemetry import Refusals
@@ -64,6 +65,7 @@ class HttpApp:
         self._service = service
         self._rules = rules
         self._restricted = bool(rules.restricted)
+        self._traces = service.controls.traces
         self._reads = rules.forward is not None or rules.traced
         self._callers = callers or Callers()
         self._endpoint = InferEndpoint(service, infer, self._limits)
@@ -95,8 +97,11 @@ class HttpApp:
     async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
         """See `RsgiApp`. A client that leaves cancels its request and gets no answer."""
         task = self._disconnects.begin(protocol)
+        wire = WireTimes("HTTP", arrived) if self._traces.on else None
         try:
-            status, headers, body = await self._reply(scope, protocol, arrived)
+            status, headers, body = await self._reply(scope, protocol, arrived, wire)
+            if wire is not None:
+                wire.sending()
             if isinstance(body, bytes):
                 protocol.response_bytes(status, headers, body)
             else:
@@ -108,8 +113,11 @@ class HttpApp:
                 raise
         finally:
             self._disconnects.end(task)
+            if wire is not None:
+                wire.sent()
+                wire.close()
 
-    async def _reply(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
+    async def _reply(self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None) -> Reply | Stream:
         path: str = scope.path
         try:
             if self._restricted:
@@ -122,13 +130,13 @@ class HttpApp:
                 query = scope.query_string
                 job = query and wants_job(query)
                 told = self._told(headers) if self._reads else _NOTHING
-                caller = (tenant, deadline_of(headers.get, arrived), *told)
+                caller = (tenant, deadline_of(headers.get, arrived), *told, wire)
                 # Most bodies are small, and can do without a coroutine of their own.
                 body = await protocol() if size <= self._small else await self._body(headers, protocol)
                 if job:
                     return await self._jobs.submit(target, headers.get, body, caller, query)
                 return 200, *await self._endpoint.answer(target, headers.get, body, caller)
-            return await self._other(scope, protocol, arrived)
+            return await self._other(scope, protocol, arrived, wire)
         except GatewayError as error:
             self._refusals.note(type(error).__name__, wire="http", reason=error.message)
             if self.door is not None:
@@ -139,7 +147,7 @@ class HttpApp:
         except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
             return fault_reply(fault, path)
 
-    async def _other(self, scope: Any, protocol: Any, arrived: float | None) -> Reply | Stream:
+    async def _other(self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None) -> Reply | Stream:
         path: str = scope.path
         if scope.method == "POST" and (target := generate_target(path)) is not None:
             headers = scope.headers
@@ -147,6 +155,7 @@ class HttpApp:
                 self._callers.tenant(headers.get),
                 deadline_of(headers.get, arrived),
                 *(self._told(headers) if self._reads else _NOTHING),
+                wire,
             )
             return await self._generate.reply(target, headers.get, await self._body(headers, protocol), caller)
         if scope.method == "GET" and (word := _HEALTH.get(path)) is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from gateway.config.model import ModelConfig
-from gateway.errors import InvalidArgument
+from gateway.errors import InvalidArgument, request_prefix
 from gateway.transport.http.document import DocumentReader, too_large
 from gateway.transport.http.header import InputHeader, RequestHeader, ResponsePlan, read_header
 from gateway.transport.http.limits import HttpLimits
@@ -102,17 +102,15 @@ class Codec:
         if len(body) > self._limits.max_input_size:
             raise too_large(len(body), self._limits.max_input_size)
         if len(config.inputs) != 1:
-            raise InvalidArgument(
-                "Raw request must only have 1 input to be deduced but got "
+            raise _not_raw(
+                "Raw request must only have 1 input (found 1) to be deduced but got "
                 f"{len(config.inputs)} inputs in '{model}' model configuration"
             )
         (spec,) = config.inputs
         wire = body
         if spec.datatype is DataType.BYTES:
-            if spec.dims != (1,):
-                raise InvalidArgument(
-                    f"For BYTES datatype raw input '{spec.name}', the model must have input shape [1]"
-                )
+            if any(dim != 1 for dim in spec.dims):
+                raise _not_raw(f"For BYTE datatype raw input '{spec.name}', the model must have input shape [1]")
             wire = len(body).to_bytes(4, "little") + body
         dims = _deduced(spec.name, spec.dims, spec.datatype.itemsize, len(body))
         shape = (1, *dims) if config.max_batch_size else dims
@@ -218,11 +216,15 @@ def _tensors(inputs: tuple[InputHeader, ...], blobs: bytes | memoryview, model: 
     return tensors
 
 
+def _not_raw(problem: str) -> InvalidArgument:
+    return InvalidArgument(request_prefix("") + problem)  # a raw request has no place for an id
+
+
 def _deduced(name: str, dims: tuple[int, ...], itemsize: int, size: int) -> tuple[int, ...]:
     """The dims with their one open dimension, if any, filled from the size in bytes."""
     if dims.count(-1) > 1:
-        raise InvalidArgument(
-            f"The shape of Raw input '{name}' can not be deduced because there are more than one variable-sized dimension"
+        raise _not_raw(
+            f"The shape of the raw input '{name}' can not be deduced because there are more than one variable-sized dimension"
         )
     if -1 not in dims:
         return dims

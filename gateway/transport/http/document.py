@@ -31,6 +31,7 @@ _NUMBERS: dict[NumberKind, tuple[str, type[np.generic]]] = {
 }
 _NO_OBJECT = "failed to parse the request JSON buffer: expected a JSON object at 0"
 _STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_INFINITY = re.compile(r'("(?:[^"\\]|\\.)*")|\bInf\b')
 _SURROGATES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -185,6 +186,9 @@ def _parse_slowly(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] |
         raise Internal("failed to parse the request JSON buffer: The document is empty. at 0")
     try:
         decoded = text.decode()
+        if "Inf" in decoded:
+            # rapidjson's other word for it, which Python does not read.
+            decoded = _INFINITY.sub(lambda found: found[1] or "Infinity", decoded)
         value = json.loads(decoded, object_pairs_hook=members)
         if _SURROGATES.search(decoded):
             # Half a surrogate pair is accepted there, and could not be written back in an answer.

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import TypeAlias
 
 from gateway.errors import Internal, InvalidArgument, Unsupported
+from gateway.middleware.wire_times import WireTimes
 from gateway.service import Service
 from gateway.transport.auth import Header
 from gateway.transport.http.codec import Codec, Headers, encode
@@ -20,8 +21,10 @@ from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
 from gateway.types import Infer, InferRequest, Parameter
 
-Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter], Mapping[str, str]]
-"""Of a request: its tenant, its deadline, the headers that are parameters of it, and its trace context."""
+Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter], Mapping[str, str], WireTimes | None]
+"""Of a request: its tenant, its deadline, the headers that are parameters of it, its trace context, and when it came where
+requests may be traced.
+"""
 
 
 class InferEndpoint:
@@ -37,8 +40,10 @@ class InferEndpoint:
         self, target: tuple[str, str], header: Header, body: bytes, caller: Caller
     ) -> tuple[Headers, bytes]:
         """Headers and body of the response to one infer request. Cancelling it cancels the inference."""
+        if caller[-1] is not None:
+            caller[-1].received()
         request, plan = await self.read(target, header, body)
-        request.tenant, request.deadline, forwarded, request.trace_context = caller
+        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
         if forwarded:
             request.parameters = {**request.parameters, **forwarded}
         responses = self._infer(request)

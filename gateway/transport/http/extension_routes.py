@@ -38,7 +38,7 @@ def add_generate(
         if target is None:  # a version that is no number
             raise NotFound("Not Found")
         header = request.headers.get
-        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT, None
         body = await read_body(request.stream(), limits.max_request_bytes)
         return respond(await endpoint.reply(target, header, body, caller))
 

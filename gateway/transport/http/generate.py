@@ -61,9 +61,11 @@ class GenerateEndpoint:
 
     async def reply(self, target: tuple[str, str, bool], header: Header, body: bytes, caller: Caller) -> Reply | Stream:
         """Answer a request to what `generate_target` said."""
+        if caller[-1] is not None:
+            caller[-1].received()
         model, version, streams = target
         request = self._read(model, version, header, body)
-        request.tenant, request.deadline, forwarded, request.trace_context = caller
+        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
         request.parameters = {**request.parameters, **forwarded}
         if streams:
             return await self._stream(request)

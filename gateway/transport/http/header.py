@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gateway.errors import Internal, InvalidArgument
+from gateway.errors import Internal, InvalidArgument, reserved_parameter
 from gateway.shm.errors import no_place_size
 from gateway.transport.http.document import NumberKind, bad_member, flatten, numbers
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
+from gateway.types import EMPTY_FINAL, Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
 
 _DATATYPES = {each.value: each for each in DataType}
 _KINDS: dict[str, NumberKind] = {
@@ -24,6 +24,8 @@ _KINDS: dict[str, NumberKind] = {
     "u": "u",
     "f": "d",
 }  # numpy's kind of a type -> how its JSON numbers are read
+_INT64_MAX = 2**63 - 1
+_UNSIGNED = ("priority", "timeout")
 _REGION, _OFFSET, _SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 
 
@@ -62,7 +64,7 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     if type(request_id) is not str:
         raise bad_member("id", "string", "string")
     outputs, binary_outputs, placed = _outputs(document, limits)
-    parameters = dict(_parameters(document.get("parameters")))
+    parameters = _request_parameters(document.get("parameters"))
     binary = parameters.pop("binary_data_output", False)
     if type(binary) is not bool:
         raise bad_member("binary_data_output", "boolean", "boolean")
@@ -71,6 +73,16 @@ def read_header(document: dict[str, Any], limits: HttpLimits) -> RequestHeader:
     read = {each.name: each.place for each in inputs if each.place is not None}
     places = Places(read, placed) if read or placed else None
     return RequestHeader(request_id, inputs, outputs, parameters, plan, places)
+
+
+def _request_parameters(value: Any) -> dict[str, Parameter]:
+    parameters = dict(_parameters(value))
+    for name in _UNSIGNED:
+        if name in parameters:
+            _unsigned(parameters[name], name)
+    if EMPTY_FINAL in parameters:  # ModelStreamInfer's
+        raise reserved_parameter()
+    return parameters
 
 
 def _inputs(document: dict[str, Any], limits: HttpLimits) -> tuple[InputHeader, ...]:
@@ -137,7 +149,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
     datatype = _DATATYPES.get(word)
     if datatype is None:
         raise InvalidArgument(f"input '{name}' has unknown datatype '{word}'; expected one of {', '.join(_DATATYPES)}")
-    shape = _shape(member, name, limits)
+    shape = _shape(member, name, datatype, limits)
     parameters = _parameters(member.get("parameters"))
     as_json, as_binary, as_region = "data" in member, "binary_data_size" in parameters, _REGION in parameters
     if as_json + as_binary + as_region != 1:
@@ -152,7 +164,7 @@ def _input(member: dict[str, Any], limits: HttpLimits) -> InputHeader:
     return InputHeader(name, datatype, shape, _unsigned(parameters["binary_data_size"], "binary_data_size"), None)
 
 
-def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, ...]:
+def _shape(member: dict[str, Any], name: str, datatype: DataType, limits: HttpLimits) -> tuple[int, ...]:
     if "shape" not in member:
         raise Internal("Unable to parse 'shape': attempt to access non-existing object member 'shape'")
     dims = member["shape"]
@@ -160,7 +172,10 @@ def _shape(member: dict[str, Any], name: str, limits: HttpLimits) -> tuple[int, 
         raise bad_member("shape", "array", "array")
     shape = tuple(_unsigned(dim, "shape") for dim in dims)
     # A zero dimension makes the product 0 whatever the others are, and those may still be absurd.
-    if math.prod([dim or 1 for dim in shape]) > limits.max_tensor_elements:
+    count = math.prod([dim or 1 for dim in shape])
+    if count > limits.max_tensor_elements:
+        if count <= _INT64_MAX < count * datatype.itemsize:
+            raise InvalidArgument(f"byte size overflow for input '{name}'")
         raise InvalidArgument(
             f"shape of input '{name}' causes total element count to exceed maximum size of {limits.max_tensor_elements}"
         )

@@ -72,7 +72,7 @@ class JobsEndpoint:
         """Make an infer request a job; the job must have been run by the deadline of its `caller`."""
         jobs = self.jobs
         request, plan = await self._endpoint.read(target, header, body)
-        request.tenant, request.deadline, forwarded, request.trace_context = caller
+        request.tenant, request.deadline, forwarded, request.trace_context, _ = caller
         request.parameters = {**request.parameters, **forwarded}
         callback = _query(query).get("callback") or header("lockgate-callback") or ""
         job = await jobs.submit(request, Plan(plan.binary, dict(plan.listed)), callback)

@@ -194,7 +194,7 @@ def _add_infer(
 ) -> None:
     async def answer(request: Request, model: str, version: str) -> Response:
         header = request.headers.get
-        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT
+        caller = request.state.tenant, deadline_of(header), NO_PARAMETERS, NO_CONTEXT, None
         body = await read_body(request.stream(), limits.max_request_bytes)
         if (query := request.url.query) and wants_job(query):
             return respond(await jobs.submit((model, version), header, body, caller, query))

@@ -1,4 +1,7 @@
-"""The routes about clients' shared memory. There is no CUDA memory: none is registered, and so none is there."""
+"""The routes about clients' shared memory, of each kind the same.
+
+There is no CUDA memory: none is registered, and so none is there. Memory in Redis is a kind that Triton does not have.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from gateway import errors
 from gateway.errors import InvalidArgument
 from gateway.service.registers import Registers
 from gateway.service.shared_regions import SharedRegions
-from gateway.shm import Region, Regions
-from gateway.shm.errors import no_cuda_regions, unknown_cuda_region
+from gateway.shm import Memory, Regions
+from gateway.shm.errors import no_cuda_regions, redis_memory_disabled, unknown_region_of
 from gateway.transport.http.document import bad_member
 
 Document: TypeAlias = Callable[[Request], Awaitable[dict[str, Any]]]
@@ -36,11 +39,21 @@ def add_shared_memory(
             raise errors.shared_memory_disabled()
 
     protected = [*dependencies, Depends(allowed)]
+
+    async def redis_allowed() -> None:
+        if regions is None or regions.redis is None:
+            raise redis_memory_disabled()
+
+    nothing = SharedRegions(Regions(), Registers(), "")
     _add_cuda(app, protected)
-    _add_system(app, regions or SharedRegions(Regions(), Registers(), ""), document, protected)
+    _add_regions(app, "system", regions or nothing, document, protected)
+    redis = None if regions is None else regions.redis
+    _add_regions(app, "redis", redis or nothing, document, [*protected, Depends(redis_allowed)])
 
 
-def _add_system(app: FastAPI, regions: SharedRegions, document: Document, dependencies: Sequence[Dependency]) -> None:
+def _add_regions(
+    app: FastAPI, kind: str, regions: SharedRegions, document: Document, dependencies: Sequence[Dependency]
+) -> None:
     async def status(name: str) -> Response:
         return Response(
             orjson.dumps([_told(each) for each in await regions.status(name)]), media_type="application/json"
@@ -55,13 +68,13 @@ def _add_system(app: FastAPI, regions: SharedRegions, document: Document, depend
         await regions.unregister(name)
         return Response()
 
-    _add(app, "system", (status, register, unregister), dependencies)
+    _add(app, kind, (status, register, unregister), dependencies)
 
 
 def _add_cuda(app: FastAPI, dependencies: Sequence[Dependency]) -> None:
     async def status(name: str) -> Response:
         if name:
-            raise unknown_cuda_region(name)
+            raise unknown_region_of("cuda", name)
         return Response(b"[]", media_type="application/json")
 
     async def register(name: str, _: Request) -> Response:
@@ -107,7 +120,7 @@ def _add(app: FastAPI, kind: str, handlers: tuple[_Of, _Register, _Of], dependen
         )
 
 
-def _told(region: Region) -> dict[str, Any]:
+def _told(region: Memory) -> dict[str, Any]:
     return {"name": region.name, "key": region.key, "offset": region.offset, "byte_size": region.byte_size}
 
 

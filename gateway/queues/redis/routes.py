@@ -1,0 +1,299 @@
+"""The gateway's end of sequences: which worker has begun one, and the order of its requests on their way there.
+
+A hash in Redis knows of each sequence the token of its last beginning, and of that token the worker which took it. A
+beginning goes to the lane that all workers read, what follows to the stream of that worker alone. Requests of a sequence
+are sent one after the other, in the order they came; those that come before any worker has begun it wait here. One that
+was not answered ends its sequence, so that nothing goes on over a gap, and none is ever sent twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from redis.exceptions import RedisError
+
+from gateway import errors
+from gateway import sequence as refusals
+from gateway.config.model import ModelConfig
+from gateway.queues.base import Lane
+from gateway.queues.redis.directory import Directory
+from gateway.queues.redis.link import Link
+from gateway.redis_client import Disconnected, unheeded
+from gateway.sequence import SequenceId, flag, id_of
+from gateway.types import InferRequest
+
+LATEST = b"s"
+"""The field that has the token of the last beginning, and after it the gateway that sent it."""
+_TOKEN = 16  # bytes
+_GRACE = 60.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
+_ENDED, _LOST = b"!e", b"!l"  # in place of a worker
+_BROKEN = b"!b"  # so it is for those that wait behind a request which nobody waits for any more
+
+
+def life(idle: float) -> int:
+    """Milliseconds that a sequence is known after its last request."""
+    return int((idle + _GRACE) * 1000)
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """A request's place in its sequence. `token` and `owner` are known once it was sent: to whom, or to all.
+
+    `shared` is the stream that all workers read.
+    """
+
+    id: SequenceId
+    key: str
+    life: int
+    start: bool
+    end: bool
+    shared: str
+    token: bytes = b""
+    owner: str = ""
+
+
+class Call(Protocol):
+    """What is seen of a call that is part of a sequence."""
+
+    id: bytes
+    lane: Lane
+    part: Part | None
+    stream: str
+    answered: bool
+    done: bool
+
+    def fail(self, error: errors.GatewayError) -> bool:
+        """See `Job.fail`."""
+
+
+class Sender(Protocol):
+    """All calls of this process."""
+
+    def send(self, call: Any) -> asyncio.Task[None] | None:
+        """Put a call into its stream, at once or at the end of the task."""
+
+    def __contains__(self, call: object) -> bool:
+        """Whether its caller waits for the call of this id."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """The calls of one sequence that are yet to be sent."""
+
+    calls: deque[Call] = field(default_factory=deque)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What Redis knows of a sequence: nothing, that it is about to begin, who has it, or how it ended."""
+
+    token: bytes = b""
+    gateway: str = ""
+    owner: bytes = b""
+    old: tuple[bytes, ...] = ()  # tokens
+
+    @classmethod
+    def read(cls, found: list[bytes]) -> _Known:
+        """Of the fields of the hash."""
+        fields = dict(zip(found[::2], found[1::2], strict=True))
+        latest = fields.pop(LATEST, b"")
+        token = latest[:_TOKEN]
+        return cls(token, latest[_TOKEN:].decode(errors="replace"), fields.pop(token, b""), tuple(fields))
+
+    @property
+    def worker(self) -> str:
+        """Who has it."""
+        return "" if self.owner.startswith(b"!") else self.owner.decode(errors="replace")
+
+
+class Routes:
+    """The sequences of one gateway process."""
+
+    def __init__(self, link: Link, calls: Sender) -> None:
+        self.directory: Directory  # set before anything is sent
+        self._link = link
+        self._calls = calls
+        self._lines: dict[str, _Line] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
+        """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
+        if "sequence_id" not in request.parameters:
+            return None
+        config = self._config(lane)
+        if config is None or config.sequences is None or not (id_ := id_of(request)):
+            return None  # or a worker refuses it
+        key = self._link.client.keys.sequence(lane.model, lane.version, id_)
+        start, end = flag(request, "sequence_start"), flag(request, "sequence_end")
+        return Part(id_, key, life(config.sequences.idle_us / 1e6), start, end, shared)
+
+    def enter(self, call: Call, part: Part, *, again: bool = False) -> None:
+        """Send a call in its turn, which is before all others if it was sent before."""
+        line = self._lines.get(part.key)
+        if line is None:
+            line = self._lines[part.key] = _Line()
+            task = self._link.start(self._run(part.key, line), "sequence")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if again:
+            line.calls.appendleft(call)
+            line.changed.set()
+        else:
+            line.calls.append(call)
+
+    def left(self, call: Call, part: Part) -> None:
+        """Its caller has seen the last of a call."""
+        if part.token and (part.end or not call.answered):
+            self._note(part, part.token, _ENDED)
+        if (line := self._lines.get(part.key)) is not None:
+            line.changed.set()
+
+    def lose(self, call: Call, part: Part) -> None:
+        """It may have run, and nobody will answer it: its sequence is over."""
+        if not part.token:
+            return  # the caller is about to hear of it
+        error = refusals.lost(part.id, call.lane.model)
+        # First all gateways are to know; then the caller may ask any of them.
+        self._note(part, part.token, _LOST).add_done_callback(lambda _: call.fail(error))
+        part.token = b""
+
+    def begin_again(self, call: Call, part: Part) -> None:
+        """Its worker is dead, and nothing has gone on from it: it may begin at another."""
+        self._note(part, part.token, _LOST)
+        part.token, part.owner = b"", ""
+        self.enter(call, part, again=True)
+
+    def orphaned(self, part: Part) -> bool:
+        """Whether the worker is dead that the call was sent to."""
+        directory = self.directory
+        return bool(part.owner) and (
+            directory.is_dead(part.owner) or (not directory.is_alive(part.owner) and directory.sure)
+        )
+
+    def refresh(self, part: Part) -> None:
+        """A call waits for long: its sequence is to be known for as long."""
+        if part.token:
+            self._link.client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
+
+    def look(self) -> None:
+        """To be called now and then: look again what those wait for that could not be sent."""
+        for line in self._lines.values():
+            line.changed.set()
+
+    def close(self) -> None:
+        """Send no more."""
+        for task in self._tasks:
+            task.cancel()
+
+    # --- within
+
+    async def _run(self, key: str, line: _Line) -> None:
+        try:
+            while line.calls:
+                line.changed.clear()
+                try:
+                    known = _Known.read(await self._link.client.call("HGETALL", key))
+                    sent = await self._forward(line, known)
+                except Disconnected:
+                    await self._link.client.online()
+                except RedisError as problem:
+                    self._refuse(line, problem)
+                else:
+                    if not sent:
+                        await line.changed.wait()
+        finally:
+            del self._lines[key]
+
+    async def _forward(self, line: _Line, known: _Known) -> bool:
+        """Send what can be sent; false when the rest has to wait for a worker to begin the sequence."""
+        while line.calls:
+            call = line.calls[0]
+            part = call.part
+            assert part is not None
+            if call.done:  # nobody waits for it, and nothing goes on after the gap
+                if known.token:
+                    self._note(part, known.token, _ENDED)
+                    known.owner = _BROKEN
+            elif known.token and not known.owner and self._begins(known):
+                return False
+            elif known.worker and self._keeps(known.worker, call.lane):
+                if part.start:
+                    known = self._begin(call, part, known, known.owner)
+                await self._pass(call, part, known)
+            elif part.start:
+                known = self._begin(call, part, known, b"")
+                await self._pass(call, part, known)
+            else:
+                call.fail(self._refusal(call, part, known))
+            line.calls.popleft()
+        return True
+
+    def _begin(self, call: Call, part: Part, known: _Known, owner: bytes) -> _Known:
+        """A sequence begins with this call, at the worker that has it already, or at whichever takes the call."""
+        client = self._link.client
+        old = (*known.old, known.token) if known.token else known.old
+        if old:
+            client.call("HDEL", part.key, *old).add_done_callback(unheeded)
+        self._note(part, LATEST, call.id + self._link.process.encode(), *((call.id, owner) if owner else ()))
+        return _Known(call.id, self._link.process, owner)
+
+    async def _pass(self, call: Call, part: Part, known: _Known) -> None:
+        part.token, part.owner = known.token, known.worker
+        if part.owner:
+            self.refresh(part)
+        call.stream = self._link.client.keys.owned(*call.lane, part.owner) if part.owner else part.shared
+        try:
+            sending = self._calls.send(call)
+        except errors.GatewayError as problem:  # it cannot be written
+            call.fail(problem)
+            return
+        if sending is not None:
+            await sending
+
+    def _note(self, part: Part, *fields: bytes) -> asyncio.Future[int]:
+        client = self._link.client
+        noted = client.call("HSET", part.key, *fields)
+        noted.add_done_callback(unheeded)
+        client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
+        return noted
+
+    def _refuse(self, line: _Line, problem: RedisError) -> None:
+        self._link.report("sequence_unknown", reason=str(problem))
+        while line.calls:
+            line.calls.popleft().fail(
+                errors.Unavailable("the queue's Redis does not say which worker has the sequence")
+            )
+
+    def _refusal(self, call: Call, part: Part, known: _Known) -> errors.GatewayError:
+        model = call.lane.model
+        if known.owner == _BROKEN:
+            return refusals.broken(part.id, model)
+        if known.token and known.owner != _ENDED:
+            return refusals.lost(part.id, model)
+        return refusals.not_started(part.id, model)
+
+    def _begins(self, known: _Known) -> bool:
+        """Whether the beginning that nobody has taken yet may still be taken."""
+        if known.gateway == self._link.process:
+            return known.token in self._calls
+        return self.directory.is_alive(known.gateway) or not self.directory.sure
+
+    def _keeps(self, worker: str, lane: Lane) -> bool:
+        """Whether a worker goes on with what it has begun."""
+        directory = self.directory
+        if worker == self._link.process:
+            pool = None if directory.leaving else directory.pool(lane.model)
+            return pool is not None and any(
+                state.version == lane.version and state.state == "READY" for state in pool.versions
+            )
+        member = directory.members.get(worker)
+        return member.serves(lane) if member is not None else not directory.sure and not directory.is_dead(worker)
+
+    def _config(self, lane: Lane) -> ModelConfig | None:
+        pool = self.directory.pool(lane.model)
+        versions = () if pool is None else pool.versions
+        return next((state.config for state in versions if state.version == lane.version), None)

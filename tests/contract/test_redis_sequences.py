@@ -1,0 +1,375 @@
+"""What a fleet promises of sequences: one worker, one order, no request twice, no gap, and a clear end when the worker dies."""
+
+# ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from gateway import errors
+from gateway.config.model import SequenceBatching
+from gateway.queues.base import Job, Keeps, PoolState, VersionState
+from gateway.queues.redis.beside import INLINE
+from gateway.queues.redis.queue import RedisQueue
+from gateway.redis_client import RedisOptions
+from gateway.types import InferResponse
+from tests.fleet_support import Mortal, hurry, known
+from tests.redis_support import fleet_queue, options
+from tests.support import LANE, answer, ask, background, model_config, refusal, request, soon, tensor
+
+CONFIG = replace(model_config(), batching=None, sequences=SequenceBatching(idle_us=1_000_000))
+READY = PoolState("m", (VersionState("1", "READY", config=CONFIG),))
+START, END = {"sequence_start": True}, {"sequence_end": True}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+
+
+@pytest.fixture(params=["redis_url", "debian_redis_url"])
+def fleet(request: pytest.FixtureRequest) -> RedisOptions:
+    return options(request.getfixturevalue(request.param))
+
+
+def part(of: int | str, value: float = 0.0, **more):
+    parameters = {
+        "sequence_id": of,
+        **{key: more.pop(key) for key in ("sequence_start", "sequence_end") if key in more},
+    }
+    return request(value, parameters=parameters, **more)
+
+
+def value_of(job: Job) -> float:
+    return job.request.inputs["IN"].array.flat[0].item()
+
+
+def named(job: Job, by: str) -> InferResponse:
+    return msgspec.structs.replace(answer(job.request), parameters={"by": by})
+
+
+class Holder:
+    """A worker's consumer with so many places, and the jobs that it takes in its order."""
+
+    def __init__(self, queue: RedisQueue, places: int = 8) -> None:
+        self.queue = queue
+        self.places = places
+        self.keeps = Keeps(lambda: self.places, 1.0)
+        queue.publish(READY)
+        self.consumer = queue.consumer([LANE], keeps=self.keeps)
+
+    def free(self, places: int) -> None:
+        """There are so many places now, more than before."""
+        self.places = places
+        self.keeps.freed()
+
+    async def take(self, count: int = 1) -> list[Job]:
+        jobs: list[Job] = []
+        while len(jobs) < count:
+            jobs += await self.consumer.take(count - len(jobs))
+        return jobs
+
+    async def serve(self) -> None:
+        """Answer every request with what it brings and this worker's name."""
+        while jobs := await self.consumer.take(8):
+            for job in jobs:
+                job.reply(named(job, self.queue.process))
+
+
+async def by(gateway: RedisQueue, of: int | str, value: float = 0.0, **flags) -> str:
+    """Who answers a request."""
+    return (await ask(gateway, part(of, value, **flags))).parameters["by"]
+
+
+async def served(gateway: RedisQueue, *workers: RedisQueue) -> None:
+    def all_known() -> bool:
+        members = gateway._directory.members
+        return all(each.process in members and members[each.process].serves(LANE) for each in workers)
+
+    await known(all_known)
+
+
+@asynccontextmanager
+async def two_workers(fleet, places=(8, 0)):
+    """A gateway that knows two workers with so many places each, the first of which dies by `die`."""
+    mortal = Mortal(fleet, "worker")
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as other, mortal as doomed:
+        first, second = Holder(doomed, places[0]), Holder(other, places[1])
+        await served(gateway, doomed, other)
+        yield gateway, mortal, first, second
+
+
+def is_lost(error: errors.GatewayError, of: int | str) -> None:
+    assert type(error) is errors.SequenceLost
+    assert error.message == (
+        f"sequence {of} of model 'm' was lost with the worker that ran it, or on the way to it. Begin it again with the "
+        "START flag"
+    )
+
+
+def not_started(error: errors.GatewayError, of: int | str) -> None:
+    assert type(error) is errors.InvalidArgument
+    assert error.message == (
+        f"inference request for sequence {of} to model 'm' must specify the START flag on the first request of the sequence"
+    )
+
+
+async def test_a_sequence_stays_with_one_worker_whichever_gateway_is_asked(fleet):
+    async with two_workers(fleet, (3, 8)) as (gateway, _, first, second), fleet_queue(fleet, "gateway") as other:
+        await served(other, first.queue, second.queue)
+        async with background(first.serve(), second.serve()):
+            owners = {of: await by(gateway, of, **START) for of in (1, 2, 3, "1", "ü/{x}")}
+            for of, owner in owners.items():
+                assert {await by(each, of) for each in (other, gateway, other)} == {owner}
+            assert await by(other, 1, **END) == owners[1]
+
+
+async def test_whoever_has_no_place_leaves_a_beginning_to_others(fleet):
+    async with two_workers(fleet, (0, 8)) as (gateway, _, _, second), background(second.serve()):
+        assert {await by(gateway, of, **START) for of in range(1, 12)} == {second.queue.process}
+
+
+async def test_requests_in_flight_keep_their_order(fleet):
+    large = np.zeros((INLINE // 8 + 1, 2))
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        asked = [part(7, 0, **START), *(part(7, value) for value in range(1, 10))]
+        for place in (2, 5):  # what is sent beside the stream takes longer on its way
+            large[:] = place
+            asked[place] = part(7, inputs={"IN": tensor(large)}, rows=len(large))
+        async with background(*(ask(gateway, each) for each in asked), holder.take(10)) as tasks:
+            jobs = await tasks[-1]
+            assert [value_of(job) for job in jobs] == list(range(10))
+            for job in jobs:
+                job.reply(answer(job.request))
+            await asyncio.gather(*tasks)
+
+
+async def test_what_comes_before_any_worker_has_a_place_waits_for_it_at_every_gateway(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "gateway") as other:
+        async with fleet_queue(fleet, "worker") as worker:
+            holder = Holder(worker, places=0)
+            await served(gateway, worker)
+            await served(other, worker)
+            async with background(by(gateway, 7, 1.0, **START)) as (begin,):
+                key = gateway.client.keys.sequence("m", "1", 7)
+                while not await gateway.client.call("HGETALL", key):
+                    await asyncio.sleep(0.01)
+                async with background(by(gateway, 7, 2.0), by(other, 7, 2.0)) as later:
+                    await known(lambda: bool(other._calls.routes._lines))
+                    holder.free(1)
+                    async with background(holder.serve()):
+                        assert {await begin, *[await each for each in later]} == {worker.process}
+
+
+# --- ends
+
+
+async def test_after_its_end_a_sequence_begins_wherever_there_is_a_place(fleet):
+    async with two_workers(fleet) as (gateway, _, first, second), background(first.serve(), second.serve()):
+        assert await by(gateway, 7, **START) == first.queue.process
+        await by(gateway, 7, **END)
+        not_started(await refusal(by(gateway, 7)), 7)
+        first.consumer.close()
+        second.free(8)
+        assert await by(gateway, 7, **START) == second.queue.process
+
+
+async def test_a_beginning_comes_to_the_worker_that_has_the_sequence_already(fleet):
+    async with two_workers(fleet, (8, 8)) as (gateway, _, first, second), background(first.serve(), second.serve()):
+        owner = await by(gateway, 7, **START)
+        assert {await by(gateway, 7, **START) for _ in range(8)} == {owner}
+        key = gateway.client.keys.sequence("m", "1", 7)
+        assert len(await gateway.client.call("HGETALL", key)) == 4  # nothing is left of the beginnings before
+
+
+async def test_a_sequence_that_nobody_began_is_refused_without_asking_a_worker(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        Holder(worker)
+        await served(gateway, worker)
+        not_started(await refusal(ask(gateway, part("x"))), "x")
+
+
+async def test_a_request_that_is_given_up_ends_its_sequence(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        assert isinstance(await refusal(ask(gateway, part(7, deadline=soon()))), errors.DeadlineExceeded)
+        not_started(await refusal(ask(gateway, part(7))), 7)
+
+
+async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        own = worker._own[LANE]
+        async with background(ask(gateway, part(7, 1.0)), refusal(ask(gateway, part(7, 2.0)))) as (gone, behind):
+            await known(lambda: len(own.held) == 2)
+            gone.cancel()
+            await known(lambda: len(own.held) == 1)
+            async with background(holder.take()):
+                assert "sequence 7 of model 'm' has ended: an earlier request of it" in (await behind).message
+
+
+# --- death
+
+
+async def test_what_a_dead_worker_had_of_a_sequence_is_refused_and_never_run_again(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        second.free(8)
+        async with background(refusal(by(gateway, 7)), refusal(by(gateway, 7)), first.take(2)) as (one, two, taken):
+            await taken
+            await mortal.die()
+            is_lost(await one, 7)
+            is_lost(await two, 7)
+        is_lost(await refusal(by(gateway, 7)), 7)
+        async with background(second.serve()):
+            assert await by(gateway, 7, **START) == second.queue.process
+            assert await by(gateway, 7) == second.queue.process
+
+
+async def test_a_beginning_that_may_have_run_is_not_run_again(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        async with background(refusal(by(gateway, 7, **START)), first.take()) as (begun, taken):
+            await taken
+            second.free(8)
+            async with background(second.serve()):
+                await mortal.die()
+                is_lost(await begun, 7)
+                assert await by(gateway, 7, **START) == second.queue.process
+
+
+async def test_a_beginning_sent_to_a_worker_whose_death_nobody_has_noticed_begins_at_another(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        second.free(8)
+        await mortal.die()
+        assert first.queue.process in gateway._directory.members
+        async with background(second.serve()):
+            assert await by(gateway, 7, **START) == second.queue.process
+            assert await by(gateway, 7) == second.queue.process
+
+
+async def test_a_worker_that_leaves_finishes_what_it_has_and_begins_nothing(fleet):
+    async with two_workers(fleet) as (gateway, _, first, second):
+        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        second.free(8)
+        async with background(by(gateway, 7), first.take()) as (last, taken):
+            (job,) = await taken
+            first.queue.leave()
+            await known(lambda: not gateway._directory.members[first.queue.process].serves(LANE))
+            is_lost(await refusal(by(gateway, 7)), 7)
+            async with background(first.queue.drained(LANE)) as (drained,):
+                await asyncio.sleep(0.2)
+                assert not drained.done()
+                job.reply(named(job, "first"))
+                assert await last == "first"
+                await drained
+        async with background(second.serve()):
+            assert {await by(gateway, of, **START) for of in range(1, 9)} == {second.queue.process}
+
+
+async def test_a_worker_that_has_unloaded_the_model_refuses_what_is_on_its_way(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        holder.consumer.close()
+        is_lost(await refusal(by(gateway, 7)), 7)
+
+
+async def test_a_sequence_whose_gateway_died_goes_on_through_another(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        mortal = Mortal(fleet, "gateway")
+        async with background(holder.serve()), mortal as doomed:
+            await served(doomed, worker)
+            await by(doomed, 7, **START)
+            await mortal.die()
+            assert await by(gateway, 7) == worker.process
+
+
+# --- what Redis loses
+
+
+async def test_a_request_that_redis_lost_is_refused_and_not_sent_again(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        async with background(refusal(by(gateway, 7)), holder.take()) as (lost, taken):
+            (job,) = await taken
+            await gateway.client.call("XDEL", job.stream, job.entry)
+            await gateway.client.call("XACK", job.stream, "workers", job.entry)
+            is_lost(await lost, 7)
+        is_lost(await refusal(by(gateway, 7)), 7)
+        assert gateway.counts.resubmitted == 0
+
+
+async def test_what_was_read_and_not_heard_of_is_taken_in_its_order(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        async with background(by(gateway, 7, 0.0, **START), holder.take()) as (begun, taken):
+            (job,) = await taken
+            job.reply(named(job, ""))
+            await begun
+        own = worker._own[LANE]
+        own.cancel()  # and with it, sometimes, what Redis has just given it
+        await asyncio.wait([own._task])
+        async with background(*(ask(gateway, part(7, value)) for value in range(1, 6))) as asked:
+            while await worker.client.call("XLEN", own.stream) < 5:
+                await asyncio.sleep(0.01)
+            read = ("XREADGROUP", "GROUP", "workers", worker.process, "COUNT", 3, "STREAMS", own.stream, ">")
+            assert len((await worker.client.call(*read))[0][1]) == 3
+            own._task = worker._link.start(own._read(), "again")
+            own._reader = worker.client.reader()
+            jobs = await holder.take(5)
+            assert [value_of(job) for job in jobs] == [1, 2, 3, 4, 5]
+            for job in jobs:
+                job.reply(answer(job.request))
+            await asyncio.gather(*asked)
+
+
+async def test_models_without_sequences_cost_nothing_more(fleet, monkeypatch):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        worker.publish(PoolState("m", (VersionState("1", "READY", config=model_config()),)))
+        await known(lambda: gateway.pool("m") is not None)
+        calls, call = [], gateway.client.call
+        monkeypatch.setattr(gateway.client, "call", lambda *words: calls.append(words[0]) or call(*words))
+        async with background(ask(gateway, part(7, **START))) as (asked,):
+            consumer = worker.consumer([LANE], 8)
+            (job,) = await consumer.take(8)
+            job.reply(answer(job.request))
+            await asked
+        assert calls.count("XADD") == 1
+        assert not {"HGETALL", "HDEL"} & set(calls)
