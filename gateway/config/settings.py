@@ -243,6 +243,10 @@ class Settings(RateLimits):
     max_connections: PositiveInt = _setting(1000, "safety", "open connections of each listener")
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
+    log_info: bool = _setting(True, "logging", "write INFO lines: starts, loads, failures that were mended")
+    log_warning: bool = _setting(True, "logging", "write WARNING lines: refusals, and what to look after")
+    log_error: bool = _setting(True, "logging", "write ERROR lines")
+    log_file: Path | None = _setting(None, "logging", "file to which lines are added, in place of standard error")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
     trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),

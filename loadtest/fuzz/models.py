@@ -6,6 +6,7 @@ they come to is worked out here from the rules, not asked of the gateway.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from loadtest.fuzz.operators import (
 Shape = tuple[int, ...]
 MOST_BATCH = 16
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
-_NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}")
+_NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}", 'a "word" \\ {}')
 _WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
 _SCHEDULERS = (
     "",
@@ -235,7 +236,7 @@ def _config(rng: Generator, way: str, asked: int, graph: _Graph, tensors: tuple[
 
 def _listed(kind: str, tensors: Iterable[Tensor], batch: int) -> list[str]:
     return [
-        f'{kind} {{ name: "{each.name}" data_type: TYPE_{each.datatype.replace("BYTES", "STRING")} dims: {list(each.dims)}'
+        f"{kind} {{ name: {json.dumps(each.name, ensure_ascii=False)} data_type: TYPE_{each.datatype.replace('BYTES', 'STRING')} dims: {list(each.dims)}"
         + (f" reshape {{ shape: {list(each.inner)} }}" if each.dims != each.inner and (batch or each.inner) else "")
         + (" optional: true" if each.optional else "")
         + " }\n"

@@ -73,8 +73,8 @@ class Rig:
         self._writes += 1  # a change within the clock's resolution is a change all the same
         os.utime(path, ns=(self._writes * 10**9, self._writes * 10**9))
 
-    async def load(self, name="m"):
-        await self.queue.send(Load(name))
+    async def load(self, name="m", parameters=None):
+        await self.queue.send(Load(name, parameters or {}))
 
     async def unload(self, name="m"):
         await self.queue.send(Unload(name))
@@ -188,6 +188,15 @@ async def test_a_reload_after_an_unload_counts_from_zero_and_a_plain_reload_goes
 async def test_unloading_what_is_not_loaded_does_nothing(rig):
     await rig.unload("never")
     assert rig.queue.pool("never") is None
+
+
+async def test_a_load_with_what_is_no_configuration_fails_in_tritons_words_and_changes_nothing(rig):
+    rig.write()
+    await rig.load()
+    error = await refusal(rig.load("m", {"config": "max_batch_size: 1"}))
+    assert type(error) is errors.Internal
+    assert error.message.startswith("failed to load 'm', failed to poll from model repository: model configuration: ")
+    await rig.infer()
 
 
 async def test_a_load_of_an_unknown_model_fails_in_tritons_words(rig):

@@ -59,12 +59,19 @@ _serves("ensemble_scheduling", "ensemble scheduling", "ensemble")
 _serves("preferred_batch_size", "preferred batch sizes", "field_preferred")
 _serves("optimization (execution_accelerators", "optimization", "field_optimization")
 _serves("input.format", "a format", "field_format", tensor("IN", [[[[1, 2], [3, 4]]] * 3][0:1]))
-_serves("input.allow_ragged_batch", "ragged batches", "field_ragged")
+_serves("input.allow_ragged_batch", "ragged batches", "ragged", tensor("IN", [[[1, 2, 3], [4, 5, 6]]]))
 _serves("label_filename", "labels", "labels", tensor("IN", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]))
 _serves("version_policy", "a version policy", "every")
 _serves("default_queue_policy, priority_levels", "queue policies and priorities", "field_queue_policy")
 _serves("model_warmup", "warm-up samples", "field_warmup")
 _serves("batch_input, rate_limiter", "a rate limiter", "field_rate_limiter")
+
+
+@fact("batch_input, rate_limiter", "a model with batch inputs is told of each request's size")
+def _(on: Http | Grpc) -> None:
+    told = on.infer("sums", tensor("IN", [[1, 2, 3, 4]]))
+    assert told.ok, told
+    assert told.arrays["SUM"].tolist() == [[10]]
 
 
 @fact("model_transaction_policy.decoupled", "a decoupled model serves", GRPC)
