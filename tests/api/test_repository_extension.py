@@ -4,7 +4,7 @@ import json
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from gateway.app import Gateway, running
 from gateway.config.settings import Settings
+from gateway.redis_server import EmbeddedServer
 from gateway.repository import Repository
 from tests.artefacts_support import adder, write_adder
 from tests.support import until
@@ -165,13 +166,36 @@ async def test_a_file_that_is_not_base64_is_refused(folder: Path) -> None:
         assert answer.json()["error"] == NOT_POLLED + "file parameter 'file:1/model.onnx' is not base64"
 
 
-async def test_files_need_a_queue_in_this_process(folder: Path) -> None:
+@asynccontextmanager
+async def workers(front: Gateway, folder: Path, url: str, count: int) -> AsyncIterator[None]:
+    """Workers of a fleet that the gateway knows of."""
+    async with AsyncExitStack() as stack:
+        for _ in range(count):
+            await stack.enter_async_context(serving(folder, queue=url, role="worker"))
+        await until(lambda: len(front.queue._directory.workers()) == count)
+        yield
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_files_reach_the_workers_of_a_fleet_and_those_that_join_later(folder: Path, wire: str) -> None:
     write_adder(folder)
-    async with serving(folder, queue="embedded") as gateway, connected(gateway, "http") as client:
-        refused = await refusal(client.load_model("adder", config=CONFIG, files={"file:1/model.onnx": adder(5.0)}))
-        assert "files in a load request need a gateway with --queue memory" in refused
-        await client.load_model("adder")
-        assert await added(client, "http") == 0.0
+    async with (
+        EmbeddedServer(None, persistent=False) as server,
+        serving(folder, queue=server.url, role="gateway") as front,
+        connected(front, wire) as client,
+    ):
+        async with workers(front, folder, server.url, 2):
+            await client.load_model("adder", config=CONFIG, files={"file:1/model.onnx": adder(5.0)})
+            assert [await added(client, wire) for _ in range(8)] == [5.0] * 8
+            broken = {"file:1/model.onnx": b"x"}
+            assert "load failed" in await refusal(client.load_model("adder", config=CONFIG, files=broken))
+            assert await added(client, wire) == 5.0
+        await until(lambda: not front.queue._directory.workers())
+        async with workers(front, folder, server.url, 1):
+            await until(lambda: front.service.ready_versions("adder") == ["1"])
+            assert await added(client, wire) == 5.0
+            await client.load_model("adder")
+            assert await added(client, wire) == 0.0
 
 
 async def test_several_repositories_are_one_but_for_names_that_two_have(folder: Path) -> None:

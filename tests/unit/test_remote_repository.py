@@ -241,6 +241,16 @@ def test_a_store_that_was_never_reached_is_empty_or_an_error(bucket: Bucket, tmp
             call()
 
 
+def test_a_repository_without_anything_is_not_there_and_takes_nothing_away(bucket: Bucket) -> None:
+    bucket.put("m/1/model.onnx", "one")
+    before = bucket.repository.changes({})
+    bucket.remove("m")
+    bucket.files.store.clear()
+    bucket.files.pseudo_dirs[:] = [""]
+    assert bucket.repository.changes(before.now).removed == ()
+    assert metrics(bucket)["reachable"] == 0
+
+
 def test_a_repository_that_is_not_there_is_said_to_be_missing(bucket: Bucket) -> None:
     with pytest.raises(Unavailable, match="'models' cannot be read: it is not there"):
         bucket.read_by_another(required=True).scan()

@@ -18,6 +18,7 @@ class _Wanted(msgspec.Struct, array_like=True, gc=False):
     parameters: dict[str, str] = {}
 
 
+_FILE = "file:"
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Wanted).decode
 
@@ -29,14 +30,7 @@ class Wanted:
         self._link = link
 
     async def note(self, command: Command) -> bytes | None:
-        """Remember a command; returns what was known of its model before, for `restore`.
-
-        Raises `Unsupported` for a load request with files.
-        """
-        if isinstance(command, Load) and any(key.startswith("file:") for key in command.parameters):
-            raise errors.Unsupported(
-                "files in a load request need a gateway with --queue memory; put them into the workers' model repository"
-            )
+        """Remember a command; returns what was known of its model before, for `restore`."""
         call, key = self._link.client.call, self._link.client.keys.wanted
         loads = isinstance(command, Load)
         data = _encode(_Wanted(loads, command.parameters if isinstance(command, Load) else {}))
@@ -44,6 +38,14 @@ class Wanted:
         before: bytes | None = await call("HGET", key, command.model)
         await call("HSET", key, command.model, sealed)
         return before
+
+    async def whole(self, command: Load) -> Load:
+        """A load command with the contents of its files. Raises `Unavailable` when another one came since."""
+        value = await self._link.client.call("HGET", self._link.client.keys.wanted, command.model)
+        found = None if value is None else self._read(command.model.encode(), value)
+        if not isinstance(found, Load) or hollow(found) != command:
+            raise errors.Unavailable(f"another command for model '{command.model}' came before its files could be read")
+        return found
 
     async def restore(self, model: str, before: bytes | None) -> None:
         """The command came to nothing."""
@@ -69,3 +71,14 @@ class Wanted:
         except (msgspec.DecodeError, ValueError) as problem:
             raise BadMessage(f"what is wanted of a model cannot be read: {problem}") from None
         return Load(model.decode(), wanted.parameters) if wanted.loaded else Unload(model.decode())
+
+
+def hollow(command: Load) -> Load:
+    """A load command as workers are told of it: without the contents of its files, which are too much for an event."""
+    told = {key: "" if key.startswith(_FILE) else value for key, value in command.parameters.items()}
+    return Load(command.model, told)
+
+
+def has_files(command: Load) -> bool:
+    """Whether files come with a load command."""
+    return any(key.startswith(_FILE) for key in command.parameters)

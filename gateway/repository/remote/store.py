@@ -86,16 +86,20 @@ class Store:
             return self._listing({info["name"]: info for info in self._files.ls(self._base, detail=True)})
 
     def below(self, folder: str = "") -> Listing:
-        """All that lies below the folder `folder`, or below all; empty when there is nothing. Raises `Unreachable`."""
+        """All that lies below the folder `folder`, or below all. Raises `Unreachable`.
+
+        Nothing at all is taken for a repository that is not there, as most stores do; an empty model has nothing.
+        """
         path = f"{self._base}/{folder}" if folder else self._base
         with _reading(self._name):
             self._files.invalidate_cache()
             try:
-                return self._listing(self._files.find(path, withdirs=True, detail=True))
+                found = self._files.find(path, withdirs=True, detail=True)
             except FileNotFoundError:
-                if not folder:
-                    raise
-                return Listing([], [])
+                found = {}
+            if not found and not folder:
+                raise FileNotFoundError(path)
+            return self._listing(found)
 
     def get(self, paths: Mapping[str, Path]) -> None:
         """Bring files here: by their paths below the repository, where to. Raises `Unreachable`."""
