@@ -130,6 +130,9 @@ class Reference:
         batch = self._model.batch
         feed = {}
         for name, array in request.inputs.items():
+            if self._model.ragged:
+                feed[name] = array.reshape(-1)
+                continue
             tensor = self._inputs[name]
             sizes = [size for size, dim in zip(array.shape[batch:], tensor.dims, strict=True) if dim == -1]
             feed[name] = array.reshape((*array.shape[:batch], *_filled(tensor.inner, sizes)))
@@ -138,6 +141,11 @@ class Reference:
             arrays = self._run([each.name for each in wanted], feed)
         except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
             return None
+        if self._model.ragged:
+            return {
+                each.name: array.reshape((*request.inputs[each.like].shape, *each.inner))
+                for each, array in zip(wanted, arrays, strict=True)
+            }
         return {each.name: self._seen(each, array) for each, array in zip(wanted, arrays, strict=True)}
 
     def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:

@@ -114,6 +114,7 @@ class Session:
             "inputs filled in": "input {" not in text,
             "outputs filled in": "output {" not in text,
             "batched": model.batch,
+            "ragged": model.ragged,
             "open dimensions": any(-1 in each.dims for each in model.inputs),
             "reshape": "reshape" in text,
             "optional inputs": "optional" in text,
@@ -142,7 +143,7 @@ class Session:
             # Requests of the same shapes, which can share a batch, and others among them.
             sizes = [requests.sizes_of(model, rng) for _ in range(2)]
             asks = [self._ask_of(reference, model, sizes[int(rng.random() < 0.2)], rng) for _ in range(size)]
-            wrong = malformed.make(model, rng) if rng.random() < size / WRONG_EVERY else []
+            wrong = malformed.make(model, rng, reference.answer) if rng.random() < size / WRONG_EVERY else []
             async with asyncio.TaskGroup() as group:  # all is made, so that they come together
                 for ask in asks:
                     group.create_task(self._ask(reference, model, ask))
