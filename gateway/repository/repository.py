@@ -151,7 +151,10 @@ class Repository:
         and remedy.
         """
         override = _override(parameters or {})
-        files = uploaded(name, parameters or {}) or self._open(name)
+        with uploaded(name, parameters or {}) as files:
+            return self._read(name, override, files or self._open(name))
+
+    def _read(self, name: str, override: str, files: ModelFiles) -> ModelSource:
         folder = files.folder
         source = None if override else layout.config_source(folder, self._config_name)
         source = source or Source("model configuration")

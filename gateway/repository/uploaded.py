@@ -10,7 +10,8 @@ import binascii
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from gateway import errors
@@ -23,6 +24,7 @@ FILE = "file:"
 
 _LONGEST = 255  # bytes of a name, as of most file systems
 _LONGEST_PATH = 1024  # characters of a file's path
+_PIECE = 1 << 20  # characters that are decoded at once, while no other thread runs; whole groups of four
 
 
 class _Lease:
@@ -30,29 +32,42 @@ class _Lease:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gateway-model-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
-def uploaded(model: str, parameters: Mapping[str, str]) -> ModelFiles | None:
-    """The files that come with a load request; None when none does. Raises `Internal`, in Triton's words."""
+@contextmanager
+def uploaded(model: str, parameters: Mapping[str, str]) -> Generator[ModelFiles | None, None, None]:
+    """The files that come with a load request; None when none does. Raises `Internal`, in Triton's words.
+
+    They are removed at once where the block fails, for errors keep what they were about.
+    """
     files = {key.removeprefix(FILE): value for key, value in parameters.items() if key.startswith(FILE)}
     if not files:
-        return None
+        yield None
+        return
     if "config" not in parameters:
         raise errors.not_polled(model, "Load parameter 'config' must be specified for model file override")
     if not plain_name(model) or "/" in model:
         raise errors.not_polled(model, "model name must not contain path traversal characters")
     if _too_long(model):
         raise errors.not_polled(model, f"model name has more than {_LONGEST} bytes")
+    lease = _leased()
     try:
-        lease = _Lease()
         folder = lease.folder / model
         folder.mkdir()
+        for name in sorted(files):
+            _write(folder, name, files[name], model)
+        yield LocalFiles(folder, lease)
+    except BaseException:
+        lease.remove()
+        raise
+
+
+def _leased() -> _Lease:
+    try:
+        return _Lease()
     except OSError as problem:
         raise _unwritten("a folder for the files of the request", problem) from None
-    for name in sorted(files):
-        _write(folder, name, files[name], model)
-    return LocalFiles(folder, lease)
 
 
 def _write(folder: Path, name: str, data: str, model: str) -> None:
@@ -60,14 +75,14 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
         raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' must stay within model directory.")
     if len(name) > _LONGEST_PATH or any(map(_too_long, name.split("/"))):
         raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' is too long")
-    try:
-        content = binascii.a2b_base64(data, strict_mode=True)
-    except (binascii.Error, ValueError):
-        raise errors.not_polled(model, f"file parameter '{FILE}{name}' is not base64") from None
     path = folder / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        with path.open("wb") as file:
+            for begin in range(0, len(data), _PIECE):
+                file.write(binascii.a2b_base64(data[begin : begin + _PIECE], strict_mode=True))
+    except ValueError:
+        raise errors.not_polled(model, f"file parameter '{FILE}{name}' is not base64") from None
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
         raise errors.not_polled(model, problem) from None

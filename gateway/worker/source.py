@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gateway.config.model import ModelConfig
@@ -18,3 +18,7 @@ class Source:
     fingerprint: object
     digest: str = ""  # of what all its artefacts are made from, see `Repository`
     lease: object = None  # keeps `path` here for as long as anyone holds it
+
+    def released(self) -> Source:
+        """The same for one who needs the folder no more."""
+        return replace(self, lease=None)

@@ -124,6 +124,24 @@ async def test_files_in_the_request_make_a_model_that_no_repository_has(folder: 
         assert await refusal(client.load_model("new")) == "failed to load 'new', failed to poll from model repository"
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # the client's
+@pytest.mark.parametrize("wire", WIRES)
+async def test_large_files_arrive_as_they_were_and_go_with_their_model(
+    folder: Path, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "files"))
+    (folder / "files").mkdir()
+    data = bytes(range(256)) * 12_345 + b"x"
+    async with serving(folder) as gateway, connected(gateway, wire) as client:
+        await client.load_model("new", config=CONFIG, files={"file:1/model.onnx": adder(7.0), "file:more": data})
+        (file,) = (folder / "files").glob("gateway-model-*/new/more")
+        assert file.read_bytes() == data
+        await client.unload_model("new")
+        await until(lambda: not [*(folder / "files").glob("gateway-model-*")])
+        await refusal(client.load_model("new", config=CONFIG, files={"file:1/model.onnx": b"x"}))
+        assert not [*(folder / "files").glob("gateway-model-*")]
+
+
 NOT_POLLED = "failed to load 'adder', failed to poll from model repository: "
 
 
