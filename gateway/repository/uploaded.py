@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gateway import errors
@@ -27,7 +28,14 @@ class _Lease:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gateway-model-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, _remove, self.folder)
+
+
+def _remove(folder: Path) -> None:
+    gone = folder.with_name(f"{folder.name}.gone")
+    with suppress(OSError):
+        folder.rename(gone)  # what was learned of the model may be about to be written to it, by its name
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def uploaded(model: str, parameters: Mapping[str, str]) -> ModelFiles | None:
