@@ -54,6 +54,10 @@ class InvalidArgument(GatewayError):
     grpc, http = 3, 400
 
 
+class NoConfiguration(InvalidArgument):
+    """What a load request carries as the model's configuration is none."""
+
+
 class NotFound(GatewayError):
     """No such model, version, region or path."""
 

@@ -203,7 +203,9 @@ class Settings(RateLimits):
     grpc_max_connection_age_grace: NonNegativeInt = _setting(
         0, "grpc", "ms that its open calls then have to finish; 0: any time"
     )
-
+    grpc_infer_response_compression_level: Literal["none", "low", "medium", "high"] = _setting(
+        "none", "grpc", "compress answers: low with gzip, others with deflate; grpcio serves then"
+    )
     grpc_restricted_protocol: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
         "grpc",
@@ -247,6 +249,10 @@ class Settings(RateLimits):
     max_connections: PositiveInt = _setting(1000, "safety", "open connections of each listener")
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
+    log_info: bool = _setting(True, "logging", "write INFO lines: starts, loads, failures that were mended")
+    log_warning: bool = _setting(True, "logging", "write WARNING lines: refusals, and what to look after")
+    log_error: bool = _setting(True, "logging", "write ERROR lines")
+    log_file: Path | None = _setting(None, "logging", "file to which lines are added, in place of standard error")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
     trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),

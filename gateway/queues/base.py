@@ -162,7 +162,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Stop routing to the model, answer what was accepted, and drop it.
+    """Stop routing to the model, answer what was accepted, and drop it; reported when done, or soon if that takes long.
 
     With `dependents` do so with the models, too, that were loaded along with it because it needs them.
     """

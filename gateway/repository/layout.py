@@ -6,7 +6,9 @@ files, never where they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
 from gateway.config.check import plain_name
@@ -22,22 +24,32 @@ def models(repository: Path) -> list[Path]:
 
     Raises `Unavailable` when the repository cannot be read, `InvalidArgument` when it is a model's own folder.
     """
-    if (repository / CONFIG).exists():
-        raise InvalidArgument(
-            f"model repository '{repository.name}' is the folder of one model; give the folder that holds it"
-        )
+    require_repository(repository)
     return subfolders(repository)
+
+
+def require_repository(folder: Path) -> None:
+    """Raises `InvalidArgument` for a model's own folder."""
+    if (folder / CONFIG).exists():
+        raise InvalidArgument(
+            f"model repository '{folder.name}' is the folder of one model; give the folder that holds it"
+        )
 
 
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, in name order. Raises `Unavailable` when it cannot be read."""
-    return [folder / name for name in names(folder) if name[0] not in "._" and (folder / name).is_dir()]
+    return [folder / entry.name for entry in _entries(folder) if entry.name[0] not in "._" and entry.is_dir()]
 
 
 def names(folder: Path) -> list[str]:
     """What is in a folder, in name order. Raises `Unavailable` when it cannot be read."""
+    return [entry.name for entry in _entries(folder)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(entry.name for entry in folder.iterdir())
+        with os.scandir(folder) as found:
+            return sorted(found, key=attrgetter("name"))
     except OSError as problem:
         raise unreadable(f"folder '{folder.name}'", problem) from None
 

@@ -123,6 +123,7 @@ class LocalRoot:
 
     def open(self, model: str) -> ModelFiles | None:
         """See `Root.open`."""
+        layout.require_repository(self._path)
         folder = self._path / model
         if plain_name(model) and "/" not in model and model[0] not in "._" and folder.is_dir():
             return LocalFiles(folder)

@@ -34,6 +34,8 @@ from gateway.worker.sequence_host import SequenceHost
 from gateway.worker.slots import Slots
 from gateway.worker.source import Source
 
+_UNLOAD_REPORTED = 0.5  # seconds; nearly every model is gone by then, and who asked finds it gone
+
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
 """Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
 
@@ -127,7 +129,12 @@ class Worker:
                     model.along = False
                     await self._load(model, order.command)
                 else:
-                    await self._unload(model, dependents=order.command.dependents)
+                    # As in Triton, who unloads a model does not wait for requests that take their time.
+                    reported = asyncio.get_running_loop().call_later(_UNLOAD_REPORTED, order.finish, None)
+                    try:
+                        await self._unload(model, dependents=order.command.dependents)
+                    finally:
+                        reported.cancel()
         except asyncio.CancelledError:
             order.finish(errors.stopping())
             raise
@@ -198,6 +205,8 @@ class Worker:
 
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
         """The error for a model that does not even read; what is loaded of it goes on serving."""
+        if isinstance(problem, errors.NoConfiguration):
+            return errors.not_polled(model.name, problem.message)
         if isinstance(problem, errors.NotFound) and not model.hosts:
             model.reason = ""
             model.states.clear()

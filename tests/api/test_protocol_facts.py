@@ -40,6 +40,7 @@ SECTIONS: list[Section] = [
         section_11, section_12,
     )
 ]  # fmt: skip
+SLOW_START = pytest.mark.timeout(60)  # the first of each queue waits for four gateways
 FACTS = [fact for section in SECTIONS for fact in section.facts]
 
 
@@ -72,11 +73,13 @@ def _closed() -> Iterator[None]:
     close()
 
 
+@SLOW_START
 @pytest.mark.parametrize(("fact", "wire"), cases("memory"))
 def test_with_the_queue_in_memory(memory: dict[str, GatewayProcess], fact: Fact, wire: str):
     ask(memory, fact, wire)
 
 
+@SLOW_START
 @pytest.mark.parametrize(("fact", "wire"), cases("embedded"))
 def test_with_the_queue_in_redis(redis: dict[str, GatewayProcess], fact: Fact, wire: str):
     ask(redis, fact, wire)

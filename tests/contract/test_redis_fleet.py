@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gateway import errors, message
-from gateway.queues.base import Capacity, Load, PoolState, VersionState
+from gateway.queues.base import Capacity, Load, PoolState, Unload, VersionState
 from gateway.queues.redis.queue import RedisQueue
 from gateway.queues.redis.wanted import Wanted
 from gateway.redis_client import RedisOptions
@@ -294,6 +294,23 @@ async def test_a_command_reaches_every_worker_and_one_that_dies_is_not_waited_fo
             await mortal.die()
             await sender
         await first.aclose()
+
+
+async def test_what_a_command_changed_is_known_to_every_gateway_when_it_is_answered(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "gateway") as other:
+        async with fleet_queue(fleet, "worker") as worker:
+            await known(lambda: len(gateway._directory.members) == len(other._directory.members) == 2)
+            orders = worker.commands()
+            for command, state in ((Load("m"), READY), (Unload("m"), PoolState("m", ()))):
+                async with background(gateway.send(command)) as (sender,):
+                    order = await anext(orders)
+                    worker.publish(state)
+                    order.finish(None)
+                    await sender
+                found = [queue.pool("m").versions for queue in (gateway, other)]
+                assert [[each.state for each in versions] for versions in found] == [
+                    ["READY"] * len(state.versions)
+                ] * 2
 
 
 async def test_a_worker_without_the_model_does_not_fail_a_command(fleet):

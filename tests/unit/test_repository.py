@@ -72,6 +72,34 @@ def test_scan_finds_model_folders_only(repository: Repository, root: Path) -> No
     assert list(repository.scan()) == ["a", "b", "linked"]
 
 
+def test_one_model_is_read_without_a_look_at_the_others(
+    repository: Repository, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root, {"m/config.pbtxt": "", "m/1/model.onnx": ""})
+
+    def listed(*_: object) -> None:
+        raise AssertionError("all models were listed to read one")
+
+    monkeypatch.setattr("gateway.repository.layout.models", listed)
+    assert repository.read("m").name == "m"
+
+
+@pytest.mark.parametrize("name", ["_m", ".m"])
+def test_what_a_scan_does_not_find_is_not_read(repository: Repository, root: Path, name: str) -> None:
+    put(root, {"m/1/model.onnx": "", "_m/1/model.onnx": "", ".m/1/model.onnx": ""})
+    with pytest.raises(NotFound):
+        repository.read(name)
+
+
+def test_rate_limiters_are_warned_of_unless_rates_are_limited(repository: Repository, root: Path) -> None:
+    group = 'instance_group { rate_limiter { resources { name: "R" count: 1 } } }'
+    put(root, {"m/config.pbtxt": TENSORS + group, "m/1/model.onnx": ""})
+    (warning,) = repository.read("m").warnings
+    assert warning.startswith("m/config.pbtxt line 4: rate_limiter has no effect without --rate-limit execution_count.")
+    repository.limit_rates()
+    assert repository.read("m").warnings == ()
+
+
 def test_a_repository_that_is_not_there(describe: Describe, tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as caught:
         Repository([tmp_path / "nowhere"], describe).scan()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -82,8 +83,8 @@ class Events:
         self, link: Link, outbox: Outbox, on: dict[str, Callable[[wire.Broadcast], None]], *, takes_orders: bool
     ) -> None:
         """`on` is told of cancelled calls, news and entries given to this process."""
-        self.answers: dict[str, Callable[[str], bytes]] = {}
-        """What this process answers to a question: by its first word, called with the rest."""
+        self.answers: dict[str, Callable[[str], bytes | Coroutine[Any, Any, bytes]]] = {}
+        """What this process answers to a question, now or when it is done: by its first word, called with the rest."""
         self._link = link
         self._outbox = outbox
         self._on = on
@@ -294,7 +295,13 @@ class Events:
             said = b"" if answer is None else answer(rest)  # who has nothing to say is not waited for
         except (errors.GatewayError, KeyError):  # e.g. it holds no such model
             said = b""
-        self._outbox.tell(event.sender, event.id, wire.TOLD, said)
+        if isinstance(said, bytes):
+            self._outbox.tell(event.sender, event.id, wire.TOLD, said)
+        else:
+            self._link.start(self._answer_later(event, said), f"queue:answer:{word}")
+
+    async def _answer_later(self, event: wire.Broadcast, saying: Coroutine[Any, Any, bytes]) -> None:
+        self._outbox.tell(event.sender, event.id, wire.TOLD, await saying)
 
     # --- sending
 

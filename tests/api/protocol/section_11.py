@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -59,12 +60,19 @@ _serves("ensemble_scheduling", "ensemble scheduling", "ensemble")
 _serves("preferred_batch_size", "preferred batch sizes", "field_preferred")
 _serves("optimization (execution_accelerators", "optimization", "field_optimization")
 _serves("input.format", "a format", "field_format", tensor("IN", [[[[1, 2], [3, 4]]] * 3][0:1]))
-_serves("input.allow_ragged_batch", "ragged batches", "field_ragged")
+_serves("input.allow_ragged_batch", "ragged batches", "ragged", tensor("IN", [[[1, 2, 3], [4, 5, 6]]]))
 _serves("label_filename", "labels", "labels", tensor("IN", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]))
 _serves("version_policy", "a version policy", "every")
 _serves("default_queue_policy, priority_levels", "queue policies and priorities", "field_queue_policy")
 _serves("model_warmup", "warm-up samples", "field_warmup")
 _serves("batch_input, rate_limiter", "a rate limiter", "field_rate_limiter")
+
+
+@fact("batch_input, rate_limiter", "a model with batch inputs is told of each request's size")
+def _(on: Http | Grpc) -> None:
+    told = on.infer("sums", tensor("IN", [[1, 2, 3, 4]]))
+    assert told.ok, told
+    assert told.arrays["SUM"].tolist() == [[10]]
 
 
 @fact("model_transaction_policy.decoupled", "a decoupled model serves", GRPC)
@@ -265,6 +273,21 @@ def _(on: Http | Grpc) -> None:
     assert after["inference_count"] - before["inference_count"] == 13
     assert after["execution_count"] - before["execution_count"] < 13
     assert max(each["batch_size"] for each in after["batch_stats"]) <= 8
+
+
+@fact(FORMATION, "a request waits for others as long as the delay says")
+def _(on: Http | Grpc) -> None:
+    begun = time.monotonic()
+    assert on.infer("delayed", IN).ok
+    assert time.monotonic() - begun >= 0.2
+
+
+@fact(FORMATION, "a batch of the largest or a preferred size waits for nobody")
+def _(on: Http | Grpc) -> None:
+    begun = time.monotonic()
+    assert on.infer("delayed", tensor("IN", [[1, 2]] * 8)).ok
+    _crowd(on, "patient", [[[1, 2]], [[3, 4]]])
+    assert time.monotonic() - begun < 8
 
 
 @fact(FORMATION, "requests of different shapes are not mixed")

@@ -77,7 +77,7 @@ def _(on: Http) -> None:
 @fact(HEADER, "a raw request needs a model of one input", HTTP)
 def _(on: Http) -> None:
     _raw(on, "pair", bytes(8)).refuses(
-        400, "Raw request must only have 1 input to be deduced but got 2 inputs in 'pair' model configuration"
+        400, "Raw request must only have 1 input (found 1) to be deduced but got 2 inputs in 'pair' model configuration"
     )
 
 
@@ -85,7 +85,7 @@ def _(on: Http) -> None:
 def _(on: Http) -> None:
     _raw(on, "raw_two", bytes(8)).refuses(
         400,
-        "The shape of Raw input 'IN' can not be deduced because there are more than one variable-sized dimension",
+        "The shape of the raw input 'IN' can not be deduced because there are more than one variable-sized dimension",
     )
 
 
@@ -97,7 +97,7 @@ def _(on: Http) -> None:
 @fact(HEADER, "a raw string needs the shape of one element", HTTP)
 def _(on: Http) -> None:
     _raw(on, "raw_texts", b"hello").refuses(
-        400, "For BYTES datatype raw input 'IN', the model must have input shape [1]"
+        400, "For BYTE datatype raw input 'IN', the model must have input shape [1]"
     )
 
 
@@ -146,6 +146,14 @@ def _(on: Http) -> None:
     on.post("/v2/models/m/infer", both, **headers).refuses(400, text)
     on.post("/v2/models/m/infer", {"inputs": [{key: JSON_IN[key] for key in ("name", "datatype", "shape")}]}).refuses(
         400, text
+    )
+
+
+@fact(ONE_OF, "an input in shared memory has no data beside", HTTP)
+def _(on: Http) -> None:
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
+    on.post("/v2/models/m/infer", {"inputs": [{**JSON_IN, "parameters": place}]}).refuses(
+        400, "Input must set only one of the following fields: "
     )
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from onnx import TensorProto, helper
 
 from gateway.types import DataType
+from tests import ragged_support
 from tests.python_support import code
 from tests.sequence_support import accumulator, controls, named
-from tests.system.process import GatewayProcess, started
+from tests.system.process import GatewayProcess, ending
 
 TOKEN = "t" * 16
 FORWARD = "^(forward-|priority|sequence_id)"
@@ -59,7 +60,6 @@ FIELDS = {  # by the row of PROTOCOL.md's table: what counts of a configuration 
     "preferred": FAKE + "dynamic_batching { preferred_batch_size: [ 4, 8 ] }\n" + io(),
     "optimization": FAKE + 'optimization { execution_accelerators { cpu_execution_accelerator : [ { name : "openvino" } ] } }\n' + io(),
     "format": FAKE + io(dims="3, 2, 2").replace("dims", "format: FORMAT_NCHW dims", 1),
-    "ragged": FAKE + "dynamic_batching { }\n" + io(dims="-1").replace("dims", "allow_ragged_batch: true dims", 1),
     "queue_policy": FAKE + "dynamic_batching { priority_levels: 2 default_priority_level: 1 default_queue_policy { "
     "timeout_action: DELAY default_timeout_microseconds: 100000 allow_timeout_override: true max_queue_size: 9 } }\n" + io(),
     "warmup": FAKE + WARMUP + io(),
@@ -103,6 +103,8 @@ FAKES = {
     f'model_version: -1 {STEP} }} }}',
     "needy": f'platform: "ensemble" max_batch_size: 8 {io()} ensemble_scheduling {{ step {{ model_name: "gone" '
     f'model_version: -1 {STEP} }} }}',
+    "patient": FAKE + "dynamic_batching { preferred_batch_size: [ 2 ] max_queue_delay_microseconds: 10000000 }\n" + io(),
+    "delayed": FAKE + "dynamic_batching { max_queue_delay_microseconds: 200000 }\n" + io(),
     "together": FAKE + parameter("a_us", 30_000) + "dynamic_batching {}\n" + io(),
     "open_together": FAKE + parameter("a_us", 10_000) + "dynamic_batching {}\n" + io(dims="-1"),
     "named_well": 'name: "named_well"\n' + FAKE + io(),
@@ -213,6 +215,8 @@ def onnx_models(folder: Path) -> None:
     (folder / "wrong" / "1").mkdir(parents=True)
     (folder / "wrong" / "1" / "model.onnx").write_bytes(b"no model")
     (folder / "wrong" / "config.pbtxt").write_text('backend: "onnxruntime"\n' + io())
+    ragged_support.identity(folder, "ragged")
+    ragged_support.sums(folder, "sums")
     accumulator(folder, "direct", "direct {}", more=ONE)
     accumulator(folder, "oldest", "oldest { max_candidate_sequences: 2 }", more=ONE)
     controls(folder, "told", "direct {}", "int32", "0, 1")
@@ -259,32 +263,31 @@ def serving(queue: str) -> Iterator[dict[str, GatewayProcess]]:
         folder = Path(name)
         repositories(folder)
         loaded = sorted(each.name for each in (folder / "main").iterdir() if each.name not in UNLOADED)
-        common = ("--queue", queue, "--metrics-port", "0", "--persist-latency", "false")
-        main = stack.enter_context(
-            started(
-                *common, "--model-repository", str(folder / "main"), "--model-repository", str(folder / "twice"),
+        flags = {
+            "main": (
+                "--model-repository", str(folder / "main"), "--model-repository", str(folder / "twice"),
                 "--model-control-mode", "explicit", *(word for each in loaded for word in ("--load-model", each)),
                 "--allow-python-models", "--allow-client-shm", "true", "--response-cache-bytes", str(1 << 20),
                 "--model-config-name", "custom",
                 "--http-header-forward-pattern", FORWARD, "--grpc-header-forward-pattern", FORWARD,
-            )
-        )  # fmt: skip
-        strict = stack.enter_context(
-            started(
-                *common, "--model-repository", str(folder / "strict"), "--token-file", str(folder / "tokens"),
+            ),
+            "strict": (
+                "--model-repository", str(folder / "strict"), "--token-file", str(folder / "tokens"),
                 "--http-max-input-size", str(LIMIT),
                 "--http-restricted-api", "statistics,logging:key=word",
                 "--grpc-restricted-protocol", "statistics,logging:key=word",
-            )
-        )  # fmt: skip
-        lenient = stack.enter_context(
-            started(
-                *common, "--model-repository", str(folder / "lenient"), "--strict-readiness", "false",
+            ),
+            "lenient": (
+                "--model-repository", str(folder / "lenient"), "--strict-readiness", "false",
                 "--model-control-mode", "poll",
-            )
-        )  # fmt: skip
-        empty = stack.enter_context(started(*common, "--model-repository", str(folder / "empty")))
-        gateways = {"main": main, "strict": strict, "lenient": lenient, "empty": empty}
+            ),
+            "empty": ("--model-repository", str(folder / "empty")),
+        }  # fmt: skip
+        common = ("--queue", queue, "--persist-latency", "false")
+        gateways = {
+            name: stack.enter_context(ending(GatewayProcess(*common, *given))) for name, given in flags.items()
+        }  # all of them begin before the first is waited for
         for gateway in gateways.values():
+            gateway.wait_listening()
             gateway.wait_ready()
         yield gateways
