@@ -238,7 +238,6 @@ def model_control_with_files(client: Client) -> None:
     right(client.infer("from_a_file"))
     client.call("unload_model", "from_a_file", unload_dependents=True)
     assert not client.call("is_model_ready", "from_a_file")
-    assert client.call("is_server_ready")
 
 
 @check()
