@@ -94,6 +94,7 @@ def test_raw_text(gateway: GatewayProcess):
             "Raw request must only have 1 input (found 1) to be deduced but got 3 inputs in",
         ),
     ],
+    ids=["texts", "two open dimensions", "three inputs"],
 )
 def test_raw_requests_that_cannot_be_deduced(gateway: GatewayProcess, model: str, data: bytes, text: str):
     refused(post(gateway, f"{model}/infer", data=data, headers=RAW), 400, text)
