@@ -159,14 +159,18 @@ def test_an_output_named_twice(gateway: GatewayProcess):
         (
             "input_all_required",
             1,
-            "expected 3 inputs but got 1 inputs for model 'input_all_required'. Got input(s) ['INPUT0'], but missing "
-            "required input(s) ['INPUT1','INPUT2']. Please provide all required input(s).",
+            (
+                "expected 3 inputs but got 1 inputs for model 'input_all_required'. Got input(s) ['INPUT0'], but missing "
+                "required input(s) ['INPUT1','INPUT2']. Please provide all required input(s)."
+            ),
         ),
         (
             "input_optional",
             0,
-            "expected number of inputs between 3 and 4 but got 0 inputs for model 'input_optional'. Got input(s) [], but "
-            "missing required input(s) ['INPUT0','INPUT1','INPUT2']. Please provide all required input(s).",
+            (
+                "expected number of inputs between 3 and 4 but got 0 inputs for model 'input_optional'. Got input(s) [], but "
+                "missing required input(s) ['INPUT0','INPUT1','INPUT2']. Please provide all required input(s)."
+            ),
         ),
     ],
 )
