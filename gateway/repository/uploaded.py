@@ -7,6 +7,7 @@ wherever its name is in a repository too, and the next load without files is fro
 from __future__ import annotations
 
 import binascii
+import errno
 import shutil
 import tempfile
 import weakref
@@ -70,4 +71,6 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
         problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
         raise errors.not_polled(model, problem) from None
     except OSError as problem:
+        if problem.errno == errno.ENAMETOOLONG:
+            raise errors.not_polled(model, f"Invalid file path '{name[:80]}...': a name in it is too long") from None
         raise layout.unreadable(f"file parameter '{FILE}{name}'", problem) from None
