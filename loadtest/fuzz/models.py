@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from onnx import helper
 
+from loadtest.fuzz import ragged
 from loadtest.fuzz.operators import (
     ALL,
     INTEGERS,
@@ -28,9 +29,11 @@ from loadtest.fuzz.operators import (
     choose,
     tensor_info,
 )
+from loadtest.fuzz.ragged import Told
 
 Shape = tuple[int, ...]
 MOST_BATCH = 16
+RAGGED_EVERY = 6
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
 _NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}", 'a "word" \\ {}')
 _WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
@@ -47,7 +50,7 @@ _SCHEDULERS = (
 class Tensor:
     """An input or output: `dims` as clients see them and `inner` as the model has them, both without the batch, -1 open.
 
-    `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
+    One that has no rows is `like` the ragged input, of whose elements it has one each. `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Tensor:
     symbols: tuple[str, ...] = ()
     optional: bool = False
     exact: bool = True
+    like: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Model:
     max_batch_size: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    told: tuple[Told, ...] = ()
+    empty: bool = True  # whether a tensor may have no elements
 
     @property
     def batch(self) -> int:
@@ -89,6 +95,8 @@ class _Graph:
 def make(seed: int, number: int) -> Model:
     """The model of this number; the same each time."""
     rng = np.random.default_rng([seed, number])
+    if number % RAGGED_EVERY == RAGGED_EVERY - 1:
+        return _ragged(f"m{seed}_{number}", rng)
     graph = _graph(rng)
     ways = ("everything",) if _seems_batched(graph) else ("everything", "inputs", "outputs", "neither", "no file")
     way = ways[min(max(rng.integers(-2, 5), 0), len(ways) - 1)]
@@ -106,6 +114,18 @@ def make(seed: int, number: int) -> Model:
     config = None if way == "no file" else _config(rng, way, asked, graph, (inputs, outputs))
     most = asked or FILLED_IN * graph.batch
     return Model(f"m{seed}_{number}", _file(graph), config, most, tuple(inputs), tuple(outputs))
+
+
+def _ragged(name: str, rng: Generator) -> Model:
+    most = int(rng.integers(2, MOST_BATCH + 1))
+    made = ragged.make(rng, most)
+    symbols = tuple(f"d{place}" for place in range(made.dims.count(-1)))
+    inputs = (
+        Tensor(ragged.SOURCE, made.datatype, made.dims, made.dims, symbols, like=ragged.SOURCE),
+        Tensor(ragged.ROW, "FP32", (2,), (2,)),
+    )
+    outputs = tuple(Tensor(each.name, each.datatype, each.dims, each.inner, like=each.like) for each in made.outputs)
+    return Model(name, made.file, made.config, most, inputs, outputs, tuple(made.told), made.empty)
 
 
 def _graph(rng: Generator) -> _Graph:
