@@ -72,7 +72,7 @@ class Fleet:
         """The metrics of models' code in all processes; `own` are this one's."""
         if self.redis is None:
             return FleetMeasures(own)
-        measures = FleetMeasures(own, self.process, self.redis.ask)
+        measures = FleetMeasures(own, self.process, self.redis.ask, self.queue.pools)
         self.redis.answers[MEASURES] = measures.answer
         return measures
 

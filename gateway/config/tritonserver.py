@@ -114,7 +114,7 @@ FLAGS: dict[str, Flag] = dict(
         _same("grpc-server-cert"),
         _same("grpc-server-key"),
         _same("grpc-root-cert"),
-        _only("grpc-infer-response-compression-level", ("none",), "use none; HTTP responses are compressed on request"),
+        _same("grpc-infer-response-compression-level"),
         _same("grpc-keepalive-time"),
         _same("grpc-keepalive-timeout"),
         _same("grpc-keepalive-permit-without-calls", "bool"),

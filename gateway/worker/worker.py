@@ -151,13 +151,19 @@ class Worker:
 
     async def _load(self, model: _Model, command: Load) -> None:
         try:
-            source = await asyncio.to_thread(self._read, model.name, command.parameters)
+            async with self._loading:  # a model of a remote repository is brought here first
+                source = await asyncio.to_thread(self._read, model.name, command.parameters)
             await self._gather(model, source.config)
         except errors.GatewayError as problem:
             raise self._unreadable(model, problem) from None
         wanted = {
             str(number): Source(
-                source.config, str(number), path, source.fingerprint.of(number), source.digests.get(number, "")
+                source.config,
+                str(number),
+                path,
+                source.fingerprint.of(number),
+                source.digests.get(number, ""),
+                source.lease,
             )
             for number, path in source.versions.items()
         }
@@ -206,6 +212,8 @@ class Worker:
             model.states.clear()
             self._queue.withdraw(model.name)
             return errors.not_polled(model.name)
+        if isinstance(problem, errors.Internal):
+            return problem  # the request's own files; nothing of the repository was read
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()

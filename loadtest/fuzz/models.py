@@ -33,7 +33,6 @@ from loadtest.fuzz.ragged import Told
 
 Shape = tuple[int, ...]
 MOST_BATCH = 16
-RAGGED_EVERY = 6
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
 _NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}", 'a "word" \\ {}')
 _WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
@@ -50,7 +49,7 @@ _SCHEDULERS = (
 class Tensor:
     """An input or output: `dims` as clients see them and `inner` as the model has them, both without the batch, -1 open.
 
-    One that has no rows is `like` the ragged input, of whose elements it has one each. `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
+    An output is `like` a ragged input by whose shapes it is cut, `inner` being what the model adds; that input is like itself. `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
     """
 
     name: str
@@ -81,6 +80,11 @@ class Model:
         """How many dimensions of the batch shapes begin with: 1 or 0."""
         return int(self.max_batch_size > 0)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether requests of any shapes share batches."""
+        return any(each.like for each in self.outputs)
+
 
 @dataclass(slots=True)
 class _Graph:
@@ -95,8 +99,8 @@ class _Graph:
 def make(seed: int, number: int) -> Model:
     """The model of this number; the same each time."""
     rng = np.random.default_rng([seed, number])
-    if number % RAGGED_EVERY == RAGGED_EVERY - 1:
-        return _ragged(f"m{seed}_{number}", rng)
+    if number % 10 in _RAGGED:
+        return _RAGGED[number % 10](f"m{seed}_{number}", rng)
     graph = _graph(rng)
     ways = ("everything",) if _seems_batched(graph) else ("everything", "inputs", "outputs", "neither", "no file")
     way = ways[min(max(rng.integers(-2, 5), 0), len(ways) - 1)]
@@ -117,6 +121,40 @@ def make(seed: int, number: int) -> Model:
 
 
 def _ragged(name: str, rng: Generator) -> Model:
+    """A model of rows that are single elements, which is given the elements of all requests as if they were rows."""
+    kind = ALL[rng.integers(len(ALL))]
+    values = [Value(f"IN{at}", kind, ()) for at in range(rng.integers(1, 3))]
+    graph = _Graph(1, values, {}, [])
+    for _ in range(rng.integers(1, 3)):
+        made = _output([kind], Site(values, 1, f"OUT{len(graph.made)}", rng))
+        while len(made.output.dims) > 1 or not all(isinstance(dim, int) for dim in made.output.dims):
+            made = _output([kind], Site(values, 1, f"OUT{len(graph.made)}", rng))
+        graph.made.append(made)
+    symbols = tuple(f"r{at}" for at in range(rng.integers(1, MOST_DIMS - 1)))
+    dims = (-1,) * len(symbols)
+    inputs = [Tensor(each.name, each.datatype, dims, dims, symbols, like=each.name) for each in values]
+    outputs = []
+    for each in graph.made:
+        added = tuple(dim for dim in each.output.dims if isinstance(dim, int))
+        shape = (*dims, *added)
+        like = inputs[rng.integers(len(inputs))].name
+        outputs.append(
+            Tensor(each.output.name, each.output.datatype, shape, added, symbols, exact=each.exact, like=like)
+        )
+    most = int(rng.integers(2, MOST_BATCH + 1))
+    parts = [f"max_batch_size: {most}\n", _SCHEDULERS[rng.integers(1, len(_SCHEDULERS))]]
+    parts += [
+        f'{field} {{ name: "{each.name}" data_type: TYPE_{each.datatype.replace("BYTES", "STRING")} dims: {list(each.dims)}'
+        f"{' allow_ragged_batch: true' if field == 'input' else ''} }}\n"
+        for field, tensors in (("input", inputs), ("output", outputs))
+        for each in tensors
+    ]
+    parts += [f'batch_output {{ target_name: "{each.name}" source_input: "{each.like}" }}\n' for each in outputs]
+    return Model(name, _file(graph), "".join(parts), most, tuple(inputs), tuple(outputs))
+
+
+def _told(name: str, rng: Generator) -> Model:
+    """A model that is told which elements are whose."""
     most = int(rng.integers(2, MOST_BATCH + 1))
     made = ragged.make(rng, most)
     symbols = tuple(f"d{place}" for place in range(made.dims.count(-1)))
@@ -126,6 +164,9 @@ def _ragged(name: str, rng: Generator) -> Model:
     )
     outputs = tuple(Tensor(each.name, each.datatype, each.dims, each.inner, like=each.like) for each in made.outputs)
     return Model(name, made.file, made.config, most, inputs, outputs, tuple(made.told), made.empty)
+
+
+_RAGGED = {4: _told, 9: _ragged}  # of ten models which ones
 
 
 def _graph(rng: Generator) -> _Graph:

@@ -34,7 +34,7 @@ class Told(NamedTuple):
 
 
 class Output(NamedTuple):
-    """An output: `dims` as clients see them, `like` where it is cut as the ragged input is."""
+    """An output: `dims` as clients see them, `inner` the model's; one that is `like` the ragged input has none of its own."""
 
     name: str
     datatype: str
@@ -68,7 +68,7 @@ def make(rng: Generator, most: int) -> Ragged:
     """A model that takes so many rows."""
     kind = ALL[rng.integers(len(ALL))]
     dims = ((-1,), (-1, 2), (-1, -1), (3, -1, 1))[rng.integers(4)]
-    outputs = [Output("OUT0", kind, dims, dims, SOURCE), Output("OUT1", "FP32", (2,), (2,))]
+    outputs = [Output("OUT0", kind, dims, (), SOURCE), Output("OUT1", "FP32", (2,), (2,))]
     nodes, constants = _element(rng, kind)
     nodes.append(helper.make_node("Identity", [ROW], ["OUT1"]))
     told = []
@@ -146,7 +146,7 @@ def _config(most: int, kind: str, dims: Shape, told: list[Told], outputs: list[O
         f'input {{ name: "{ROW}" data_type: TYPE_FP32 dims: [2] }}',
     ]
     for each in outputs:
-        reshape = "" if each.dims == each.inner else f" reshape {{ shape: {list(each.inner)} }}"
+        reshape = "" if each.like or each.dims == each.inner else f" reshape {{ shape: {list(each.inner)} }}"
         each_text = {"BYTES": "STRING"}.get(each.datatype, each.datatype)
         lines.append(f'output {{ name: "{each.name}" data_type: TYPE_{each_text} dims: {list(each.dims)}{reshape} }}')
         if each.like:

@@ -144,7 +144,9 @@ class Reference:
         except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
             return None
         return {
-            each.name: array.reshape(request.inputs[each.like].shape) if each.like else self._seen(each, array)
+            each.name: array.reshape((*request.inputs[each.like].shape, *each.inner))
+            if each.like
+            else self._seen(each, array)
             for each, array in zip(wanted, arrays, strict=True)
         }
 

@@ -117,7 +117,8 @@ class Session:
             "open dimensions": any(-1 in each.dims for each in model.inputs),
             "reshape": "reshape" in text,
             "optional inputs": "optional" in text,
-            "ragged batches": model.told,
+            "ragged": model.ragged,
+            "batch_input": model.told,
             "dynamic_batching": "dynamic_batching" in text,
             "results compared to 1e-5": not all(each.exact for each in model.outputs),
         }
@@ -142,7 +143,7 @@ class Session:
             size = min(count, int(rng.choice([1, 2, TOGETHER, TOGETHER])))
             # Requests of the same shapes, which can share a batch, and others among them.
             sizes = requests.sizes_of(model, rng)
-            other = 1.0 if model.told else 0.2
+            other = 1.0 if model.ragged else 0.2
             asks = [
                 self._ask_of(reference, model, requests.sizes_of(model, rng) if rng.random() < other else sizes, rng)
                 for _ in range(size)

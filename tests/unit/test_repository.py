@@ -1,5 +1,6 @@
 """Reading a model repository on disk: layout, version policy, files, refusals, and noticing changes."""
 
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import GatewayError, InvalidArgument, NotFound, Unavailable, Unsupported
+from gateway.errors import GatewayError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
 from gateway.repository import Repository
 from gateway.types import DataType, ModelIO, TensorSpec
 
@@ -79,7 +80,7 @@ def test_one_model_is_read_without_a_look_at_the_others(
     def listed(*_: object) -> None:
         raise AssertionError("all models were listed to read one")
 
-    monkeypatch.setattr("gateway.repository.layout.scan", listed)
+    monkeypatch.setattr("gateway.repository.layout.models", listed)
     assert repository.read("m").name == "m"
 
 
@@ -368,10 +369,10 @@ def test_a_configuration_in_the_load_request_replaces_the_file(repository: Repos
         ({"config": '{"backend": "onnxruntime", "default_model_filename": "../x"}'}, InvalidArgument, "leads out of"),
         (
             {"config": "{}", "file:1/model.onnx": "..."},
-            Unsupported,
-            "load parameter 'file:1/model.onnx' is not supported",
+            Internal,
+            "file parameter 'file:1/model.onnx' is not base64",
         ),
-        ({"confg": "{}"}, InvalidArgument, "unexpected load parameter 'confg'; expected 'config'"),
+        ({"confg": "{}"}, InvalidArgument, "unexpected load parameter 'confg'; expected 'config' or 'file:<path>'"),
     ],
 )
 def test_load_parameters_that_are_refused(
@@ -381,6 +382,20 @@ def test_load_parameters_that_are_refused(
     with pytest.raises(kind) as caught:
         repository.read("m", parameters)
     assert message in caught.value.message
+
+
+def test_files_of_a_request_are_there_for_as_long_as_they_are_used(repository: Repository, root: Path) -> None:
+    put(root, {"m/1/model.onnx": "from the repository", "m/labels.txt": "a"})
+    files = {"file:2/model.onnx": "eA==", "file:labels.txt": "Yg=="}
+    source = repository.read("m", {"config": "{}", **files})
+    assert list(source.versions) == [2]
+    folder = source.versions[2].parent
+    assert (folder / "2/model.onnx").read_bytes() == b"x"
+    assert (folder / "labels.txt").read_bytes() == b"b"
+    assert repository.read("m").versions == {1: root / "m/1"}
+    del source
+    gc.collect()
+    assert not folder.parent.exists()
 
 
 # --- changes

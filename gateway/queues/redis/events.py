@@ -21,6 +21,7 @@ from gateway.queues.memory import MemoryOrder
 from gateway.queues.redis import wire
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.wanted import Wanted, has_files, hollow
 from gateway.redis_client import Disconnected, unheeded
 from gateway.telemetry import log_event
 
@@ -93,6 +94,7 @@ class Events:
         self._cancelled: list[bytes] = []
         self._closed = False
         self._takes_orders = takes_orders
+        self._wanted = Wanted(link)
         self._taken: dict[bytes, RedisOrder] = {}  # by the id of its event
         self._last = b""
         self._placed = False  # whether `_last` is a place in the stream as it is now
@@ -149,9 +151,23 @@ class Events:
         """See `Queue.commands`."""
         while True:
             while self._orders:
-                yield self._orders.popleft()
+                order = self._orders.popleft()
+                if await self._filled(order):
+                    yield order
             self._order_waiter = asyncio.get_running_loop().create_future()
             await self._order_waiter
+
+    async def _filled(self, order: Order) -> bool:
+        """Get the files that a load command from elsewhere has, if any. Whoever sent it is told if they cannot be had."""
+        command = order.command
+        if not isinstance(order, RedisOrder) or not isinstance(command, Load) or not has_files(command):
+            return True
+        try:
+            order.command = await self._wanted.whole(command)
+        except (errors.Unavailable, RedisError, BadMessage) as problem:
+            order.finish(errors.Unavailable(f"the files of the load request cannot be read: {problem}"))
+            return False
+        return True
 
     # --- telling
 
@@ -332,5 +348,5 @@ def _has_no_such_model(error: errors.GatewayError) -> bool:
 def _words(command: Command) -> tuple[str, dict[str, str]]:
     """A command's kind and parameters as others are told."""
     if isinstance(command, Load):
-        return LOAD, command.parameters
+        return LOAD, hollow(command).parameters
     return UNLOAD, {_DEPENDENTS: ""} if command.dependents else {}

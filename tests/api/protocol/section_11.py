@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -272,6 +273,21 @@ def _(on: Http | Grpc) -> None:
     assert after["inference_count"] - before["inference_count"] == 13
     assert after["execution_count"] - before["execution_count"] < 13
     assert max(each["batch_size"] for each in after["batch_stats"]) <= 8
+
+
+@fact(FORMATION, "a request waits for others as long as the delay says")
+def _(on: Http | Grpc) -> None:
+    begun = time.monotonic()
+    assert on.infer("delayed", IN).ok
+    assert time.monotonic() - begun >= 0.2
+
+
+@fact(FORMATION, "a batch of the largest or a preferred size waits for nobody")
+def _(on: Http | Grpc) -> None:
+    begun = time.monotonic()
+    assert on.infer("delayed", tensor("IN", [[1, 2]] * 8)).ok
+    _crowd(on, "patient", [[[1, 2]], [[3, 4]]])
+    assert time.monotonic() - begun < 8
 
 
 @fact(FORMATION, "requests of different shapes are not mixed")

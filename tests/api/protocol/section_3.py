@@ -149,6 +149,14 @@ def _(on: Http) -> None:
     )
 
 
+@fact(ONE_OF, "an input in shared memory has no data beside", HTTP)
+def _(on: Http) -> None:
+    place = {"shared_memory_region": "r", "shared_memory_byte_size": 8}
+    on.post("/v2/models/m/infer", {"inputs": [{**JSON_IN, "parameters": place}]}).refuses(
+        400, "Input must set only one of the following fields: "
+    )
+
+
 @fact(ONE_OF, "an input of no bytes is legal")
 def _(on: Http | Grpc) -> None:
     told = on.infer("open", tensor("IN", np.zeros((1, 0))))

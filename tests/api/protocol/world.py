@@ -103,6 +103,8 @@ FAKES = {
     f'model_version: -1 {STEP} }} }}',
     "needy": f'platform: "ensemble" max_batch_size: 8 {io()} ensemble_scheduling {{ step {{ model_name: "gone" '
     f'model_version: -1 {STEP} }} }}',
+    "patient": FAKE + "dynamic_batching { preferred_batch_size: [ 2 ] max_queue_delay_microseconds: 10000000 }\n" + io(),
+    "delayed": FAKE + "dynamic_batching { max_queue_delay_microseconds: 200000 }\n" + io(),
     "together": FAKE + parameter("a_us", 30_000) + "dynamic_batching {}\n" + io(),
     "open_together": FAKE + parameter("a_us", 10_000) + "dynamic_batching {}\n" + io(dims="-1"),
     "named_well": 'name: "named_well"\n' + FAKE + io(),
