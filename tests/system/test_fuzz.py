@@ -10,6 +10,7 @@ from loadtest.fuzz.requests import difference
 from loadtest.fuzz.wires import WIRES
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of aiohttp in NVIDIA's client
 @pytest.mark.parametrize(
     ("flags", "count"), [("--isolation thread", 150), ("--isolation process --queue embedded", 50)]
 )
