@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway import engines, errors, placement
+from gateway import engines, placement
 from gateway.config.ensemble import PLATFORM
 from gateway.config.settings import Settings
 from gateway.devices.cpu import CpuMeter
@@ -34,15 +34,15 @@ from gateway.middleware.shared_memory import Limits, shared_memory
 from gateway.middleware.store import ClaimStore, MemoryStore, Store
 from gateway.middleware.traced import traced
 from gateway.middleware.tracing import tracing_parts
-from gateway.models import open_repository
-from gateway.queues.base import Command, Load, PoolState, Queue, Unload
-from gateway.repository import Changes, Fingerprint, Repository
+from gateway.models import keep_models, open_repository
+from gateway.queues.base import Queue
+from gateway.repository import Repository
 from gateway.service import Service
 from gateway.service.client_memory import client_memory, without_memory
 from gateway.service.measures import FleetMeasures
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
-from gateway.telemetry import log_event
+from gateway.telemetry import Family, log_event
 from gateway.transport import configured
 from gateway.transport.auth import Callers
 from gateway.transport.device_metrics import DeviceMetrics
@@ -65,6 +65,7 @@ class Gateway:
 
     service: Service
     queue: Queue
+    repository: Repository
     ensembles: Ensembles
     monitor: Monitor  # of the GPUs
     ports: dict[str, int] = field(default_factory=dict)  # "http", "grpc", "metrics"
@@ -84,6 +85,10 @@ class Gateway:
             for listener in self.listeners:
                 if isinstance(listener, GrpcServer):
                     await listener.leave()  # it may end here, so in the task that began it
+
+    def metrics(self) -> list[Family]:
+        """What this process has to tell beside its models. Reads files: call it off the event loop."""
+        return [*(self.children.metrics() if self.children is not None else ()), *self.repository.metrics()]
 
     def failures(self) -> list[str]:
         """The models that did not load, each with its reason."""
@@ -129,11 +134,11 @@ async def running(settings: Settings) -> AsyncGenerator[Gateway, None]:
         children.infer = tracing_parts(service.infer)
         ensembles = _ensembles(statistics, service, worker, tasks)
         measures = fleet.measures(children.measures)
-        gateway = Gateway(service, queue, ensembles, monitor, children=children, measures=measures)
+        gateway = Gateway(service, queue, repository, ensembles, monitor, children=children, measures=measures)
         working = tasks.create_task(worker.run()) if works else None
         async with AsyncExitStack() as listeners:
             await _listen(listeners, settings, gateway, fleet)
-            models = tasks.create_task(_begin(settings, repository, gateway, names))
+            models = tasks.create_task(_keep(settings, repository, gateway, names))
             try:
                 yield gateway
             finally:
@@ -254,7 +259,7 @@ async def _listen(stack: AsyncExitStack, settings: Settings, gateway: Gateway, f
                     own=Own(
                         _device_metrics(settings, gateway.monitor),
                         gateway.queue.pools,
-                        gateway.children.metrics if gateway.children is not None else list,
+                        gateway.metrics,
                         gateway.measures,
                     ),
                 ).__rsgi__
@@ -298,74 +303,11 @@ async def _open(stack: AsyncExitStack, gateway: Gateway, name: str, listener: Ht
 # --- models
 
 
-async def _begin(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
-    async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(gateway.service.controls.informed())
-        await _keep_models(settings, repository, gateway, names)
-
-
-async def _keep_models(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
-    """Load what is wanted at start and, in poll mode, follow the repository for as long as this runs."""
-    if settings.role == "gateway":
+async def _keep(settings: Settings, repository: Repository, gateway: Gateway, names: list[str]) -> None:
+    def loaded() -> None:
         gateway.service.start()
         gateway.loaded.set()
-        return
-    polls = settings.model_control_mode == "poll"
-    changes = await _changes(repository, {}) if polls else None
-    previous = changes.now if changes else {}
-    loads = [Load(name) for name in names]
-    if settings.model_control_mode == "explicit":
-        loads = await _wanted(settings, gateway, names)
-    for load in loads:
-        gateway.queue.publish(PoolState(load.model, reason="waiting to be loaded"))
-    await _send_all(gateway, [*loads])
-    gateway.service.start()
-    gateway.loaded.set()
-    while polls:
-        await asyncio.sleep(settings.repository_poll_secs)
-        changes = await _changes(repository, previous)
-        if changes is None:
-            continue
-        previous = changes.now
-        commands: list[Command] = [Load(name) for name in (*changes.added, *changes.changed)]
-        await _send_all(gateway, [*commands, *(Unload(name) for name in changes.removed)])
 
-
-async def _wanted(settings: Settings, gateway: Gateway, names: list[str]) -> list[Load]:
-    """What to load where commands say it: what the settings name, but for what the last command for a model was."""
-    wanted = {name: Load(name) for name in (names if "*" in settings.load_model else settings.load_model)}
-    try:
-        commands = await gateway.queue.wanted()
-    except errors.GatewayError as problem:
-        log_event("wanted_models_unknown", logging.WARNING, reason=problem.message, loads="what --load-model names")
-        commands = ()
-    for command in commands:
-        if isinstance(command, Load):
-            wanted[command.model] = command
-        else:
-            wanted.pop(command.model, None)
-    return [*wanted.values()]
-
-
-async def _changes(repository: Repository, previous: Mapping[str, Fingerprint]) -> Changes | None:
-    """What has changed, or None when the folders cannot be read now: what is loaded goes on serving."""
-    try:
-        return await asyncio.to_thread(repository.changes, previous)
-    except (errors.GatewayError, OSError) as problem:
-        log_event("repository_unreadable", logging.ERROR, reason=str(problem))
-        return None
-
-
-async def _send_all(gateway: Gateway, commands: list[Command]) -> None:
     async with asyncio.TaskGroup() as tasks:
-        for command in commands:
-            tasks.create_task(_send(gateway, command))
-
-
-async def _send(gateway: Gateway, command: Command) -> None:
-    try:
-        await gateway.queue.send(command, everywhere=False)
-    except errors.GatewayError as problem:
-        # The worker has logged it and published the reason, unless it knows no such model: --load-model misspelt.
-        if isinstance(command, Load) and gateway.queue.pool(command.model) is None:
-            gateway.queue.publish(PoolState(command.model, reason=problem.message))
+        tasks.create_task(gateway.service.controls.informed())
+        await keep_models(settings, repository, gateway.queue, names, loaded)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from gateway import __version__, errors, supervisor
 from gateway.config import tritonserver as triton
 from gateway.config.arguments import parse_args
+from gateway.config.log_levels import levels_off
 from gateway.config.settings import Settings
-from gateway.telemetry import configure_logging, log_event
+from gateway.telemetry import configure_logging, log_event, send_to_file
 
 # What only some commands need is imported by them: a supervisor is half as large for it, and starts its processes sooner.
 if TYPE_CHECKING:
@@ -102,8 +103,11 @@ def tritonserver(argv: Sequence[str] | None = None) -> int:
 
 def _serve(settings: Settings, arguments: Sequence[str]) -> int:
     several = supervisor.plan(settings) is not None
-    configure_logging(settings.log_format, settings.log_verbose, "supervisor" if several else settings.process_name)
+    name = "supervisor" if several else settings.process_name
     try:
+        if settings.log_file is not None:
+            send_to_file(settings.log_file)
+        configure_logging(settings.log_format, settings.log_verbose, name, levels_off(settings))
         if several:
             return _run(supervisor.supervise(settings, arguments, _show))
         _keep_freed_memory()

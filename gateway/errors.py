@@ -54,6 +54,10 @@ class InvalidArgument(GatewayError):
     grpc, http = 3, 400
 
 
+class NoConfiguration(InvalidArgument):
+    """What a load request carries as the model's configuration is none."""
+
+
 class NotFound(GatewayError):
     """No such model, version, region or path."""
 
@@ -295,6 +299,11 @@ def one_answer_only() -> Unsupported:
 def repository_name() -> Unsupported:
     """A call about one repository of several."""
     return Unsupported("'repository_name' specification is not supported")
+
+
+def not_polled(model: str, why: str = "") -> Internal:
+    """A model to be loaded that nowhere is to be found, or whose files in the request, by `why`, cannot be a model."""
+    return Internal(f"failed to load '{model}', failed to poll from model repository" + (f": {why}" if why else ""))
 
 
 def shared_memory_disabled() -> Unsupported:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from gateway import errors
+from gateway.config.log_levels import levels_off
 from gateway.config.settings import Settings
 from gateway.config.trace import read_trace_config
 from gateway.engines.measures import Measures
@@ -59,7 +60,10 @@ class Fleet:
         """What clients may change, the same in all processes."""
         traces = read_trace_config(settings.trace_config)
         ask = None if self.redis is None else self.redis.ask
-        controls = Controls(self.process, ask, verbose=settings.log_verbose, traces=traces)
+        file = "" if settings.log_file is None else str(settings.log_file)
+        logs: dict[str, str | int | bool] = {"log_verbose_level": settings.log_verbose, "log_file": file}
+        logs |= {f"log_{level}": False for level in levels_off(settings)}
+        controls = Controls(self.process, ask, logs=logs, traces=traces)
         if self.redis is not None:
             self.redis.answers[SETTINGS] = controls.registers.answer
         return controls
@@ -68,7 +72,7 @@ class Fleet:
         """The metrics of models' code in all processes; `own` are this one's."""
         if self.redis is None:
             return FleetMeasures(own)
-        measures = FleetMeasures(own, self.process, self.redis.ask)
+        measures = FleetMeasures(own, self.process, self.redis.ask, self.queue.pools)
         self.redis.answers[MEASURES] = measures.answer
         return measures
 

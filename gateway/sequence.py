@@ -67,6 +67,8 @@ def lost(sequence: SequenceId, model: str) -> SequenceLost:
     )
 
 
-def wrong_id(model: str, *, expected: str) -> InvalidArgument:
-    """A sequence id of a kind that the model's CORRID input cannot hold."""
-    return InvalidArgument(f"sequence_id of a request to model '{model}' must be {expected}, as its CORRID input is")
+def wrong_id(model: str, control: str, given: str, expected: str) -> InvalidArgument:
+    """A sequence id of a type that `control`, the model's input for it, cannot hold."""
+    return InvalidArgument(
+        f"sequence batching control '{control}' data-type is '{given}', but model '{model}' expects '{expected}'"
+    )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 Field: TypeAlias = str | int | float | bool | None
@@ -46,9 +48,16 @@ def log_event(event: str, level: int = logging.INFO, trace_of: BaseException | N
         logger.log(level, Event(event, fields), exc_info=trace_of)
 
 
-def configure_logging(log_format: LogFormat, verbose: int, process: str = "") -> None:
+def send_to_file(path: Path) -> None:
+    """Have standard error, of this process and of those that it starts, be the end of a file. Raises OSError."""
+    with path.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 2)
+
+
+def configure_logging(log_format: LogFormat, verbose: int, process: str = "", off: Iterable[str] = ()) -> None:
     """Send every log line of the process to standard error in this format; `verbose` > 0 adds DEBUG events.
 
+    `off` are the levels, in lower case, of which no line is written.
     Other libraries' records of WARNING and above become events named `log`. `process` is named in each line,
     for a log that several processes write. Call it again to change it.
     """
@@ -56,7 +65,7 @@ def configure_logging(log_format: LogFormat, verbose: int, process: str = "") ->
     handler.addFilter(_switches)
     handler.setFormatter(_JsonFormatter(process) if log_format == "json" else _TextFormatter(process))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    switch_logging(info=True, warning=True, error=True, verbose=verbose)
+    switch_logging(info="info" not in off, warning="warning" not in off, error="error" not in off, verbose=verbose)
 
 
 def switch_logging(*, info: bool, warning: bool, error: bool, verbose: int) -> None:
@@ -199,15 +208,18 @@ def _histogram_lines(name: str, labels: str, buckets: Buckets) -> list[str]:
     start = f'{name}_bucket{{{labels}{"," if labels else ""}le="'
     suffix = f"{{{labels}}}" if labels else ""
     reached = list(accumulate(buckets.counts))
+    bounds = _bound_labels(buckets.bounds, int in map(type, buckets.bounds))
     return [
-        *[f'{start}{bound}"}} {count}' for bound, count in zip(_bound_labels(buckets.bounds), reached, strict=True)],
+        *[f'{start}{bound}"}} {count}' for bound, count in zip(bounds, reached, strict=True)],
         f"{name}_sum{suffix} {buckets.total}",
         f"{name}_count{suffix} {reached[-1]}",
     ]
 
 
-@lru_cache(maxsize=16)  # every model has the same few bounds, and turning floats into text is slow
-def _bound_labels(bounds: tuple[float, ...]) -> tuple[str, ...]:
+@lru_cache(
+    maxsize=16
+)  # every model has the same few bounds, and turning floats into text is slow; 1 and 1.0 are one key
+def _bound_labels(bounds: tuple[float, ...], _: bool) -> tuple[str, ...]:
     return (*map(str, bounds), "+Inf")
 
 

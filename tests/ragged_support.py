@@ -36,20 +36,25 @@ def identity(folder: Path, name: str = "identity", *, kind: int = FLOAT, more: s
     )
 
 
-def sums(folder: Path, name: str = "sums") -> Path:
+def sums(folder: Path, name: str = "sums", *, carried: bool = False) -> Path:
     """The sum of each request's elements, which it finds by where they end: row i is of request i, if they have a row each.
 
-    ENDS is made by the gateway (BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO).
+    ENDS is made by the gateway (BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO). With `carried` it is that of a sequence up to then.
     """
-    config = """max_batch_size: 8
-    input { name: "IN" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }
-    output { name: "SUM" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } }
-    batch_input { kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "ENDS" data_type: TYPE_INT32 source_input: "IN" }
-    dynamic_batching { }"""
-    zero, one, last, flat = (
+    batching = "dynamic_batching { }"
+    if carried:
+        state = 'state { input_name: "SO_FAR" output_name: "NOW" data_type: TYPE_FP32 dims: [ 1 ] }'
+        batching = f"sequence_batching {{ oldest {{ max_candidate_sequences: 4 }} {state} }}"
+    config = f"""max_batch_size: 8
+    input {{ name: "IN" data_type: TYPE_FP32 dims: [ -1 ] allow_ragged_batch: true }}
+    output {{ name: "SUM" data_type: TYPE_FP32 dims: [ 1 ] }}
+    batch_input {{ kind: BATCH_ACCUMULATED_ELEMENT_COUNT_WITH_ZERO target_name: "ENDS" data_type: TYPE_INT32 source_input: "IN" }}
+    {batching}"""
+    numbers = [
         helper.make_tensor(name, INT64, [1], [number])
         for name, number in (("zero", 0), ("one", 1), ("last", 1 << 60), ("minus", -1))
-    )
+    ]
+    numbers += [helper.make_tensor("axis", INT64, [], [0]), helper.make_tensor("none", FLOAT, [1], [0.0])]
     nodes = [
         helper.make_node("Cast", ["ENDS"], ["ends"], to=INT64),
         helper.make_node("CumSum", ["IN", "axis"], ["running"]),
@@ -57,23 +62,15 @@ def sums(folder: Path, name: str = "sums") -> Path:
         helper.make_node("Gather", ["totals", "ends"], ["at"], axis=0),
         helper.make_node("Slice", ["at", "one", "last"], ["upper"]),
         helper.make_node("Slice", ["at", "zero", "minus"], ["lower"]),
-        helper.make_node("Sub", ["upper", "lower"], ["SUM"]),
+        helper.make_node("Sub", ["upper", "lower"], ["flat"]),
+        helper.make_node("Unsqueeze", ["flat", "one"], ["own" if carried else "SUM"]),
     ]
-    graph = helper.make_graph(
-        nodes,
-        name,
-        [value("IN", FLOAT, ["n"]), value("ENDS", INT32, ["e"])],
-        [value("SUM", FLOAT, ["r"])],
-        [
-            zero,
-            one,
-            last,
-            flat,
-            helper.make_tensor("axis", INT64, [], [0]),
-            helper.make_tensor("none", FLOAT, [1], [0.0]),
-        ],
-    )
-    return saved(folder, config, graph)
+    inputs, outputs = [value("IN", FLOAT, ["n"]), value("ENDS", INT32, ["e"])], [value("SUM", FLOAT, ["r", 1])]
+    if carried:
+        nodes += [helper.make_node("Add", ["own", "SO_FAR"], ["SUM"]), helper.make_node("Identity", ["SUM"], ["NOW"])]
+        inputs.append(value("SO_FAR", FLOAT, ["r", 1]))
+        outputs.append(value("NOW", FLOAT, ["r", 1]))
+    return saved(folder, config, helper.make_graph(nodes, name, inputs, outputs, numbers))
 
 
 KINDS = {

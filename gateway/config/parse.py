@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway.config.hints import remedy
 from gateway.config.model import ModelConfigProto
-from gateway.errors import InvalidArgument
+from gateway.errors import InvalidArgument, NoConfiguration
 
 _TOKEN = re.compile(r"""\#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\w+""")
 
@@ -77,19 +77,19 @@ def parse_text(source: Source) -> ModelConfigProto:
 def parse_json(text: str) -> ModelConfigProto:
     """Read the JSON form, as a load request carries it; integers may be strings.
 
-    Raises `InvalidArgument` saying what is wrong.
+    Raises `NoConfiguration` saying what is wrong.
     """
     from google.protobuf import json_format
 
     if not text.lstrip().startswith("{"):
-        raise InvalidArgument('model configuration: expected a JSON object, e.g. {"max_batch_size": 8}')
+        raise NoConfiguration('model configuration: expected a JSON object, e.g. {"max_batch_size": 8}')
     try:
         return json_format.Parse(text, empty())
     except json_format.ParseError as error:
         problem = str(error).partition("\n")[0].rstrip(". ").replace('"inference.', '"')
-        raise InvalidArgument(f"model configuration: {problem}") from None
+        raise NoConfiguration(f"model configuration: {problem}") from None
     except RecursionError:
-        raise InvalidArgument("model configuration: the JSON is nested too deeply") from None
+        raise NoConfiguration("model configuration: the JSON is nested too deeply") from None
 
 
 def config_json(proto: ModelConfigProto) -> dict[str, Any]:

@@ -9,7 +9,6 @@ contradicts itself; opens no file but to see that it is there.
 from __future__ import annotations
 
 import ipaddress
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import Field, FilePath, NonNegativeInt, PositiveInt, field_validat
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from gateway.config.client_memory import check_client_memory
+from gateway.config.locations import Places
 from gateway.config.rate_limit import RateLimits
 from gateway.config.restricted import checked_pattern, read_restricted
 from gateway.config.trace import read_trace_config
@@ -34,9 +34,13 @@ class Settings(RateLimits):
 
     model_config = SettingsConfigDict(env_prefix="GATEWAY_", env_ignore_empty=True, frozen=True, extra="forbid")
 
-    model_repository: Annotated[tuple[Path, ...], NoDecode] = _setting(
-        (), "models", "folder of models; repeat for several (variable: separated by ':')"
+    model_repository: Places = _setting(
+        (), "models", "folder of models, or s3://, gs://, as://, hf://; repeat for several (variable: separated by ':')"
     )
+    repository_cache_dir: Path | None = _setting(
+        None, "models", "folder for the files of remote repositories (default: lockgate in the user's cache folder)"
+    )
+    repository_cache_bytes: PositiveInt = _setting(64 << 30, "models", "bytes in that folder, or as many as are in use")
     model_control_mode: Literal["none", "poll", "explicit"] = _setting(
         "none",
         "models",
@@ -199,7 +203,9 @@ class Settings(RateLimits):
     grpc_max_connection_age_grace: NonNegativeInt = _setting(
         0, "grpc", "ms that its open calls then have to finish; 0: any time"
     )
-
+    grpc_infer_response_compression_level: Literal["none", "low", "medium", "high"] = _setting(
+        "none", "grpc", "compress answers: low with gzip, others with deflate; grpcio serves then"
+    )
     grpc_restricted_protocol: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
         "grpc",
@@ -243,6 +249,10 @@ class Settings(RateLimits):
     max_connections: PositiveInt = _setting(1000, "safety", "open connections of each listener")
 
     log_format: Literal["text", "json"] = _setting("text", "logging", "text for people, json for machines")
+    log_info: bool = _setting(True, "logging", "write INFO lines: starts, loads, failures that were mended")
+    log_warning: bool = _setting(True, "logging", "write WARNING lines: refusals, and what to look after")
+    log_error: bool = _setting(True, "logging", "write ERROR lines")
+    log_file: Path | None = _setting(None, "logging", "file to which lines are added, in place of standard error")
     log_verbose: NonNegativeInt = _setting(0, "logging", "0: starts, loads, failures, refusals; 1: more")
     trace_config: Annotated[tuple[str, ...], NoDecode] = _setting(
         (),
@@ -257,11 +267,6 @@ class Settings(RateLimits):
     record_inputs: bool = _setting(False, "logging", "record the tensors too, a .npz file for each request")
     record_sample: float = _setting(1.0, "logging", "share of the requests that is recorded", gt=0, le=1)
     record_max_bytes: PositiveInt = _setting(256 * MIB, "logging", "bytes to record at most")
-
-    @field_validator("model_repository", mode="before")
-    @classmethod
-    def _split_paths(cls, value: Any) -> Any:
-        return value.split(os.pathsep) if isinstance(value, str) else value
 
     @field_validator("load_model", "webhook_allow", mode="before")
     @classmethod

@@ -57,7 +57,6 @@ _SAGEMAKER = (
     "remove it; put a proxy that maps /ping and /invocations to /v2/health/ready and /v2/models/MODEL/infer in front"
 )
 _VERTEX = "remove it; put a proxy that maps Vertex AI's routes to /v2/health/ready and /v2/models/MODEL/infer in front"
-_LEVELS = "remove it; levels are switched while the server runs, by POST /v2/logging, and --log-verbose adds more"
 
 FLAGS: dict[str, Flag] = dict(
     (
@@ -66,11 +65,11 @@ FLAGS: dict[str, Flag] = dict(
         _same("exit-timeout-secs"),
         # logging
         _same("log-verbose", "level"),
-        _only("log-info", _ON, _LEVELS),
-        _only("log-warning", _ON, _LEVELS),
-        _only("log-error", _ON, _LEVELS),
+        _same("log-info", "bool"),
+        _same("log-warning", "bool"),
+        _same("log-error", "bool"),
         _only("log-format", ("default", "ISO8601"), "use ISO8601, or GATEWAY_LOG_FORMAT=json"),
-        _only("log-file", (), "send standard error to the file: 2>FILE"),
+        _same("log-file"),
         # model repository
         ("model-store", Flag("model_repository")),
         _same("model-repository"),
@@ -115,7 +114,7 @@ FLAGS: dict[str, Flag] = dict(
         _same("grpc-server-cert"),
         _same("grpc-server-key"),
         _same("grpc-root-cert"),
-        _only("grpc-infer-response-compression-level", ("none",), "use none; HTTP responses are compressed on request"),
+        _same("grpc-infer-response-compression-level"),
         _same("grpc-keepalive-time"),
         _same("grpc-keepalive-timeout"),
         _same("grpc-keepalive-permit-without-calls", "bool"),

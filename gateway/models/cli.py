@@ -10,6 +10,7 @@ from pathlib import Path
 from gateway import engines, errors, placement
 from gateway.config.arguments import parse_args
 from gateway.config.fit import check_fit
+from gateway.config.locations import folders
 from gateway.config.settings import Settings
 from gateway.models import new
 from gateway.models.lint import Linter
@@ -63,6 +64,7 @@ def _lint(argv: Sequence[str]) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL")
     options, rest = parser.parse_known_args(argv)
     settings = _settings(parser, options, rest)
+    folders(settings.model_repository)  # raises where they are none
     gpus = engines.gpus()
     repository = open_repository(settings, gpus)
     linter = Linter(
@@ -76,7 +78,7 @@ def _lint(argv: Sequence[str]) -> int:
     found = repository.scan()
     if unknown := [name for name in options.models if name not in found]:
         raise errors.NotFound(f"model '{unknown[0]}' is in no model repository")
-    problems = {name: [*linter.problems(found[name].paths[0])] for name in options.models or found}
+    problems = {name: [*linter.problems(repository.folder(name))] for name in options.models or found}
     for name, texts in problems.items():
         for text in texts:
             print(text if text.startswith(f"{name}/") else f"{name}: {text}")
@@ -111,7 +113,7 @@ def _new(argv: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(argv)
     options.model_repository = options.model_repository or ["."]
     settings = _settings(parser, options, rest)
-    repository = settings.model_repository[0]
+    repository = folders(settings.model_repository)[0]
     name = options.file.stem if options.name is None else options.name
     folder = new.create(options.file, name, repository, engines.describe, settings.default_max_batch_size)
     print(f"{folder}: serve it with gateway serve --model-repository {repository}")

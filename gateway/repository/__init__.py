@@ -5,7 +5,7 @@ thread.
 """
 
 from gateway.repository.fingerprint import Changes, Fingerprint
-from gateway.repository.layout import Found
 from gateway.repository.repository import ModelSource, Repository
+from gateway.repository.roots import Root
 
-__all__ = ["Changes", "Fingerprint", "Found", "ModelSource", "Repository"]
+__all__ = ["Changes", "Fingerprint", "ModelSource", "Repository", "Root"]

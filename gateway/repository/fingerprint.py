@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ def fingerprint(model: Path, versions: Mapping[int, Path], override: str = "") -
 
     Raises `Unavailable` when the folder cannot be read.
     """
-    own = set(versions.values())
-    entries = [model / name for name in names(model) if name[0] not in "._"]
-    shared = [line for entry in entries if entry not in own for line in _entries(entry)]
+    own = set(map(str, versions.values()))
+    entries = [f"{model}/{name}" for name in names(model) if name[0] not in "._"]
+    shared = [line for entry in entries if entry not in own for line in _lines(entry)]
     return Fingerprint(
         _digest([override, *shared]),
         {
-            number: _digest([*map(_entry, [*_files(folder, skip=FOLDER), *served_files(folder)])])
+            number: _digest([*_lines(str(folder), skip=FOLDER), *map(_line, served_files(folder))])
             for number, folder in versions.items()
         },
     )
@@ -87,10 +88,6 @@ def diff(previous: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) ->
     )
 
 
-def _entries(path: Path) -> Iterator[str]:
-    return (_entry(file) for file in _files(path))
-
-
 def _files(path: Path, skip: str = "") -> Iterator[Path]:
     """The visible files of a folder, but for those in the folder `skip` of it."""
     if not path.is_dir():
@@ -102,12 +99,29 @@ def _files(path: Path, skip: str = "") -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(files) if name[0] not in "._")
 
 
-def _entry(path: Path) -> str:
+def _lines(path: str, skip: str = "") -> Iterator[str]:
+    """A line for each of `_files`, in plain text: a repository may have tens of thousands, and is looked at often."""
     try:
-        status = path.stat()
+        with os.scandir(path) as found:
+            entries = sorted((entry for entry in found if entry.name[0] not in "._"), key=attrgetter("name"))
+    except NotADirectoryError:
+        yield _line(path)
+        return
     except OSError:
-        return f"{path}\0gone"  # deleted since it was listed, or a dangling link
-    return f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
+        yield f"{path}\0gone"  # deleted since it was listed, or a dangling link
+        return
+    yield from (_line(entry) for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_dir() and entry.name != skip and not entry.is_symlink():
+            yield from _lines(entry.path)
+
+
+def _line(file: str | Path | os.DirEntry[str]) -> str:
+    try:
+        status = os.stat(file)  # noqa: PTH116 - a Path for each file is half of the work
+    except OSError:
+        return f"{os.fspath(file)}\0gone"
+    return f"{os.fspath(file)}\0{status.st_mtime_ns}\0{status.st_size}"
 
 
 def _digest(lines: list[str]) -> str:

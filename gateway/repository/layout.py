@@ -6,8 +6,9 @@ files, never where they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 
 from gateway.config.check import plain_name
@@ -18,57 +19,60 @@ CONFIG = "config.pbtxt"
 _NOT_VERSIONS = {"configs", "warmup", "initial_state"}
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A model's name and its folders: more than one when repositories disagree about who has it."""
-
-    name: str
-    paths: tuple[Path, ...]
-
-
-def scan(repositories: Sequence[Path]) -> dict[str, Found]:
+def models(repository: Path) -> list[Path]:
     """Every model folder in name order. Hidden and underscored folders and plain files are no models.
 
-    Raises `Unavailable` when a repository cannot be read, `InvalidArgument` when it is a model's own folder.
+    Raises `Unavailable` when the repository cannot be read, `InvalidArgument` when it is a model's own folder.
     """
-    found: dict[str, tuple[Path, ...]] = {}
-    for repository in repositories:
-        if (repository / CONFIG).exists():
-            raise InvalidArgument(
-                f"model repository '{repository.name}' is the folder of one model; give the folder that holds it"
-            )
-        for folder in subfolders(repository):
-            found[folder.name] = (*found.get(folder.name, ()), folder)
-    return {name: Found(name, found[name]) for name in sorted(found)}
+    require_repository(repository)
+    return subfolders(repository)
+
+
+def require_repository(folder: Path) -> None:
+    """Raises `InvalidArgument` for a model's own folder."""
+    if (folder / CONFIG).exists():
+        raise InvalidArgument(
+            f"model repository '{folder.name}' is the folder of one model; give the folder that holds it"
+        )
 
 
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, in name order. Raises `Unavailable` when it cannot be read."""
-    return [folder / name for name in names(folder) if name[0] not in "._" and (folder / name).is_dir()]
+    return [folder / entry.name for entry in _entries(folder) if entry.name[0] not in "._" and entry.is_dir()]
 
 
 def names(folder: Path) -> list[str]:
     """What is in a folder, in name order. Raises `Unavailable` when it cannot be read."""
+    return [entry.name for entry in _entries(folder)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return sorted(entry.name for entry in folder.iterdir())
+        with os.scandir(folder) as found:
+            return sorted(found, key=attrgetter("name"))
     except OSError as problem:
         raise unreadable(f"folder '{folder.name}'", problem) from None
 
 
 def versions(model: Path) -> tuple[dict[int, Path], list[str]]:
     """The version folders of a model by number, lowest first, and a warning for each folder that is not one."""
-    numbered: dict[int, Path] = {}
+    numbered, warnings = numbers(model.name, [folder.name for folder in subfolders(model)])
+    return {number: model / str(number) for number in numbered}, warnings
+
+
+def numbers(model: str, folders: Iterable[str]) -> tuple[list[int], list[str]]:
+    """The versions that a model's folders are, lowest first, and a warning for each folder that is not one."""
+    numbered = []
     warnings = []
-    for folder in subfolders(model):
-        name = folder.name
+    for name in folders:
         # Triton's rule: a positive number written the one usual way.
         if name.isascii() and name.isdigit() and name[0] != "0":
-            numbered[int(name)] = folder
+            numbered.append(int(name))
         elif name not in _NOT_VERSIONS:
             warnings.append(
-                f"folder '{model.name}/{name}' is ignored: a version folder is a positive number without leading zeros"
+                f"folder '{model}/{name}' is ignored: a version folder is a positive number without leading zeros"
             )
-    return dict(sorted(numbered.items())), warnings
+    return sorted(numbered), warnings
 
 
 def misnamed(folder: str, name: str) -> str:

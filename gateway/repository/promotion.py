@@ -14,6 +14,7 @@ from pathlib import Path
 from gateway import artefacts, errors
 from gateway.artefacts import Candidate
 from gateway.config.arguments import parse_args
+from gateway.config.locations import folders
 from gateway.config.parse import empty, parse_text
 from gateway.config.settings import Settings
 from gateway.devices.nvml import gpus
@@ -102,10 +103,12 @@ def _from(build: int, file: str) -> str:
 
 def _version(settings: Settings, model: str, version: int | None) -> tuple[Path, str]:
     """The folder of a version and the name of its model file. Raises `GatewayError`."""
-    found = layout.scan(settings.model_repository).get(model)
-    if found is None:
+    found = [
+        folder for path in folders(settings.model_repository) for folder in layout.models(path) if folder.name == model
+    ]
+    if not found:
         raise errors.NotFound(f"model '{model}' is in no model repository")
-    folder = found.paths[0]
+    folder = found[0]
     numbered, _ = layout.versions(folder)
     number = version if version is not None else max(numbered, default=0)
     if number not in numbered:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,10 +19,12 @@ from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, ModelConfigProto
 from gateway.config.parse import Source, config_json, empty, parse_json, parse_text
 from gateway.config.support import require_supported, warnings
-from gateway.errors import GatewayError, InvalidArgument, NotFound, Unsupported
+from gateway.errors import GatewayError, InvalidArgument, NotFound
 from gateway.repository import layout
-from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest, fingerprint
-from gateway.repository.layout import Found
+from gateway.repository.fingerprint import Changes, Fingerprint, diff, digest
+from gateway.repository.roots import LocalRoot, ModelFiles, Root
+from gateway.repository.uploaded import FILE, uploaded
+from gateway.telemetry import Family
 from gateway.types import ModelIO
 
 AskRemote: TypeAlias = Callable[[str, Mapping[str, str]], ModelConfigProto]
@@ -44,6 +46,7 @@ class ModelSource:
     warnings: tuple[str, ...]
     fingerprint: Fingerprint
     digests: Mapping[int, str] = field(default_factory=dict)
+    lease: object = None  # keeps the folders here for as long as anyone holds it
 
 
 AutoComplete: TypeAlias = Callable[[Path, str], str]
@@ -53,11 +56,11 @@ _COMPLETED = ("max_batch_size", "dynamic_batching", "input", "output", "model_tr
 
 
 class Repository:
-    """One or more folders of models. Holds no state: every call reads the files as they are."""
+    """The models of one or more places. Holds no state of its own: every call reads the files as they are."""
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        roots: Sequence[Path | Root],
         describe: Callable[[Path], ModelIO],
         *,
         backends: Collection[str] = ("onnxruntime", "tensorrt", "fake"),
@@ -66,11 +69,11 @@ class Repository:
         config_name: str = "",
         caches: bool = False,
     ) -> None:
-        """`describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
+        """`roots` are the places, a path for a folder of this machine. `describe` reads inputs and outputs from an ONNX file; `backends` are the engines there are; `gpus`
         the ids of the usable GPUs; `config_name` picks `configs/<config_name>.pbtxt` where a model has it. Without
         `caches` nobody keeps responses, and models that ask for it are warned of.
         """
-        self._paths = tuple(path.absolute() for path in paths)
+        self._roots = tuple(LocalRoot(root) if isinstance(root, Path) else root for root in roots)
         self._describe = describe
         self._ask_remote: AskRemote | None = None
         self._backends = frozenset(backends)
@@ -105,40 +108,64 @@ class Repository:
         self._backends |= {"python"}
         self._auto_complete = auto_complete
 
-    def scan(self) -> dict[str, Found]:
-        """Every model folder in name order. Raises `GatewayError` when a repository cannot be read."""
-        return layout.scan(self._paths)
+    def scan(self) -> dict[str, tuple[Root, ...]]:
+        """Every model in name order, and where it is: in more than one place when they disagree about who has it.
+
+        Raises `GatewayError` when one of them cannot be read.
+        """
+        found: dict[str, tuple[Root, ...]] = {}
+        for root in self._roots:
+            for name in root.models():
+                found[name] = (*found.get(name, ()), root)
+        return {name: found[name] for name in sorted(found)}
 
     def changes(self, previous: Mapping[str, Fingerprint]) -> Changes:
-        """What has changed on disk since `previous`, the `now` of an earlier call."""
-        now = {}
-        for name, found in self.scan().items():
-            prints = [fingerprint(path, layout.versions(path)[0]) for path in found.paths]
-            now[name] = prints[0] if len(prints) == 1 else Fingerprint(repr(prints), {})
+        """What has changed since `previous`, the `now` of an earlier call."""
+        prints: dict[str, list[Fingerprint]] = {}
+        for root in self._roots:
+            for name, found in root.fingerprints().items():
+                prints.setdefault(name, []).append(found)
+        now = {
+            name: prints[name][0] if len(prints[name]) == 1 else Fingerprint(repr(prints[name]), {})
+            for name in sorted(prints)
+        }
         return diff(previous, now)
 
-    def read(self, name: str, parameters: Mapping[str, str] | None = None) -> ModelSource:
-        """Read one model. `parameters` are a load request's: `config` is JSON used in place of the file.
+    def folder(self, name: str) -> Path:
+        """Where a model's configuration lies here. Raises as `read` does."""
+        return self._open(name).folder
 
-        Raises `NotFound` for a name that is in no repository, `Unavailable` for files that cannot be read and
-        otherwise `InvalidArgument` or `Unsupported` with file, line and remedy.
+    def metrics(self) -> list[Family]:
+        """What there is to tell of the places themselves, each metric once."""
+        told: dict[str, Family] = {}
+        for family in (family for root in self._roots for family in root.metrics()):
+            told.setdefault(family.name, replace(family, samples=[])).samples.extend(family.samples)
+        return [*told.values()]
+
+    def read(self, name: str, parameters: Mapping[str, str] | None = None) -> ModelSource:
+        """Read one model. `parameters` are a load request's: `config` is JSON used in place of the file, and each
+        `file:PATH` a file in base64, which are all that the model then has.
+
+        Raises `NotFound` for a name that is in no repository, `Unavailable` for files that cannot be read, `Internal`
+        for files of a request that cannot be a model, and otherwise `InvalidArgument` or `Unsupported` with file, line
+        and remedy.
         """
         override = _override(parameters or {})
-        folder = self._folder(name)
+        files = uploaded(name, parameters or {}) or self._open(name)
+        folder = files.folder
         source = None if override else layout.config_source(folder, self._config_name)
         source = source or Source("model configuration")
         proto = parse_json(override) if override else parse_text(source) if source.text else empty()
         if proto.name not in ("", name):
             raise source.error(layout.misnamed(name, proto.name), "name")
-        numbered, ignored = layout.versions(folder)
-        chosen, absent = _choose(proto, name, numbered, source)
-        newest = chosen[max(chosen)]
-        proto = fill_backend(proto, name, layout.names(newest))
+        wanted, absent = _choose(proto, name, files.numbers, source)
+        proto = fill_backend(proto, name, files.contents(wanted[-1]))
         if override:
             _check_override(proto, source)
         require_supported(proto, self._backends, source)
-        config = self._config(proto, folder, chosen, source)
-        texts = [*ignored, *absent, *warnings(proto, source)]
+        chosen = files.fetch(wanted)
+        config = self._config(proto, chosen[wanted[-1]].parent, chosen, source)
+        texts = [*files.ignored, *absent, *warnings(proto, source)]
         cached = config.response_cache is not None
         texts += self._unheeded(config, source)
         return ModelSource(
@@ -146,10 +173,11 @@ class Repository:
             config=config,
             versions=chosen,
             warnings=tuple(texts),
-            fingerprint=fingerprint(folder, numbered, override),
+            fingerprint=files.fingerprint(override),
             digests={number: digest(path, config.proto) for number, path in chosen.items()}
             if cached and not _is_remote(config)
             else {},
+            lease=files.lease,
         )
 
     def _unheeded(self, config: ModelConfig, source: Source) -> Iterator[str]:
@@ -168,16 +196,16 @@ class Repository:
             return "on a model of another server, which may change there"
         return "" if self._caches else "without --response-cache-bytes"
 
-    def _folder(self, name: str) -> Path:
-        found = self.scan().get(name)
-        if found is None:
+    def _open(self, name: str) -> ModelFiles:
+        found = [(root, files) for root in self._roots if (files := root.open(name)) is not None]
+        if not found:
             raise NotFound(f"model '{name}' is in no model repository")
-        if len(found.paths) > 1:
-            places = ", ".join(f"'{path.parent.name}'" for path in found.paths)
+        if len(found) > 1:
+            places = ", ".join(f"'{root.name}'" for root, _ in found)
             raise InvalidArgument(
                 f"model '{name}' appears in two or more repositories ({places}); rename or remove all but one"
             )
-        return found.paths[0]
+        return found[0][1]
 
     def _config(self, proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> ModelConfig:
         model = _model_file(proto, folder, chosen, source)
@@ -222,7 +250,7 @@ class Repository:
         return parse_json(json.dumps(whole))
 
     def _describe_file(self, model: Path, folder: Path) -> ModelIO:
-        where = f"{folder.name}/{model.relative_to(folder)}"
+        where = Path(*model.parts[len(folder.parts) - 1 :])  # it may be in another version's folder
         try:
             return self._describe(model)
         except GatewayError as problem:
@@ -244,12 +272,8 @@ def _mentions(folder: Path, word: bytes) -> bool:
 
 def _override(parameters: Mapping[str, str]) -> str:
     for key in parameters:
-        if key.startswith("file:"):
-            raise Unsupported(
-                f"load parameter '{key}' is not supported by this version; put the file into the model repository"
-            )
-        if key != "config":
-            raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config'")
+        if key != "config" and not key.startswith(FILE):
+            raise InvalidArgument(f"unexpected load parameter '{key}'; expected 'config' or '{FILE}<path>'")
     return parameters.get("config", "")
 
 
@@ -270,31 +294,29 @@ def _check_override(proto: ModelConfigProto, source: Source) -> None:
         raise source.error("a remote server is named in a repository's config.pbtxt and not by an override")
 
 
-def _choose(
-    proto: ModelConfigProto, name: str, numbered: Mapping[int, Path], source: Source
-) -> tuple[dict[int, Path], list[str]]:
-    """The versions that the policy chooses, and a warning for each that it names and that is not there."""
-    if not numbered:
+def _choose(proto: ModelConfigProto, name: str, numbers: Sequence[int], source: Source) -> tuple[list[int], list[str]]:
+    """The versions that the policy chooses, lowest first, and a warning for each that it names and that is not there."""
+    if not numbers:
         raise InvalidArgument(f"model '{name}' has no version folder; put its model file into {name}/1/")
     policy = proto.version_policy
     kind = policy.WhichOneof("policy_choice")
-    wanted = sorted(numbered)
+    wanted = list(numbers)
     if kind == "specific":
         wanted = sorted(set(policy.specific.versions))
     elif kind != "all":
         wanted = wanted[-max(policy.latest.num_versions, 1) :]
-    absent = [number for number in wanted if number not in numbered]
+    absent = [number for number in wanted if number not in numbers]
     if len(absent) == len(wanted):
         raise source.error(
             f"at least one version must be available under the version policy of model '{name}'; there are: "
-            f"{', '.join(map(str, numbered))}",
+            f"{', '.join(map(str, numbers))}",
             "version_policy",
         )
     texts = [
         source.describe(f"version {number} is specified and folder '{name}/{number}' is not there", "version_policy")
         for number in absent
     ]
-    return {number: numbered[number] for number in wanted if number in numbered}, texts
+    return [number for number in wanted if number in numbers], texts
 
 
 def _model_file(proto: ModelConfigProto, folder: Path, chosen: Mapping[int, Path], source: Source) -> Path | None:

@@ -187,12 +187,13 @@ class DeadlineScheduler(Registry[W]):
             return answer
         asks = math.inf
         for lane in state.lanes:
-            if lane.next_expiry <= now:
-                self._expire(lane, now)
+            if lane.next_expiry < math.inf:
+                if lane.next_expiry <= now:
+                    self._expire(lane, now)
+                asks = min(asks, lane.next_expiry)
             if lane.refused:
                 answer.refused += lane.refused
                 lane.refused = []
-            asks = min(asks, lane.next_expiry)
         if state.free > 0:
             asks = min(asks, self._assign(state, now, answer))
         answer.ask_at = asks if asks < math.inf else None

@@ -55,6 +55,8 @@ def _first(device: Device[W], passed: AbstractSet[Lane[W]], least: int) -> Head[
     best: Head[W] | None = None
     best_key = (math.inf, math.inf)
     for lane in device.lanes:
+        if not lane.waiting:  # of a thousand models most
+            continue
         seat = lane.seats[device.name]
         if seat.running >= seat.count or lane in passed:
             continue

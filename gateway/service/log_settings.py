@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 from gateway.service.registers import Registers
@@ -12,24 +13,27 @@ LogValue: TypeAlias = str | int | bool
 
 LOG_NAMES = ("log_file", "log_info", "log_warning", "log_error", "log_verbose_level", "log_format")
 FORMATS = ("default", "ISO8601")
+NOTHING: Mapping[str, LogValue] = MappingProxyType({})
 _NAME = "logging"
 
 
 class LogSettings:
-    """Triton's log settings by name. `log_file` is empty: lines go to standard error, and that cannot be changed.
+    """Triton's log settings by name. `log_file` is empty where lines go to standard error; it cannot be changed.
 
     `log_format` is kept for clients that read it back: every line has its time in ISO 8601, whatever it says.
     """
 
-    def __init__(self, registers: Registers, verbose: int = 0) -> None:
+    def __init__(self, registers: Registers, first: Mapping[str, LogValue] = NOTHING) -> None:
+        """`first` are those that the process was started with."""
         self._registers = registers
         self._first: dict[str, LogValue] = {
             "log_file": "",
             "log_info": True,
             "log_warning": True,
             "log_error": True,
-            "log_verbose_level": verbose,
+            "log_verbose_level": 0,
             "log_format": "default",
+            **first,
         }
         registers.on(_NAME, lambda _, value: _apply(self._first | value))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import msgspec
 
 from gateway.engines.measures import Kind, Measures
 from gateway.errors import GatewayError
+from gateway.queues.base import PoolState
 from gateway.service.registers import Ask
 from gateway.telemetry import Buckets, Family, log_event
 
@@ -35,9 +36,18 @@ _decode = msgspec.msgpack.Decoder(list[_Told]).decode
 
 
 class FleetMeasures:
-    """Called, it gives the families of all live processes; this one is called `process`. Alone there is no `ask`."""
+    """Called, it gives the families of all live processes; this one is called `process`. Alone there is no `ask`, and
+    nobody is asked while there are no models that could keep any among the `pools`.
+    """
 
-    def __init__(self, measures: Measures, process: str = "", ask: Ask | None = None) -> None:
+    def __init__(
+        self,
+        measures: Measures,
+        process: str = "",
+        ask: Ask | None = None,
+        pools: Callable[[], Iterable[PoolState]] = tuple,
+    ) -> None:
+        self._pools = pools
         self._measures = measures
         self._labels = {"process": process} if process else {}
         self._ask = ask
@@ -49,13 +59,17 @@ class FleetMeasures:
     async def __call__(self) -> list[Family]:
         """What is known now: without an answer of the others this process's own."""
         answers = [self.answer()]
-        if self._ask is not None:
+        if self._ask is not None and any(map(_may_keep, self._pools())):
             try:
                 async with asyncio.timeout(_PATIENCE):
                     answers += [answer for answer in await self._ask(QUESTION) if answer]
             except (GatewayError, TimeoutError) as problem:
                 log_event("measures_unknown", logging.WARNING, reason=str(problem))
         return _joined(told for answer in answers for told in _read(answer))
+
+
+def _may_keep(pool: PoolState) -> bool:
+    return any(state.config is not None and state.config.is_code for state in pool.versions)
 
 
 def _told(family: Family, labels: dict[str, str]) -> _Told:

@@ -70,6 +70,7 @@ def grpc_options(settings: Settings) -> GrpcOptions:
             max_connection_age_grace_ms=settings.grpc_max_connection_age_grace,
         ),
         tls=tls,
+        compression=settings.grpc_infer_response_compression_level,
         max_request_bytes=settings.max_request_bytes,
         max_request_tensors=settings.max_request_tensors,
         max_connections=settings.max_connections,

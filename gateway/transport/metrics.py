@@ -168,12 +168,12 @@ def _by_reason(
 @dataclass(frozen=True, slots=True)
 class Own:
     """What a process tells beside the sums over the fleet: its machine's devices, the models as its queue has them, and
-    its child processes, which takes a look at files; and what the code of models keeps, in the whole fleet.
+    `more`, which may take a look at files; and what the code of models keeps, in the whole fleet.
     """
 
     devices: DeviceMetrics = field(default_factory=DeviceMetrics)
     pools: Callable[[], Iterable[PoolState]] = tuple
-    children: Callable[[], list[Family]] = list
+    more: Callable[[], list[Family]] = list
     measures: Callable[[], Awaitable[list[Family]]] | None = None
 
 
@@ -243,11 +243,11 @@ class MetricsApp:
             "Always 1; the labels say what is running",
             [({"version": __version__, "python": python, **self._labels}, 1)],
         )
-        children = [
+        more = [
             Family(
                 each.name, each.kind, each.help, [({**labels, **self._labels}, value) for labels, value in each.samples]
             )
-            for each in self._own.children()
+            for each in self._own.more()
         ]
         cpu = self._own.devices.cpu()
-        return write_metrics([*families, *cpu, *children, *process_metrics(self._labels), build])
+        return write_metrics([*families, *cpu, *more, *process_metrics(self._labels), build])

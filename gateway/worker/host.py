@@ -298,7 +298,8 @@ class Host:
         instances = len(
             self._engines
         )  # and not the runs that each may have open: a server far away is not to be flooded
-        largest = await measure(self._slots, self, self.source.config, instances, self._row)
+        async with self._slots.measuring:
+            largest = await measure(self._slots, self, self.source.config, instances, self._row)
         log_event("measured", logging.DEBUG, model=self.lane.model, version=self.lane.version, rows=largest)
         if self._priors is not None:
             await self._priors.keep(self._learned())

@@ -52,8 +52,8 @@ class SequenceLine:
     def __init__(self, config: ModelConfig, sequences: Sequences[Job], slots: Slots, lanes: List[LaneKey]) -> None:
         assert config.sequences is not None
         self._model = config.name
-        kinds = [control.datatype for control in config.sequences.controls if control.kind == "corrid"]
-        self._id_type = kinds[0] if kinds else None  # what the model can be told
+        told = [control for control in config.sequences.controls if control.kind == "corrid"]
+        self._corrid = told[0] if told else None
         self._sequences = sequences
         self._slots = slots
         self._lanes = lanes
@@ -85,8 +85,10 @@ class SequenceLine:
         id_ = id_of(request)
         if not id_:
             raise refusals.no_id(self._model)
-        if self._id_type is not None and isinstance(id_, str) is not (self._id_type is DataType.BYTES):
-            raise refusals.wrong_id(self._model, expected="a number" if isinstance(id_, str) else "a string")
+        told = self._corrid
+        if told is not None and isinstance(id_, str) is not (told.datatype is DataType.BYTES):
+            given = DataType.BYTES if isinstance(id_, str) else DataType.UINT64
+            raise refusals.wrong_id(self._model, told.name, given.value, told.datatype.value)
         item = Item(job, flag(request, "sequence_start"), flag(request, "sequence_end"))
         if not self._sequences.add(id_, item, time.monotonic()):
             raise refusals.not_started(id_, self._model)

@@ -25,6 +25,7 @@ from gateway.worker.resources import Claim
 
 _WAY = 0.002  # seconds that a batch may take from the decision to the engine and back,
 _WAY_SHARE = 0.1  # or this part of the time it runs
+_MEASURED = 4  # versions at once: a thousand that are loaded together would all stand in line, and be measured as such
 
 
 class Seat:
@@ -80,6 +81,7 @@ class Slots:
         self._scheduled: set[str] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._turn = asyncio.Event()
+        self.measuring = asyncio.Semaphore(_MEASURED)
         self.orders: WeakValueDictionary[Lane, Order] = WeakValueDictionary()  # of lanes whose answers keep theirs
 
     # --- lanes

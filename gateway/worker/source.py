@@ -17,3 +17,4 @@ class Source:
     path: Path
     fingerprint: object
     digest: str = ""  # of what all its artefacts are made from, see `Repository`
+    lease: object = None  # keeps `path` here for as long as anyone holds it

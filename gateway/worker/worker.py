@@ -151,13 +151,19 @@ class Worker:
 
     async def _load(self, model: _Model, command: Load) -> None:
         try:
-            source = await asyncio.to_thread(self._read, model.name, command.parameters)
+            async with self._loading:  # a model of a remote repository is brought here first
+                source = await asyncio.to_thread(self._read, model.name, command.parameters)
             await self._gather(model, source.config)
         except errors.GatewayError as problem:
             raise self._unreadable(model, problem) from None
         wanted = {
             str(number): Source(
-                source.config, str(number), path, source.fingerprint.of(number), source.digests.get(number, "")
+                source.config,
+                str(number),
+                path,
+                source.fingerprint.of(number),
+                source.digests.get(number, ""),
+                source.lease,
             )
             for number, path in source.versions.items()
         }
@@ -199,11 +205,15 @@ class Worker:
 
     def _unreadable(self, model: _Model, problem: errors.GatewayError) -> errors.GatewayError:
         """The error for a model that does not even read; what is loaded of it goes on serving."""
+        if isinstance(problem, errors.NoConfiguration):
+            return errors.not_polled(model.name, problem.message)
         if isinstance(problem, errors.NotFound) and not model.hosts:
             model.reason = ""
             model.states.clear()
             self._queue.withdraw(model.name)
-            return errors.Internal(f"failed to load '{model.name}', failed to poll from model repository")
+            return errors.not_polled(model.name)
+        if isinstance(problem, errors.Internal):
+            return problem  # the request's own files; nothing of the repository was read
         if not model.hosts:
             model.reason = problem.message
             model.states.clear()

@@ -45,8 +45,8 @@ class Wrong:
     def fits(self, status: int | str, text: str) -> bool:
         """Whether this is the error that is due; what was garbled at random may have any that is documented."""
         if self.kind == GARBLED:
-            parsing = text.startswith(("failed to parse the request JSON buffer: ", "Unable to parse '"))
-            return status in (400, 404, "INVALID_ARGUMENT", "NOT_FOUND") or (status == 500 and parsing)
+            told = text.startswith(("failed to parse the request JSON buffer: ", "Unable to parse '", "model '"))
+            return status in (400, 404, "INVALID_ARGUMENT", "NOT_FOUND") or (status in (500, "INTERNAL") and told)
         due = self.due.http if self.wire == "http" else self.due.grpc
         return status == due and re.fullmatch(self.due.text, text, re.DOTALL) is not None
 
@@ -69,11 +69,13 @@ Spoil = Callable[[Case], "tuple[Message, Due] | None"]
 Garble = Callable[[Case, bytes, bytes], "tuple[bytes, bytes, str, Due] | None"]
 
 
-def make(model: Model, rng: Generator) -> list[Wrong]:
-    """A request that is wrong in a random way, for each wire that has this way."""
+def make(model: Model, rng: Generator, answers: Callable[[Request], object]) -> list[Wrong]:
+    """A request that is wrong in a random way, for each wire that has this way; to be spoilt is what the model `answers`."""
     kinds: Sequence[str] = (*BOTH, *ONLY_HTTP, *ONLY_GRPC, *[GARBLED] * 4)
     while True:
         case = _case(model, rng)
+        if answers(case.request) is None:
+            continue
         kind = kinds[rng.integers(len(kinds))]
         if kind == GARBLED:
             found = _garbled(case)

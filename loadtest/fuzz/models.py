@@ -6,6 +6,7 @@ they come to is worked out here from the rules, not asked of the gateway.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from loadtest.fuzz.operators import (
 Shape = tuple[int, ...]
 MOST_BATCH = 16
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
-_NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}")
+_NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}", 'a "word" \\ {}')
+_RAGGED = 9  # of ten models which one
 _WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
 _SCHEDULERS = (
     "",
@@ -56,6 +58,9 @@ class Tensor:
     symbols: tuple[str, ...] = ()
     optional: bool = False
     exact: bool = True
+    like: str = (
+        ""  # of an output: the ragged input by whose shapes it is cut; what the model adds are its last dimensions
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,11 @@ class Model:
         """How many dimensions of the batch shapes begin with: 1 or 0."""
         return int(self.max_batch_size > 0)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether requests of any shapes share batches."""
+        return any(each.like for each in self.outputs)
+
 
 @dataclass(slots=True)
 class _Graph:
@@ -88,6 +98,8 @@ class _Graph:
 def make(seed: int, number: int) -> Model:
     """The model of this number; the same each time."""
     rng = np.random.default_rng([seed, number])
+    if number % 10 == _RAGGED:
+        return _ragged(f"m{seed}_{number}", rng)
     graph = _graph(rng)
     ways = ("everything",) if _seems_batched(graph) else ("everything", "inputs", "outputs", "neither", "no file")
     way = ways[min(max(rng.integers(-2, 5), 0), len(ways) - 1)]
@@ -105,6 +117,39 @@ def make(seed: int, number: int) -> Model:
     config = None if way == "no file" else _config(rng, way, asked, graph, (inputs, outputs))
     most = asked or FILLED_IN * graph.batch
     return Model(f"m{seed}_{number}", _file(graph), config, most, tuple(inputs), tuple(outputs))
+
+
+def _ragged(name: str, rng: Generator) -> Model:
+    """A model of rows that are single elements, which is given the elements of all requests as if they were rows."""
+    kind = ALL[rng.integers(len(ALL))]
+    values = [Value(f"IN{at}", kind, ()) for at in range(rng.integers(1, 3))]
+    graph = _Graph(1, values, {}, [])
+    for _ in range(rng.integers(1, 3)):
+        made = _output([kind], Site(values, 1, f"OUT{len(graph.made)}", rng))
+        while len(made.output.dims) > 1 or not all(isinstance(dim, int) for dim in made.output.dims):
+            made = _output([kind], Site(values, 1, f"OUT{len(graph.made)}", rng))
+        graph.made.append(made)
+    symbols = tuple(f"r{at}" for at in range(rng.integers(1, MOST_DIMS - 1)))
+    dims = (-1,) * len(symbols)
+    inputs = [Tensor(each.name, each.datatype, dims, dims, symbols) for each in values]
+    outputs = []
+    for each in graph.made:
+        added = tuple(dim for dim in each.output.dims if isinstance(dim, int))
+        shape = (*dims, *added)
+        like = inputs[rng.integers(len(inputs))].name
+        outputs.append(
+            Tensor(each.output.name, each.output.datatype, shape, added, symbols, exact=each.exact, like=like)
+        )
+    most = int(rng.integers(2, MOST_BATCH + 1))
+    parts = [f"max_batch_size: {most}\n", _SCHEDULERS[rng.integers(1, len(_SCHEDULERS))]]
+    parts += [
+        f'{field} {{ name: "{each.name}" data_type: TYPE_{each.datatype.replace("BYTES", "STRING")} dims: {list(each.dims)}'
+        f"{' allow_ragged_batch: true' if field == 'input' else ''} }}\n"
+        for field, tensors in (("input", inputs), ("output", outputs))
+        for each in tensors
+    ]
+    parts += [f'batch_output {{ target_name: "{each.name}" source_input: "{each.like}" }}\n' for each in outputs]
+    return Model(name, _file(graph), "".join(parts), most, tuple(inputs), tuple(outputs))
 
 
 def _graph(rng: Generator) -> _Graph:
@@ -235,7 +280,7 @@ def _config(rng: Generator, way: str, asked: int, graph: _Graph, tensors: tuple[
 
 def _listed(kind: str, tensors: Iterable[Tensor], batch: int) -> list[str]:
     return [
-        f'{kind} {{ name: "{each.name}" data_type: TYPE_{each.datatype.replace("BYTES", "STRING")} dims: {list(each.dims)}'
+        f"{kind} {{ name: {json.dumps(each.name, ensure_ascii=False)} data_type: TYPE_{each.datatype.replace('BYTES', 'STRING')} dims: {list(each.dims)}"
         + (f" reshape {{ shape: {list(each.inner)} }}" if each.dims != each.inner and (batch or each.inner) else "")
         + (" optional: true" if each.optional else "")
         + " }\n"

@@ -30,6 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 _WORDS = ("", "a", "Lockgate", "zwölf Boxkämpfer", "日本語", "\U0001f9ea", "a\0b", '"quotes" \\ and\nlines', "x" * 300)
 _SIZES = (0, 1, 2, 3, 4, 5, 7, 9)
+_MANY = 50_000  # elements of a large tensor
 _ODDS = (1, 5, 5, 5, 5, 3, 3, 2)  # of the sizes
 
 
@@ -45,7 +46,15 @@ def sizes_of(model: Model, rng: Generator) -> dict[str, int]:
     """A size for each open dimension."""
     odds = np.array(_ODDS) / sum(_ODDS)
     symbols = sorted({symbol for each in model.inputs for symbol in each.symbols})
-    return {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
+    sizes = {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
+    if symbols and rng.random() < 0.1:
+        large = symbols[rng.integers(len(symbols))]
+        others = max(  # elements, but for this dimension
+            math.prod(_filled(each.dims, [1 if key == large else sizes[key] for key in each.symbols]))
+            for each in model.inputs
+        )
+        sizes[large] = max(1, _MANY // (max(1, others) * max(1, model.max_batch_size)))
+    return sizes
 
 
 def make(model: Model, rng: Generator, sizes: Mapping[str, int]) -> Request:
@@ -85,6 +94,8 @@ def values(rng: Generator, datatype: str, shape: Shape, moderate: bool) -> Array
             return _floats(rng, shape, moderate).astype(dtype)
     limits = np.iinfo(dtype)
     small = rng.integers(0 if dtype.kind == "u" else -9, 10, shape)
+    if moderate:
+        return small.astype(dtype)
     large = rng.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
     return np.where(rng.random(shape) < 0.5, small.astype(dtype), large)
 
@@ -119,6 +130,9 @@ class Reference:
         batch = self._model.batch
         feed = {}
         for name, array in request.inputs.items():
+            if self._model.ragged:
+                feed[name] = array.reshape(-1)
+                continue
             tensor = self._inputs[name]
             sizes = [size for size, dim in zip(array.shape[batch:], tensor.dims, strict=True) if dim == -1]
             feed[name] = array.reshape((*array.shape[:batch], *_filled(tensor.inner, sizes)))
@@ -127,6 +141,11 @@ class Reference:
             arrays = self._run([each.name for each in wanted], feed)
         except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
             return None
+        if self._model.ragged:
+            return {
+                each.name: array.reshape((*request.inputs[each.like].shape, *each.inner))
+                for each, array in zip(wanted, arrays, strict=True)
+            }
         return {each.name: self._seen(each, array) for each, array in zip(wanted, arrays, strict=True)}
 
     def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:

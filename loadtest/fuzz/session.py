@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf import json_format, text_format
 from numpy.random import Generator
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from loadtest.fuzz import malformed, models, requests
@@ -76,13 +78,8 @@ class Session:
         model = models.make(seed, number)
         rng = np.random.default_rng([seed, number, 1])
         folder = self._repository / model.name
-        (folder / "1").mkdir(parents=True)
-        (folder / "1" / "model.onnx").write_bytes(model.file)
-        if model.config is not None:
-            (folder / "config.pbtxt").write_text(model.config, encoding="utf-8")
-        self._count(model)
         try:
-            await self._wires.http.load_model(model.name)
+            await self._load(model, folder, sent=rng.random() < 0.2)
         except InferenceServerException as error:
             self._fault(model, "load", error.message())
             return
@@ -91,6 +88,20 @@ class Session:
         await self._read_statistics(model)
         await self._wires.http.unload_model(model.name)
         shutil.rmtree(folder)
+
+    async def _load(self, model: Model, folder: Path, *, sent: bool) -> None:
+        """From the repository, with a configuration that lies there or is `sent` with the call."""
+        self._count(model)
+        (folder / "1").mkdir(parents=True)
+        (folder / "1" / "model.onnx").write_bytes(model.file)
+        if sent and model.config is not None:
+            self.tally.features["config sent with the load"] += 1
+            config = json_format.MessageToJson(text_format.Parse(model.config, model_config_pb2.ModelConfig()))
+            await self._wires.http.load_model(model.name, config=config)
+            return
+        if model.config is not None:
+            (folder / "config.pbtxt").write_text(model.config, encoding="utf-8")
+        await self._wires.http.load_model(model.name)
 
     def _count(self, model: Model) -> None:
         tally = self.tally
@@ -103,6 +114,7 @@ class Session:
             "inputs filled in": "input {" not in text,
             "outputs filled in": "output {" not in text,
             "batched": model.batch,
+            "ragged": model.ragged,
             "open dimensions": any(-1 in each.dims for each in model.inputs),
             "reshape": "reshape" in text,
             "optional inputs": "optional" in text,
@@ -131,7 +143,7 @@ class Session:
             # Requests of the same shapes, which can share a batch, and others among them.
             sizes = [requests.sizes_of(model, rng) for _ in range(2)]
             asks = [self._ask_of(reference, model, sizes[int(rng.random() < 0.2)], rng) for _ in range(size)]
-            wrong = malformed.make(model, rng) if rng.random() < size / WRONG_EVERY else []
+            wrong = malformed.make(model, rng, reference.answer) if rng.random() < size / WRONG_EVERY else []
             async with asyncio.TaskGroup() as group:  # all is made, so that they come together
                 for ask in asks:
                     group.create_task(self._ask(reference, model, ask))

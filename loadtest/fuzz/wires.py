@@ -33,8 +33,9 @@ WIRES = (
     "http json", "http binary", "http gzip", "http raw", "http shm", "grpc raw", "grpc contents", "grpc stream", "grpc shm",
 )  # fmt: skip
 REGION = "fuzz"
-ROOM = 8 << 20  # bytes of the region
+ROOM = 64 << 20  # bytes of the region
 TIMEOUT = 30.0
+_LIMITS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]  # as NVIDIA's client has them
 Outputs = dict[str, tuple[str, Array]]
 """Datatype and array by name."""
 
@@ -74,7 +75,7 @@ class Wires:
         )
         address = f"127.0.0.1:{self._ports.grpc}"
         self.grpc = await self._stack.enter_async_context(triton_grpc.InferenceServerClient(address))
-        self._channel = await self._stack.enter_async_context(grpc.aio.insecure_channel(address))
+        self._channel = await self._stack.enter_async_context(grpc.aio.insecure_channel(address, _LIMITS))
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         await self.http.register_system_shared_memory(REGION, self._memory.name, ROOM)
         return self

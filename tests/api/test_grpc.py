@@ -6,6 +6,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_sync
+import tritonclient.grpc.aio as triton
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
@@ -72,6 +73,36 @@ async def test_compressed_requests(running: Running, compression):
     async with running.stub() as stub:
         response = await stub.ModelInfer(message("z"), compression=compression)
     assert response.id == "z"
+
+
+@pytest.mark.parametrize("level", ["low", "medium", "high"])
+async def test_answers_are_compressed_where_that_is_asked_for(implementation, level):
+    counted = 0
+
+    async def count(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        nonlocal counted
+        while data := await source.read(1 << 16):
+            counted += len(data)
+            sink.write(data)
+        sink.close()
+
+    async with serving(implementation, compression=level) as running:
+        assert running.server.implementation == "grpcio"
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            back, to = await asyncio.open_connection("127.0.0.1", running.server.port)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(count(reader, to))
+                group.create_task(count(back, writer))
+
+        async with await asyncio.start_server(pass_on, "127.0.0.1", 0) as proxy:
+            port = proxy.sockets[0].getsockname()[1]
+            async with triton.InferenceServerClient(f"127.0.0.1:{port}") as client:
+                rows = triton.InferInput("IN", [8, 2**14], "FP32")
+                rows.set_data_from_numpy(np.zeros((8, 2**14), np.float32))
+                result = await client.infer("m", [rows], compression_algorithm="deflate")
+    assert result.as_numpy("OUT").shape == (8, 2**14)
+    assert counted < 2**14  # of half a megabyte each way
 
 
 async def test_deflate_is_understood_by_grpcio_and_refused_by_the_front(running: Running, implementation):

@@ -131,6 +131,23 @@ async def test_an_error_that_ends_the_stream_waits_for_the_answer_being_written(
         assert await failure(stream.read()) == (grpc.StatusCode.NOT_FOUND, "gone")
 
 
+async def test_a_client_that_ends_the_call_under_an_answer_is_no_failure(implementation, caplog):
+    size = 8 << 20  # more than this client takes, and more than flow control lets through before it says so
+
+    async def infer(request):
+        output = Tensor(DataType.UINT8, (size,), bytes(size))
+        yield InferResponse("m", "1", {"OUT": output}, id=request.id)
+
+    async with serving(implementation, infer=lambda _: infer) as running, running.stub() as stub:
+        stream = stub.ModelStreamInfer()
+        for each in ("a", "b"):
+            await stream.write(message(each))
+        code, _ = await failure(stream.read())
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert {await running.ended.get() for _ in range(2)} == {"a", "b"}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_cancelling_a_stream_cancels_its_requests(running: Running):
     running.model.hold = True
     async with running.stub() as stub:

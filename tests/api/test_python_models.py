@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -380,3 +381,29 @@ async def test_metrics_of_a_model_are_scraped(tmp_path):
         await gateway.service.unload("counts")
         await until(lambda: not gateway.children.measures.known)
         assert "runs" not in (await client.get(url)).text
+
+
+async def test_a_gateway_shows_the_metrics_of_models_on_workers(tmp_path, redis_url):
+    body = """
+    def initialize(self, args):
+        self.level = pb_utils.MetricFamily(name="level", description="how high", kind=pb_utils.MetricFamily.GAUGE)
+        self.level.Metric(labels={}).set(3)
+
+    def execute(self, requests):
+        return []
+    """
+    write(tmp_path / "levels", body)
+    fleet = {"queue": redis_url, "queue_prefix": f"test-{secrets.token_hex(8)}"}
+    async with (
+        serving(tmp_path, role="worker", **fleet) as worker,
+        serving(tmp_path, role="gateway", allow_metrics=True, metrics_port=0, **fleet) as gateway,
+        httpx.AsyncClient() as client,
+    ):
+        await until(lambda: bool(gateway.service.ready_versions("levels")))
+        text = (await client.get(f"http://127.0.0.1:{gateway.ports['metrics']}/metrics")).text
+        assert worker.children.measures.known
+        lines = [line for line in text.splitlines() if line.startswith(("# HELP level", "# TYPE level", "level{"))]
+        assert lines[:2] == ["# HELP level how high", "# TYPE level gauge"]
+        assert len(lines) == 3
+        assert lines[2].startswith('level{process="')
+        assert lines[2].endswith('"} 3')

@@ -214,7 +214,7 @@ async def test_every_answer_is_that_of_the_request_alone(start: Start, tmp_path:
     for (model, array, _), answer in zip(asked, answers, strict=True):
         if model == "sums":
             ends = np.array([0, array.size], np.int32)
-            assert np.array_equal(answer["SUM"][0], alone(tmp_path, model, IN=array.reshape(-1), ENDS=ends)[0])
+            assert np.array_equal(answer["SUM"], alone(tmp_path, model, IN=array.reshape(-1), ENDS=ends)[0])
         else:
             assert answer["OUT"].shape == array.shape
             assert [_plain(value) for value in answer["OUT"].flat] == [_plain(value) for value in array.flat]
@@ -261,6 +261,22 @@ async def test_a_step_of_an_ensemble_may_be_ragged(start: Start) -> None:
     app = await start(write)
     answers = await together(*(app.infer("added", IN=np.ones((1, size), np.float32)) for size in range(1, 5)))
     assert [answer["SUM"].tolist() for answer in answers] == [[[1.0]], [[2.0]], [[3.0]], [[4.0]]]
+
+
+async def test_sequences_may_be_ragged(start: Start) -> None:
+    app = await start(lambda folder: models.sums(folder, "carried", carried=True))
+    library = LIBRARIES[app.wire]
+
+    async def follow(sequence: int) -> None:
+        for place in range(3):
+            given = library.InferInput("IN", [1, sequence + place], "FP32")
+            given.set_data_from_numpy(np.full((1, sequence + place), sequence, np.float32))
+            more = {"sequence_id": sequence, "sequence_start": place == 0, "sequence_end": place == 2}
+            result = await app.client.infer("carried", [given], **more)
+            expected = sequence * sum(sequence + each for each in range(place + 1))
+            assert result.as_numpy("SUM").tolist() == [[expected]]
+
+    await together(*map(follow, range(1, 5)))
 
 
 async def test_fewer_rows_than_the_requests_have_are_nobodys(start: Start) -> None:

@@ -18,6 +18,7 @@ from tritonclient.utils import InferenceServerException
 from gateway.app import Gateway, running
 from gateway.config.settings import Settings
 from gateway.engines.fake import Gate
+from tests.sequence_support import accumulator
 from tests.support import settle, until
 
 # An open dimension: nobody measures such a model, so each run at the gate is a client's. Two instances: each takes one core of two.
@@ -128,3 +129,26 @@ async def test_a_model_that_could_never_run_is_not_loaded_in_tritons_words(tmp_p
             "required count is 4"
         ) in caught.value.message()
         assert (await triton.infer("modest", inputs(http_aio))).as_numpy("OUT").tolist() == [[1, 1]]
+
+
+async def test_sequences_wait_for_resources_too(tmp_path: Path) -> None:
+    needs = NEEDS.format(count=1, priority=1)
+    (tmp_path / "models").mkdir()
+    accumulator(tmp_path / "models", "sums", "direct {}", more=f"instance_group {{ kind: KIND_CPU count: 1 {needs} }}")
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(serving(tmp_path, {"a": needs}, rate_limit="execution_count"))
+        triton = await stack.enter_async_context(client(grpc_aio, gateway))
+        gate = await stack.enter_async_context(Gate(tmp_path / "a"))
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        first = tasks.create_task(triton.infer("a", inputs(grpc_aio)))
+        held = await gate.arrival()
+        given = grpc_aio.InferInput("IN", [1, 1], "FP32")
+        given.set_data_from_numpy(np.full((1, 1), 3, np.float32))
+        step = tasks.create_task(triton.infer("sums", [given], sequence_id=7, sequence_start=True))
+        await until(lambda: gateway.service._open == 2)
+        await settle()
+        assert not step.done()
+        held.release()
+        await first
+        assert (await step).as_numpy("OUT").tolist() == [[3]]
+        assert (await triton.infer("sums", [given], sequence_id=7)).as_numpy("OUT").tolist() == [[6]]

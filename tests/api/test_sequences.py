@@ -197,8 +197,8 @@ def test_an_id_may_be_a_string(wire):
             ("inference request for sequence x to model 'direct' must specify the START flag on the first request of the "
             "sequence"),
         ),
-        ("told_int32", "x", START, "sequence_id of a request to model 'told_int32' must be a number, as its CORRID input is"),
-        ("named", 1, START, "sequence_id of a request to model 'named' must be a string, as its CORRID input is"),
+        ("told_int32", "x", START, "sequence batching control 'ID' data-type is 'BYTES', but model 'told_int32' expects 'UINT64'"),
+        ("named", 1, START, "sequence batching control 'ID' data-type is 'UINT64', but model 'named' expects 'BYTES'"),
     ],
 )  # fmt: skip
 def test_refusals_are_in_tritons_words(wire, model, of, flags, text):

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from gateway import errors, message
-from gateway.queues.base import Capacity, Load, PoolState, VersionState
+from gateway.queues.base import Capacity, Load, PoolState, Unload, VersionState
 from gateway.queues.redis.queue import RedisQueue
+from gateway.queues.redis.wanted import Wanted
 from gateway.redis_client import RedisOptions
 from tests.fleet_support import READY, Mortal, emptied, hurry, known, take
 from tests.redis_support import fleet_queue, options
@@ -295,6 +296,23 @@ async def test_a_command_reaches_every_worker_and_one_that_dies_is_not_waited_fo
         await first.aclose()
 
 
+async def test_what_a_command_changed_is_known_to_every_gateway_when_it_is_answered(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "gateway") as other:
+        async with fleet_queue(fleet, "worker") as worker:
+            await known(lambda: len(gateway._directory.members) == len(other._directory.members) == 2)
+            orders = worker.commands()
+            for command, state in ((Load("m"), READY), (Unload("m"), PoolState("m", ()))):
+                async with background(gateway.send(command)) as (sender,):
+                    order = await anext(orders)
+                    worker.publish(state)
+                    order.finish(None)
+                    await sender
+                found = [queue.pool("m").versions for queue in (gateway, other)]
+                assert [[each.state for each in versions] for versions in found] == [
+                    ["READY"] * len(state.versions)
+                ] * 2
+
+
 async def test_a_worker_without_the_model_does_not_fail_a_command(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
         async with fleet_queue(fleet, "worker") as two:
@@ -315,6 +333,27 @@ async def test_a_command_without_workers_says_so(fleet):
     async with fleet_queue(fleet, "gateway") as gateway:
         error = await refusal(gateway.send(Load("m")))
         assert "no worker is alive" in error.message
+
+
+async def test_the_files_of_a_load_command_are_kept_once_and_not_in_the_events(fleet, monkeypatch):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
+        await known(lambda: len(gateway._directory.workers()) == 1)
+        command, orders = Load("m", {"config": "{}", "file:1/model.onnx": "QUJD"}), one.commands()
+        async with background(gateway.send(command)) as (sender,):
+            order = await anext(orders)
+            assert order.command == command
+            order.finish(None)
+            await sender
+        keys = gateway.client.keys
+        assert b"QUJD" not in repr(await gateway.client.call("XRANGE", keys.events, "-", "+")).encode()
+        assert list(await gateway.wanted()) == [command]
+
+        other = Load("m", {"file:2/model.onnx": "QUJD"})
+        monkeypatch.setattr(gateway._wanted, "note", lambda _: Wanted.read(gateway._wanted))  # nothing is noted
+        monkeypatch.setattr(gateway._wanted, "restore", lambda *_: Wanted.read(gateway._wanted))
+        async with background(anext(orders)):
+            error = await refusal(gateway.send(other))
+        assert "another command for model 'm' came before its files could be read" in error.message
 
 
 async def test_a_question_is_answered_by_all_others(fleet):

@@ -12,7 +12,9 @@ import pytest
 from gateway import errors
 from gateway.config.model import SequenceBatching
 from gateway.queues.base import Job, Keeps, PoolState, VersionState
+from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE
+from gateway.queues.redis.owned import OwnReader
 from gateway.queues.redis.queue import RedisQueue
 from gateway.redis_client import RedisOptions
 from gateway.types import InferResponse
@@ -82,6 +84,23 @@ class Holder:
 async def by(gateway: RedisQueue, of: int | str, value: float = 0.0, **flags) -> str:
     """Who answers a request."""
     return (await ask(gateway, part(of, value, **flags))).parameters["by"]
+
+
+async def begin(gateway: RedisQueue, holder: Holder) -> None:
+    """Sequence 7 has its first answer."""
+    async with background(ask(gateway, part(7, **START)), holder.take()) as (asked, taken):
+        (job,) = await taken
+        job.reply(answer(job.request))
+        await asked
+
+
+async def read_again(own: OwnReader) -> None:
+    """The stream's reader begins anew, as after the loss of its connection."""
+    assert own._task is not None
+    own.cancel()
+    await asyncio.wait([own._task])
+    own._reader = own._link.client.reader()
+    own._task = own._link.start(own._read(), "again")
 
 
 async def served(gateway: RedisQueue, *workers: RedisQueue) -> None:
@@ -198,10 +217,7 @@ async def test_a_request_that_is_given_up_ends_its_sequence(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
-        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, holder)
         assert isinstance(await refusal(ask(gateway, part(7, deadline=soon()))), errors.DeadlineExceeded)
         not_started(await refusal(ask(gateway, part(7))), 7)
 
@@ -210,10 +226,7 @@ async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
-        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, holder)
         own = worker._own[LANE]
         async with background(ask(gateway, part(7, 1.0)), refusal(ask(gateway, part(7, 2.0)))) as (gone, behind):
             await known(lambda: len(own.held) == 2)
@@ -228,10 +241,7 @@ async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
 
 async def test_what_a_dead_worker_had_of_a_sequence_is_refused_and_never_run_again(fleet):
     async with two_workers(fleet) as (gateway, mortal, first, second):
-        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, first)
         second.free(8)
         async with background(refusal(by(gateway, 7)), refusal(by(gateway, 7)), first.take(2)) as (one, two, taken):
             await taken
@@ -257,10 +267,7 @@ async def test_a_beginning_that_may_have_run_is_not_run_again(fleet):
 
 async def test_a_beginning_sent_to_a_worker_whose_death_nobody_has_noticed_begins_at_another(fleet):
     async with two_workers(fleet) as (gateway, mortal, first, second):
-        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, first)
         second.free(8)
         await mortal.die()
         assert first.queue.process in gateway._directory.members
@@ -271,10 +278,7 @@ async def test_a_beginning_sent_to_a_worker_whose_death_nobody_has_noticed_begin
 
 async def test_a_worker_that_leaves_finishes_what_it_has_and_begins_nothing(fleet):
     async with two_workers(fleet) as (gateway, _, first, second):
-        async with background(by(gateway, 7, **START), first.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, first)
         second.free(8)
         async with background(by(gateway, 7), first.take()) as (last, taken):
             (job,) = await taken
@@ -295,10 +299,7 @@ async def test_a_worker_that_has_unloaded_the_model_refuses_what_is_on_its_way(f
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
-        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, holder)
         holder.consumer.close()
         is_lost(await refusal(by(gateway, 7)), 7)
 
@@ -322,10 +323,7 @@ async def test_a_request_that_redis_lost_is_refused_and_not_sent_again(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
-        async with background(by(gateway, 7, **START), holder.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, holder)
         async with background(refusal(by(gateway, 7)), holder.take()) as (lost, taken):
             (job,) = await taken
             await gateway.client.call("XDEL", job.stream, job.entry)
@@ -339,25 +337,75 @@ async def test_what_was_read_and_not_heard_of_is_taken_in_its_order(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
-        async with background(by(gateway, 7, 0.0, **START), holder.take()) as (begun, taken):
-            (job,) = await taken
-            job.reply(named(job, ""))
-            await begun
+        await begin(gateway, holder)
         own = worker._own[LANE]
-        own.cancel()  # and with it, sometimes, what Redis has just given it
+        own.cancel()
         await asyncio.wait([own._task])
         async with background(*(ask(gateway, part(7, value)) for value in range(1, 6))) as asked:
             while await worker.client.call("XLEN", own.stream) < 5:
                 await asyncio.sleep(0.01)
             read = ("XREADGROUP", "GROUP", "workers", worker.process, "COUNT", 3, "STREAMS", own.stream, ">")
             assert len((await worker.client.call(*read))[0][1]) == 3
-            own._task = worker._link.start(own._read(), "again")
-            own._reader = worker.client.reader()
+            await read_again(own)
             jobs = await holder.take(5)
             assert [value_of(job) for job in jobs] == [1, 2, 3, 4, 5]
             for job in jobs:
                 job.reply(answer(job.request))
             await asyncio.gather(*asked)
+
+
+async def test_what_was_run_is_not_run_again_though_its_answer_is_lost(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        async with background(refusal(by(gateway, 7)), holder.take()) as (lost, taken):
+            (job,) = await taken
+            job.lane.forget(job)  # as after an answer that Redis never took
+            await read_again(worker._own[LANE])
+            assert type(await lost) is errors.SequenceLost
+            async with background(refusal(by(gateway, 7)), holder.take()) as (later, again):
+                assert "has ended" in (await later).message
+                assert not again.done()
+
+
+async def test_a_request_that_cannot_be_read_ends_its_sequence(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        (token,) = worker._lanes[LANE].begun._tokens
+        damaged = wire.encode(wire.Envelope(bytes(16), gateway.process, 0, token))
+        await gateway.client.call("XADD", worker._own[LANE].stream, "*", wire.ENVELOPE, damaged, wire.HEADER, b"?")
+        async with background(refusal(by(gateway, 7)), holder.take()) as (later, _):
+            assert "has ended" in (await later).message
+
+
+@pytest.mark.parametrize("comes", [True, False])
+async def test_a_claim_that_comes_after_the_answer_is_waited_for_a_while(fleet, monkeypatch, comes):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        call, claims = worker.client.call, []
+        key = gateway.client.keys.sequence("m", "1", 7)
+
+        def held_back(*words):
+            if words[:2] != ("HSET", key):
+                return call(*words)
+            claims.append(words)
+            return asyncio.get_running_loop().create_future()
+
+        monkeypatch.setattr(worker.client, "call", held_back)
+        await begin(gateway, holder)
+        async with background(holder.serve()):
+            if comes:
+                async with background(by(gateway, 7)) as (later,):
+                    await known(lambda: bool(gateway._calls.routes._lines))
+                    await call(*claims[0])
+                    assert await later == worker.process
+            else:
+                is_lost(await refusal(by(gateway, 7)), 7)
+                assert await by(gateway, 7, **START) == worker.process
 
 
 async def test_models_without_sequences_cost_nothing_more(fleet, monkeypatch):

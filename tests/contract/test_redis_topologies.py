@@ -2,15 +2,19 @@
 
 import asyncio
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
 
 import pytest
 
-from gateway.queues.base import Lane, PoolState
+from gateway.config.model import SequenceBatching
+from gateway.queues.base import Keeps, Lane, PoolState
 from gateway.redis_client import RedisClient
 from tests.contract.test_redis_faults import meet, until_sentinel_knows_a_replica
 from tests.fleet_support import READY, known, take
 from tests.redis_support import cluster_node, fleet_queue, free_port, options, redis_on_port, redis_process, sentinel
-from tests.support import answer, ask, background, request
+from tests.support import answer, ask, background, model_config, request
+
+SEQUENCES = replace(model_config(), batching=None, sequences=SequenceBatching(idle_us=1_000_000))
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60)]
 
@@ -64,5 +68,17 @@ async def test_a_fleet_on_a_cluster():
                     (job,) = await take(held, 1, held.consumer([Lane(name, "1")], 4), Lane(name, "1"))
                     job.reply(answer(job.request))
                 assert [(await caller).model_name for caller in asked] == names
+        for name in names:
+            held.publish(PoolState(name, tuple(replace(each, config=SEQUENCES) for each in READY.versions)))
+        await known(lambda: all(gateway.pool(name).versions[0].config.sequences for name in names))
+        for name in names:
+            lane = Lane(name, "1")
+            consumer = held.consumer([lane], keeps=Keeps(lambda: 4, 1.0))
+            for flags in ({"sequence_start": True}, {}, {"sequence_end": True}):
+                parameters = {"sequence_id": "x", **flags}
+                async with background(ask(gateway, request(model_name=name, parameters=parameters), lane)) as (asked,):
+                    (job,) = await take(held, 1, consumer, lane)
+                    job.reply(answer(job.request))
+                    assert (await asked).model_name == name
         slots = [await nodes[0].call("CLUSTER", "KEYSLOT", held.client.keys.requests(name, "1", 2)) for name in names]
         assert {slot < 8192 for slot in slots} == {True, False}

@@ -73,8 +73,8 @@ class Rig:
         self._writes += 1  # a change within the clock's resolution is a change all the same
         os.utime(path, ns=(self._writes * 10**9, self._writes * 10**9))
 
-    async def load(self, name="m"):
-        await self.queue.send(Load(name))
+    async def load(self, name="m", parameters=None):
+        await self.queue.send(Load(name, parameters or {}))
 
     async def unload(self, name="m"):
         await self.queue.send(Unload(name))
@@ -188,6 +188,15 @@ async def test_a_reload_after_an_unload_counts_from_zero_and_a_plain_reload_goes
 async def test_unloading_what_is_not_loaded_does_nothing(rig):
     await rig.unload("never")
     assert rig.queue.pool("never") is None
+
+
+async def test_a_load_with_what_is_no_configuration_fails_in_tritons_words_and_changes_nothing(rig):
+    rig.write()
+    await rig.load()
+    error = await refusal(rig.load("m", {"config": "max_batch_size: 1"}))
+    assert type(error) is errors.Internal
+    assert error.message.startswith("failed to load 'm', failed to poll from model repository: model configuration: ")
+    await rig.infer()
 
 
 async def test_a_load_of_an_unknown_model_fails_in_tritons_words(rig):
@@ -468,6 +477,34 @@ async def test_a_batch_that_no_memory_holds_ends_the_measuring_only(folder, monk
         assert rig.states() == {"1": ("READY", "")}
         assert await rig.infer(4.0) == 4.0
         assert tried == [1]
+
+
+async def test_versions_that_are_loaded_together_are_measured_a_few_at_a_time(folder, monkeypatch):
+    """Of a thousand each would else have a request in line, and be measured with all others in its way."""
+
+    async def measure(slots, host, *_):
+        nonlocal at_once
+        at_once += 1
+        seen.append(at_once)
+        try:
+            await goes_on.wait()
+        finally:
+            at_once -= 1
+        return 1
+
+    at_once, seen, goes_on = 0, [], asyncio.Event()
+    monkeypatch.setattr("gateway.worker.host.measure", measure)
+    async with measuring(folder) as rig:
+        for name in "abcdef":
+            rig.write(name)
+            await rig.load(name)
+        await settle()
+        assert seen == [1, 2, 3, 4]
+        await rig.unload("a")  # makes room, as does the end of a measurement
+        await until(lambda: seen == [1, 2, 3, 4, 4])
+        await rig.unload("f")  # while it waits for its turn
+        goes_on.set()
+        await until(lambda: not at_once)
 
 
 async def test_an_unload_does_not_wait_for_a_measurement_that_has_no_turn(folder):

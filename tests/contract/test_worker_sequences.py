@@ -221,7 +221,7 @@ async def test_an_unload_answers_what_was_accepted(rig, folder):
             (await gate.arrival()).release()  # once the other has been idle for too long
             assert await in_line == 100.0
             await unloading
-    assert rig.states() == {"1": ("UNAVAILABLE", "unloaded")}
+            await until(lambda: rig.states() == {"1": ("UNAVAILABLE", "unloaded")})
 
 
 async def test_the_direct_strategy_waits_for_its_slots_as_long_as_it_is_told(rig, folder):

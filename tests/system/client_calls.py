@@ -214,6 +214,8 @@ def model_control(client: Client) -> None:
     assert not client.call("is_model_ready", "simple_int8")
     client.call("load_model", "simple_int8")
     assert client.call("is_model_ready", "simple_int8")
+    wrong = '"parameters": {"config": {{"max_batch_size": "16"}}}'
+    refused(lambda: client.call("load_model", "simple_int8", config=wrong), "failed to load", 500, "INTERNAL")
     client.call("load_model", "simple_int8", config='{"max_batch_size":"16"}', headers={"test": "1"})
     told = client.told("get_model_config", "simple_int8")
     same((told["config"] if client.wire == "grpc" else told)["max_batch_size"], 16)
@@ -785,6 +787,16 @@ def explicit_contents(client: Client) -> None:
             read = partial(np.frombuffer, dtype=dtype) if dtype else deserialize_bytes_tensor
             found = [[int(each) for each in read(raw)] for raw in response.raw_output_contents]
             same(found, [(FIRST + SECOND).ravel().tolist(), (FIRST - SECOND).ravel().tolist()])
+        both = service_pb2.ModelInferRequest(model_name="simple", raw_input_contents=[FIRST.tobytes()])
+        both.inputs.add(name="INPUT0", datatype="INT32", shape=[1, 16]).contents.int_contents.extend(range(16))
+        both.inputs.add(name="INPUT1", datatype="INT32", shape=[1, 16]).contents.int_contents.extend(range(16))
+        text = "contents field must not be specified when using raw_input_contents for 'INPUT0' for model 'simple'"
+        try:
+            stub.ModelInfer(both, timeout=30)
+        except grpc.RpcError as problem:
+            same((problem.code(), text in problem.details()), (grpc.StatusCode.INVALID_ARGUMENT, True))
+        else:
+            raise AssertionError("both were taken")
         contents = {
             "BOOL": "bool_contents", "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
             "UINT64": "uint64_contents", "INT16": "int_contents", "INT64": "int64_contents", "FP32": "fp32_contents",

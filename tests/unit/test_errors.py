@@ -10,6 +10,7 @@ from gateway import errors
 ROOT = Path(__file__).parents[2]
 ROWS = {  # class: (gRPC status, HTTP status, retryable, reason)
     "InvalidArgument": (3, 400, False, ""),
+    "NoConfiguration": (3, 400, False, ""),
     "NotFound": (5, 404, False, ""),
     "AlreadyExists": (6, 400, False, ""),
     "Conflict": (6, 409, False, "conflict"),

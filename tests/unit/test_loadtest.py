@@ -10,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 
-from loadtest import flat, flat_requests, samples
+from loadtest import flat, flat_requests, repository_rig, repository_scale, samples
 from loadtest.bench import bodies, generators, instructions, plan, report, runner, statistics
 from loadtest.flat_clients import Answers, Tally, judge
 from loadtest.pacing import Level, Levels
@@ -287,3 +287,29 @@ def test_soak_verdicts():
     assert all(same.values())
     grown = flat.verdicts([start, first, flat.Sample(1000, 112 << 20, 23, 13, 2)], tally, 9)
     assert not any(verdict for name, verdict in grown.items() if name != "every answer is as it should be")
+
+
+# --- repository scale
+
+
+def _sample(**more: int) -> repository_rig.Sample:
+    known = {"after": 0, "rss": 400 << 20, "pss": 0, "fds": 9, "threads": 9, "processes": 5, "tasks": 9}
+    return repository_rig.Sample(**(known | more))
+
+
+def test_what_a_model_that_comes_and_goes_leaves_behind_is_found() -> None:
+    judged = repository_scale.flat
+    assert all(judged([_sample(), _sample(rss=419 << 20, fds=1), _sample(rss=419 << 20)]).values())
+    for more in ({"rss": 421 << 20}, {"fds": 10}, {"threads": 10}, {"tasks": 10}, {"processes": 6}):
+        verdicts = judged([_sample(), _sample(**more)])
+        assert list(verdicts.values()).count(False) == 1, more
+
+
+def test_what_may_be_refused_of_a_model_that_comes_and_goes() -> None:
+    traffic = repository_rig.Traffic(0, ("steady", "reloaded", "flapping"), 1)
+    traffic.tallies["flapping"].wrong["Request for unknown model: 'flapping' has no available versions"] += 5
+    assert all(repository_scale.kept(traffic).values())
+    traffic.tallies["flapping"].wrong["another's answer"] += 1
+    assert list(repository_scale.kept(traffic).values()) == [True, False]
+    traffic.tallies["reloaded"].wrong["Request for unknown model: 'reloaded' has no available versions"] += 1
+    assert list(repository_scale.kept(traffic).values()) == [False, False]

@@ -1,16 +1,24 @@
 """Metrics that models' code keeps: what NVIDIA's own test of them asks, who shares one, and how long they are there."""
 
+from dataclasses import replace
+
 import pytest
 
 from gateway.engines.measures import Measure, Measures, Owner
 from gateway.engines.python.errors import TritonModelException
 from gateway.engines.python.observing import MetricFamily, MetricKind
 from gateway.errors import InvalidArgument, ResourceExhausted, Unavailable
+from gateway.queues.base import PoolState, VersionState
 from gateway.service import measures as module
 from gateway.service.measures import FleetMeasures
 from gateway.telemetry import write_metrics
+from tests.support import model_config
 
 COUNTER, GAUGE, HISTOGRAM = MetricKind.COUNTER, MetricKind.GAUGE, MetricKind.HISTOGRAM
+
+
+def pools(backend: str = "python") -> list[PoolState]:
+    return [PoolState("m", (VersionState("1", "READY", config=replace(model_config(), backend=backend)),))]
 
 
 def instance(measures: Measures) -> type[MetricFamily]:
@@ -159,7 +167,7 @@ async def test_a_fleet_shows_those_of_all_processes() -> None:
         assert question == module.QUESTION
         return [*(FleetMeasures(processes[name], name).answer() for name in "bc"), b"", b"nonsense"]
 
-    text = write_metrics(await FleetMeasures(processes["a"], "a", ask)()).decode()
+    text = write_metrics(await FleetMeasures(processes["a"], "a", ask, pools)()).decode()
     assert text.splitlines() == [
         "# HELP runs of a",
         "# TYPE runs counter",
@@ -180,6 +188,13 @@ def test_a_description_is_one_line(measures: Measures, family: type[MetricFamily
     assert shown(measures).splitlines() == [r"# HELP level a\\b\nc", "# TYPE level gauge", r'level{path="x\n\""} 0']
 
 
+async def test_others_are_not_asked_without_models_that_are_code() -> None:
+    async def ask(_: str) -> list[bytes]:
+        raise AssertionError
+
+    assert await FleetMeasures(Measures(), "a", ask, lambda: pools("fake"))() == []
+
+
 async def test_without_the_others_its_own_are_shown() -> None:
     async def away(_: str) -> list[bytes]:
         raise Unavailable("Redis is away")
@@ -187,7 +202,7 @@ async def test_without_the_others_its_own_are_shown() -> None:
     measures = Measures()
     kept = instance(measures)("runs", "", COUNTER)
     kept.Metric()
-    assert [each.name for each in await FleetMeasures(measures, "a", away)()] == ["runs"]
+    assert [each.name for each in await FleetMeasures(measures, "a", away, pools)()] == ["runs"]
 
 
 def test_a_kind_is_one_of_three(family: type[MetricFamily]) -> None:

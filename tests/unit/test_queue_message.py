@@ -139,6 +139,7 @@ def test_every_field_of_a_request_is_sent_or_left_out_on_purpose():
     assert InferRequest.__struct_fields__ == (
         "model_name", "inputs", "model_version", "id", "outputs", "parameters", "deadline", "priority", "tenant", "form",
         "rows", "size", "signature", "admitted", "idempotency_key", "callers", "places", "one_answer", "trace_context",
+        "trace",
     )  # fmt: skip
     assert InferResponse.__struct_fields__ == (
         "model_name", "model_version", "outputs", "id", "parameters", "timings", "final", "digest", "placed",

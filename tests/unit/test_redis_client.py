@@ -23,6 +23,7 @@ KEYS = Keys("fleet")
 def every_key():
     """The name of every key there is, by its method or attribute."""
     arguments = {"requests": ("m", "1", 2), "dead": ("m", "1"), "job_events": (), "job_hooks": ()}
+    arguments |= {"owned": ("m", "1", "x"), "sequence": ("m", "1", "x")}
     for name in dir(Keys("p")):
         if not name.startswith("_") and name != "prefix":
             made = getattr(KEYS, name)

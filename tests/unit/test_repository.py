@@ -1,5 +1,6 @@
 """Reading a model repository on disk: layout, version policy, files, refusals, and noticing changes."""
 
+import gc
 import json
 import os
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.errors import GatewayError, InvalidArgument, NotFound, Unavailable, Unsupported
+from gateway.errors import GatewayError, Internal, InvalidArgument, NotFound, Unavailable, Unsupported
 from gateway.repository import Repository
 from gateway.types import DataType, ModelIO, TensorSpec
 
@@ -69,6 +70,34 @@ def test_scan_finds_model_folders_only(repository: Repository, root: Path) -> No
     put(root, {"b/1/model.onnx": "", "a/config.pbtxt": "", ".git/x": "", "_old/1/model.onnx": "", "README.md": ""})
     (root / "linked").symlink_to(root / "a")
     assert list(repository.scan()) == ["a", "b", "linked"]
+
+
+def test_one_model_is_read_without_a_look_at_the_others(
+    repository: Repository, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root, {"m/config.pbtxt": "", "m/1/model.onnx": ""})
+
+    def listed(*_: object) -> None:
+        raise AssertionError("all models were listed to read one")
+
+    monkeypatch.setattr("gateway.repository.layout.models", listed)
+    assert repository.read("m").name == "m"
+
+
+@pytest.mark.parametrize("name", ["_m", ".m"])
+def test_what_a_scan_does_not_find_is_not_read(repository: Repository, root: Path, name: str) -> None:
+    put(root, {"m/1/model.onnx": "", "_m/1/model.onnx": "", ".m/1/model.onnx": ""})
+    with pytest.raises(NotFound):
+        repository.read(name)
+
+
+def test_rate_limiters_are_warned_of_unless_rates_are_limited(repository: Repository, root: Path) -> None:
+    group = 'instance_group { rate_limiter { resources { name: "R" count: 1 } } }'
+    put(root, {"m/config.pbtxt": TENSORS + group, "m/1/model.onnx": ""})
+    (warning,) = repository.read("m").warnings
+    assert warning.startswith("m/config.pbtxt line 4: rate_limiter has no effect without --rate-limit execution_count.")
+    repository.limit_rates()
+    assert repository.read("m").warnings == ()
 
 
 def test_a_repository_that_is_not_there(describe: Describe, tmp_path: Path) -> None:
@@ -340,10 +369,10 @@ def test_a_configuration_in_the_load_request_replaces_the_file(repository: Repos
         ({"config": '{"backend": "onnxruntime", "default_model_filename": "../x"}'}, InvalidArgument, "leads out of"),
         (
             {"config": "{}", "file:1/model.onnx": "..."},
-            Unsupported,
-            "load parameter 'file:1/model.onnx' is not supported",
+            Internal,
+            "file parameter 'file:1/model.onnx' is not base64",
         ),
-        ({"confg": "{}"}, InvalidArgument, "unexpected load parameter 'confg'; expected 'config'"),
+        ({"confg": "{}"}, InvalidArgument, "unexpected load parameter 'confg'; expected 'config' or 'file:<path>'"),
     ],
 )
 def test_load_parameters_that_are_refused(
@@ -353,6 +382,20 @@ def test_load_parameters_that_are_refused(
     with pytest.raises(kind) as caught:
         repository.read("m", parameters)
     assert message in caught.value.message
+
+
+def test_files_of_a_request_are_there_for_as_long_as_they_are_used(repository: Repository, root: Path) -> None:
+    put(root, {"m/1/model.onnx": "from the repository", "m/labels.txt": "a"})
+    files = {"file:2/model.onnx": "eA==", "file:labels.txt": "Yg=="}
+    source = repository.read("m", {"config": "{}", **files})
+    assert list(source.versions) == [2]
+    folder = source.versions[2].parent
+    assert (folder / "2/model.onnx").read_bytes() == b"x"
+    assert (folder / "labels.txt").read_bytes() == b"b"
+    assert repository.read("m").versions == {1: root / "m/1"}
+    del source
+    gc.collect()
+    assert not folder.parent.exists()
 
 
 # --- changes

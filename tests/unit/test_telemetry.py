@@ -126,6 +126,17 @@ def test_debug_needs_verbose(lines) -> None:
     assert [line.split(" ", 1)[1] for line in read()] == ["DEBUG detail"]
 
 
+def test_levels_may_be_off_from_the_start(lines) -> None:
+    read = lines("text")
+    configure_logging("text", 1, "", ["info", "error"])
+    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+        log_event("said", level)
+    assert [line.split()[1] for line in read()] == ["DEBUG", "WARNING"]
+    configure_logging("text", 0)
+    log_event("said")
+    assert len(read()) == 1
+
+
 def test_other_libraries_speak_the_same_format(lines) -> None:
     read = lines("json")
     logging.getLogger("somelib.part").info("too quiet")

@@ -16,6 +16,7 @@ BASE = ["--model-repository", "/models"]
 VALUES = {  # a value of each setting's type
     "model_control_mode": "poll",
     "metrics_address": "localhost",
+    "grpc_infer_response_compression_level": "high",
     "http_address": "localhost",
     "grpc_address": "localhost",
     "response_cache_bytes": "local,size=9",

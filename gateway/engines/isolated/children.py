@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from gateway.config.log_levels import levels_off
 from gateway.config.settings import Settings
 from gateway.engines.isolated.home import Home, least_crowded
 from gateway.engines.isolated.limits import Isolation
@@ -42,6 +43,7 @@ class Children:
         *,
         log_format: str = "text",
         verbose: int = 0,
+        off: Sequence[str] = (),
         beat: float = _BEAT,
     ) -> None:
         """0 children are four for each core that this process may use. `beat` is in seconds."""
@@ -50,7 +52,7 @@ class Children:
         self.infer: Infer | None = None  # how models call models, set before anything is loaded
         self.tasks = asyncio.TaskGroup()
         self.measures = Measures()  # of the code of models
-        self.nursery = Nursery(log_format, verbose)
+        self.nursery = Nursery(log_format, verbose, off)
         self._most = most or 4 * len(os.sched_getaffinity(0) if SUPPORTED else (0,))
         self._beat = beat
         self.homes: list[Home] = []  # those that are there
@@ -68,6 +70,7 @@ class Children:
             settings.max_children,
             log_format=settings.log_format,
             verbose=settings.log_verbose,
+            off=levels_off(settings),
         )
 
     async def __aenter__(self) -> Self:

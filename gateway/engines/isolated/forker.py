@@ -30,18 +30,18 @@ _decode = msgspec.msgpack.Decoder(Spawn | Kill).decode
 
 def main(arguments: Sequence[str]) -> None:
     """Fork on request until the gateway's end of the socket is closed; the arguments are ours, from `nursery.py`."""
-    descriptor, log_format, verbose = arguments
-    configure_logging("json" if log_format == "json" else "text", int(verbose), "nursery")
+    descriptor, log_format, verbose, off = arguments
+    configure_logging("json" if log_format == "json" else "text", int(verbose), "nursery", off.split(","))
     control = socket.socket(fileno=int(descriptor))
-    Forker(control, log_format, int(verbose)).run()
+    Forker(control, log_format, int(verbose), off.split(",")).run()
 
 
 class Forker:
     """The children, by the gateway's numbers for them."""
 
-    def __init__(self, control: socket.socket, log_format: str, verbose: int) -> None:
+    def __init__(self, control: socket.socket, log_format: str, verbose: int, off: Sequence[str]) -> None:
         self._control = control
-        self._logging = log_format, verbose
+        self._logging = log_format, verbose, off
         self._pids: dict[int, int] = {}
         self._libc = ctypes.CDLL(None)
         self._selector = selectors.DefaultSelector()
@@ -114,8 +114,8 @@ class Forker:
             self._control.close()
             os.close(self._wake)
             os.close(self._waker)
-            log_format, verbose = self._logging
-            configure_logging("json" if log_format == "json" else "text", verbose, name)
+            log_format, verbose, off = self._logging
+            configure_logging("json" if log_format == "json" else "text", verbose, name, off)
             status = child.live(home)
         except BaseException as problem:  # noqa: BLE001 - nothing may run on into the nursery's own code
             log_event("child_failed", 40, problem, child=name)

@@ -54,9 +54,9 @@ class ChildProcess:
 class Nursery:
     """Starts and ends children. `close` it."""
 
-    def __init__(self, log_format: str = "text", verbose: int = 0) -> None:
+    def __init__(self, log_format: str = "text", verbose: int = 0, off: Sequence[str] = ()) -> None:
         """Children log to standard error in this format."""
-        self._logging = log_format, str(verbose)
+        self._logging = log_format, str(verbose), ",".join(off)
         self._numbers = itertools.count(1)
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None

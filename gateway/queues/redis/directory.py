@@ -82,6 +82,7 @@ class Directory:
         self._written: tuple[bytes, bool] = (b"", False)  # what others can know: the digest of what is held, `leaving`
         self._looked = 0.0  # when the others were last looked at
         self._numbers = count(1)
+        self._looking = asyncio.Lock()
         self._calm = 0.0  # nobody is declared dead before this time
 
     # --- what this process holds
@@ -243,6 +244,10 @@ class Directory:
 
     async def refresh(self) -> None:
         """Read who is there. Raises `Disconnected`."""
+        async with self._looking:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         client = self._link.client
         roles, known = await asyncio.gather(
             client.call("HGETALL", client.keys.processes), client.call("HKEYS", client.keys.models)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from redis.exceptions import RedisError
 
@@ -20,6 +21,7 @@ from gateway.queues.memory import MemoryOrder
 from gateway.queues.redis import wire
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.wanted import Wanted, has_files, hollow
 from gateway.redis_client import Disconnected, unheeded
 from gateway.telemetry import log_event
 
@@ -81,8 +83,8 @@ class Events:
         self, link: Link, outbox: Outbox, on: dict[str, Callable[[wire.Broadcast], None]], *, takes_orders: bool
     ) -> None:
         """`on` is told of cancelled calls, news and entries given to this process."""
-        self.answers: dict[str, Callable[[str], bytes]] = {}
-        """What this process answers to a question: by its first word, called with the rest."""
+        self.answers: dict[str, Callable[[str], bytes | Coroutine[Any, Any, bytes]]] = {}
+        """What this process answers to a question, now or when it is done: by its first word, called with the rest."""
         self._link = link
         self._outbox = outbox
         self._on = on
@@ -92,6 +94,7 @@ class Events:
         self._cancelled: list[bytes] = []
         self._closed = False
         self._takes_orders = takes_orders
+        self._wanted = Wanted(link)
         self._taken: dict[bytes, RedisOrder] = {}  # by the id of its event
         self._last = b""
         self._placed = False  # whether `_last` is a place in the stream as it is now
@@ -148,9 +151,23 @@ class Events:
         """See `Queue.commands`."""
         while True:
             while self._orders:
-                yield self._orders.popleft()
+                order = self._orders.popleft()
+                if await self._filled(order):
+                    yield order
             self._order_waiter = asyncio.get_running_loop().create_future()
             await self._order_waiter
+
+    async def _filled(self, order: Order) -> bool:
+        """Get the files that a load command from elsewhere has, if any. Whoever sent it is told if they cannot be had."""
+        command = order.command
+        if not isinstance(order, RedisOrder) or not isinstance(command, Load) or not has_files(command):
+            return True
+        try:
+            order.command = await self._wanted.whole(command)
+        except (errors.Unavailable, RedisError, BadMessage) as problem:
+            order.finish(errors.Unavailable(f"the files of the load request cannot be read: {problem}"))
+            return False
+        return True
 
     # --- telling
 
@@ -278,7 +295,13 @@ class Events:
             said = b"" if answer is None else answer(rest)  # who has nothing to say is not waited for
         except (errors.GatewayError, KeyError):  # e.g. it holds no such model
             said = b""
-        self._outbox.tell(event.sender, event.id, wire.TOLD, said)
+        if isinstance(said, bytes):
+            self._outbox.tell(event.sender, event.id, wire.TOLD, said)
+        else:
+            self._link.start(self._answer_later(event, said), f"queue:answer:{word}")
+
+    async def _answer_later(self, event: wire.Broadcast, saying: Coroutine[Any, Any, bytes]) -> None:
+        self._outbox.tell(event.sender, event.id, wire.TOLD, await saying)
 
     # --- sending
 
@@ -325,5 +348,5 @@ def _has_no_such_model(error: errors.GatewayError) -> bool:
 def _words(command: Command) -> tuple[str, dict[str, str]]:
     """A command's kind and parameters as others are told."""
     if isinstance(command, Load):
-        return LOAD, command.parameters
+        return LOAD, hollow(command).parameters
     return UNLOAD, {_DEPENDENTS: ""} if command.dependents else {}

@@ -12,10 +12,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 from redis.exceptions import RedisError
 
@@ -23,6 +23,7 @@ from gateway import errors
 from gateway.queues.base import Command, Keeps, Lane, Order, PoolState
 from gateway.queues.figures import FleetFigures
 from gateway.queues.redis import wire
+from gateway.queues.redis.agreement import Agreement
 from gateway.queues.redis.beside import Payloads
 from gateway.queues.redis.calls import Calls, RedisCall
 from gateway.queues.redis.cancelled import Cancelled
@@ -86,6 +87,7 @@ class RedisQueue:
         }
         self._events = Events(link, self._outbox, on, takes_orders=self._role != "gateway")
         self._calls.routes.directory = self._directory
+        self._agreement = Agreement(self._directory, self._events)
         self._recovery = Recovery(link, self._directory, self._events)
         self._replies = Replies(link, self._role, self._deliver)
         with suppress(Disconnected, RedisError):  # it comes up later, or refuses and says so then
@@ -186,6 +188,7 @@ class RedisQueue:
             except errors.GatewayError:
                 await self._wanted.restore(command.model, before)
                 raise
+            await self._agreement.reach()
         except RedisError as problem:
             raise errors.Unavailable(f"the queue's Redis does not take commands now: {problem}") from None
 
@@ -239,7 +242,7 @@ class RedisQueue:
         return self._link.counts
 
     @property
-    def answers(self) -> dict[str, Callable[[str], bytes]]:
+    def answers(self) -> dict[str, Callable[[str], bytes | Coroutine[Any, Any, bytes]]]:
         """What this process answers to `ask`: by the question's first word, called with what follows the colon."""
         return self._events.answers
 

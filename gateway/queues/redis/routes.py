@@ -9,6 +9,8 @@ was not answered ends its sequence, so that nothing goes on over a gap, and none
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,7 +30,8 @@ from gateway.types import InferRequest
 LATEST = b"s"
 """The field that has the token of the last beginning, and after it the gateway that sent it."""
 _TOKEN = 16  # bytes
-_GRACE = 60.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
+_GRACE = 15.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
+_CLAIMED = 1.0  # seconds that a claim may come later than the answer: in a cluster the two go to different servers
 _ENDED, _LOST = b"!e", b"!l"  # in place of a worker
 _BROKEN = b"!b"  # so it is for those that wait behind a request which nobody waits for any more
 
@@ -119,6 +122,7 @@ class Routes:
         self._calls = calls
         self._lines: dict[str, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._lately: dict[bytes, float] = {}  # beginnings that were answered, and when
 
     def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
@@ -149,8 +153,16 @@ class Routes:
         """Its caller has seen the last of a call."""
         if part.token and (part.end or not call.answered):
             self._note(part, part.token, _ENDED)
+        elif part.token == call.id and not part.owner:
+            self._remember(call.id)
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
+
+    def _remember(self, token: bytes) -> None:
+        now = time.monotonic()
+        while self._lately and now - self._lately[first := next(iter(self._lately))] > _CLAIMED:
+            del self._lately[first]
+        self._lately[token] = now
 
     def lose(self, call: Call, part: Part) -> None:
         """It may have run, and nobody will answer it: its sequence is over."""
@@ -279,7 +291,7 @@ class Routes:
     def _begins(self, known: _Known) -> bool:
         """Whether the beginning that nobody has taken yet may still be taken."""
         if known.gateway == self._link.process:
-            return known.token in self._calls
+            return known.token in self._calls or time.monotonic() - self._lately.get(known.token, -math.inf) < _CLAIMED
         return self.directory.is_alive(known.gateway) or not self.directory.sure
 
     def _keeps(self, worker: str, lane: Lane) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from gateway import errors
 from gateway.message import BadMessage
 from gateway.queues.base import Command, Load, Unload
 from gateway.queues.redis.link import Link
@@ -17,6 +18,7 @@ class _Wanted(msgspec.Struct, array_like=True, gc=False):
     parameters: dict[str, str] = {}
 
 
+_FILE = "file:"
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Wanted).decode
 
@@ -36,6 +38,14 @@ class Wanted:
         before: bytes | None = await call("HGET", key, command.model)
         await call("HSET", key, command.model, sealed)
         return before
+
+    async def whole(self, command: Load) -> Load:
+        """A load command with the contents of its files. Raises `Unavailable` when another one came since."""
+        value = await self._link.client.call("HGET", self._link.client.keys.wanted, command.model)
+        found = None if value is None else self._read(command.model.encode(), value)
+        if not isinstance(found, Load) or hollow(found) != command:
+            raise errors.Unavailable(f"another command for model '{command.model}' came before its files could be read")
+        return found
 
     async def restore(self, model: str, before: bytes | None) -> None:
         """The command came to nothing."""
@@ -61,3 +71,14 @@ class Wanted:
         except (msgspec.DecodeError, ValueError) as problem:
             raise BadMessage(f"what is wanted of a model cannot be read: {problem}") from None
         return Load(model.decode(), wanted.parameters) if wanted.loaded else Unload(model.decode())
+
+
+def hollow(command: Load) -> Load:
+    """A load command as workers are told of it: without the contents of its files, which are too much for an event."""
+    told = {key: "" if key.startswith(_FILE) else value for key, value in command.parameters.items()}
+    return Load(command.model, told)
+
+
+def has_files(command: Load) -> bool:
+    """Whether files come with a load command."""
+    return any(key.startswith(_FILE) for key in command.parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from gateway.transport.header_rules import NO_RULES, HeaderRules
 
@@ -41,7 +42,7 @@ class GrpcOptions:
     """Where and how to listen. Port 0 takes a free one; `grace` is how many seconds a stop waits for answers.
 
     `max_request_tensors` is how many inputs, and how many outputs, one request may name. The native front knows
-    no `max_connections`. `native` False keeps grpcio in charge even where `pygrpc_native` is installed. With `share`
+    no `max_connections` and no `compression` of answers, with which grpcio is in charge. `native` False keeps grpcio in charge even where `pygrpc_native` is installed. With `share`
     other processes may listen on the port too.
     """
 
@@ -52,6 +53,7 @@ class GrpcOptions:
     max_connections: int = 1000
     keepalive: Keepalive = Keepalive()
     tls: Tls | None = None
+    compression: Literal["none", "low", "medium", "high"] = "none"
     native: bool = True
     grace: float = 30.0
     share: bool = False

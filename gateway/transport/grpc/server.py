@@ -108,7 +108,9 @@ class GrpcServer:
         self._front = front
 
     async def _start_grpcio(self, stack: AsyncExitStack, address: str, tls: Tls | None) -> int:
-        server: Any = grpc.aio.server(options=_channel_options(self._options))
+        # For a call of its own a context's set_compression() does nothing, in grpcio 1.85.
+        compression = _COMPRESSION.get(self._options.compression)
+        server: Any = grpc.aio.server(options=_channel_options(self._options), compression=compression)
         add_handlers(server, self._service, self._calls, self._regions)
         credentials = _credentials(tls) if tls else None
         try:
@@ -139,9 +141,14 @@ class GrpcServer:
         )
 
 
+_COMPRESSION = {"low": grpc.Compression.Gzip, "medium": grpc.Compression.Deflate, "high": grpc.Compression.Deflate}
+"""As grpc's core chooses for a level among the two."""
+
+
 def _native_can(options: GrpcOptions) -> bool:
     aged = options.keepalive.max_connection_age_ms > 0
-    return options.native and options.tls is None and not aged and find_spec("pygrpc_native") is not None
+    plain = options.tls is None and options.compression == "none" and not aged
+    return options.native and plain and find_spec("pygrpc_native") is not None
 
 
 def _credentials(tls: Tls) -> Any:

@@ -11,7 +11,7 @@ import asyncio
 from contextlib import aclosing
 from typing import Any
 
-from grpc.aio import EOF
+from grpc.aio import EOF, InternalError
 
 from gateway import errors
 from gateway.middleware.wire_times import WireTimes
@@ -87,6 +87,10 @@ class Stream:
         async with self._writing:
             if wire is not None:
                 wire.sending()
-            await self._context.write(message)
+            try:
+                await self._context.write(message)
+            except InternalError:
+                # The client has ended the call, of which gRPC tells the call itself a little later.
+                raise asyncio.CancelledError from None
             if wire is not None:
                 wire.sent()

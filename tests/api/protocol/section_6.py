@@ -465,7 +465,7 @@ def _(on: Http | Grpc) -> None:
 
 @fact(LOAD, "a configuration that is no JSON is refused and what is loaded goes on")
 def _(on: Http | Grpc) -> None:
-    on.load("auto_one", config="no").refuses(400, "load failed for model 'auto_one'")
+    on.load("auto_one", config="no").refuses(500, "failed to load 'auto_one', failed to poll from model repository")
     assert on.infer("auto_one", tensor("IN", [[1, 2, 3]])).ok
 
 

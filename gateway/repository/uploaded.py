@@ -1,0 +1,65 @@
+"""A model whose files came with the load request: `file:1/model.onnx` and so on, in base64, beside its `config`.
+
+They lie in a temporary folder for as long as the model is loaded from it. As in Triton they are all that the model has,
+wherever its name is in a repository too, and the next load without files is from the repository again.
+"""
+
+from __future__ import annotations
+
+import binascii
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+from gateway import errors
+from gateway.config.check import plain_name
+from gateway.repository import layout
+from gateway.repository.roots import LocalFiles, ModelFiles
+
+FILE = "file:"
+"""Begins the name of a load parameter that is a file."""
+
+
+class _Lease:
+    """A temporary folder that is removed when nobody holds this, or when the process ends."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="gateway-model-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def uploaded(model: str, parameters: Mapping[str, str]) -> ModelFiles | None:
+    """The files that come with a load request; None when none does. Raises `Internal`, in Triton's words."""
+    files = {key.removeprefix(FILE): value for key, value in parameters.items() if key.startswith(FILE)}
+    if not files:
+        return None
+    if "config" not in parameters:
+        raise errors.not_polled(model, "Load parameter 'config' must be specified for model file override")
+    if not plain_name(model) or "/" in model:
+        raise errors.not_polled(model, "model name must not contain path traversal characters")
+    lease = _Lease()
+    folder = lease.folder / model
+    folder.mkdir()
+    for name in sorted(files):
+        _write(folder, name, files[name], model)
+    return LocalFiles(folder, lease)
+
+
+def _write(folder: Path, name: str, data: str, model: str) -> None:
+    if not plain_name(name):
+        raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' must stay within model directory.")
+    try:
+        content = binascii.a2b_base64(data, strict_mode=True)
+    except (binascii.Error, ValueError):
+        raise errors.not_polled(model, f"file parameter '{FILE}{name}' is not base64") from None
+    path = folder / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except (FileExistsError, NotADirectoryError):
+        problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
+        raise errors.not_polled(model, problem) from None
+    except OSError as problem:
+        raise layout.unreadable(f"file parameter '{FILE}{name}'", problem) from None
