@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 
-FILES = "files in a load request are refused, with what to do"
 NATIVE = "pygrpc-native undoes gzip only; without it, grpcio undoes deflate too"
-NOT_DONE: dict[tuple[str, str, str], str] = {
-    **{("6-a-file-may-be-sent-with-a-configuration", "", queue): FILES for queue in ("memory", "embedded")},
-}
+NOT_DONE: dict[tuple[str, str, str], str] = {}
 """By the fact's slug, the wire ("" for both) and the queue."""
 if importlib.util.find_spec("pygrpc_native"):
     NOT_DONE |= {("4-deflated-messages-are-read-and-answered", "", queue): NATIVE for queue in ("memory", "embedded")}
