@@ -1,5 +1,6 @@
 """What all tests may ask for."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -52,3 +53,9 @@ def trtrtx_python() -> str:
     if not python and importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("needs tensorrt-rtx-cu13: pip install 'lockgate[trtrtx]', or LOCKGATE_TRTRTX_PYTHON")
     return python or sys.executable
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are objects too: without this each full collection, of which some tests make many, walks them all."""
+    gc.collect()
+    gc.freeze()

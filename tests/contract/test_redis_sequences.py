@@ -381,6 +381,21 @@ async def test_a_request_that_cannot_be_read_ends_its_sequence(fleet):
             assert "has ended" in (await later).message
 
 
+async def test_a_gap_before_any_worker_has_begun_ends_the_sequence_too(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker, places=0)
+        await served(gateway, worker)
+        lines = gateway._calls.routes._lines
+        async with background(ask(gateway, part(7, 1.0, **START)), ask(gateway, part(7, 2.0))) as (begun, gone):
+            await known(lambda: bool(lines) and not gone.done())
+            gone.cancel()
+            await known(lambda: not lines)
+            holder.free(1)
+            async with background(holder.serve()):
+                await begun
+                not_started(await refusal(by(gateway, 7, 3.0)), 7)
+
+
 @pytest.mark.parametrize("comes", [True, False])
 async def test_a_claim_that_comes_after_the_answer_is_waited_for_a_while(fleet, monkeypatch, comes):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
@@ -390,7 +405,7 @@ async def test_a_claim_that_comes_after_the_answer_is_waited_for_a_while(fleet, 
         key = gateway.client.keys.sequence("m", "1", 7)
 
         def held_back(*words):
-            if words[:2] != ("HSET", key):
+            if words[:2] != ("HSETNX", key):
                 return call(*words)
             claims.append(words)
             return asyncio.get_running_loop().create_future()

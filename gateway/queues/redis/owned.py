@@ -127,8 +127,8 @@ class SharedReader(LaneReader):
         client, lane = self._link.client, self.lane
         key = client.keys.sequence(*lane, _id(job))
         idle = max((each.idle for each in self._keeps()), default=0.0)
-        # Whoever hears of an answer finds this done: it goes out first.
-        client.call("HSET", key, job.sequence, self._link.process).add_done_callback(unheeded)
+        # Whoever hears of an answer finds this done: it goes out first. A sequence that has ended meanwhile stays so.
+        client.call("HSETNX", key, job.sequence, self._link.process).add_done_callback(unheeded)
         client.call("PEXPIRE", key, life(idle)).add_done_callback(unheeded)
         self.begun.add(job.sequence)
         self._add(job)

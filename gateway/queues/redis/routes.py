@@ -241,7 +241,7 @@ class Routes:
                 await self._pass(call, part, known)
             else:
                 call.fail(self._refusal(call, part, known))
-            line.calls.popleft()
+            line.calls.remove(call)  # which another may precede by now
         return True
 
     def _begin(self, call: Call, part: Part, known: _Known, owner: bytes) -> _Known:
