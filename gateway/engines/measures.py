@@ -126,7 +126,8 @@ class Owner:
         self._families[measure.family] = measure.name, set()
 
     def _make(self, known: _Known, mine: set[Labels], measure: Measure) -> None:
-        if bad := [name for name, _ in measure.labels if _LABEL.fullmatch(name) is None]:
+        names = [name for name, _ in measure.labels]
+        if bad := [name for name in names if _LABEL.fullmatch(name) is None or _taken(name, known.kind)]:
             raise InvalidArgument(f"'{bad[0]}' cannot be a label's name")
         metric = known.metrics.get(measure.labels)
         if metric is None:
@@ -151,6 +152,11 @@ class Owner:
         known.users -= 1
         if not known.users:
             del self._measures.known[name]
+
+
+def _taken(label: str, kind: Kind) -> bool:
+    """Whether Prometheus has a use of its own for the label: whoever reads the metrics would refuse all of them."""
+    return label.startswith("__") or (kind == "histogram" and label == "le")
 
 
 def _line(text: str) -> str:

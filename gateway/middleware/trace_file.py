@@ -1,7 +1,8 @@
 """Triton's trace files: a JSON array of activities, written off the event loop.
 
-With a log frequency of N each N traces become a file `PATH.0`, `PATH.1` and so on. Without one all go to PATH, which is
-a complete array once the gateway has stopped. The path is the operator's; no client can name another.
+With a log frequency of N each N traces become a file `PATH.0`, `PATH.1` and so on. Without one all go to PATH. A file is
+a complete array once it is full or the gateway has stopped. The path is the operator's; no client can name another, and
+whatever a client sends only its own trace says less.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
+from gateway.errors import GatewayError
 from gateway.middleware.tracing import Sampling, Trace
 from gateway.telemetry import log_event
 from gateway.types import DataType, Tensor
 
-_MANY = 256  # traces that are written at once, where no number is set
+_MANY = 256  # traces that are written at once, however many a file is to have
 _BATCHES = 64  # that wait for a slow disk; more are lost
 Batch: TypeAlias = list[tuple[Trace, tuple[str, ...]]]
 
@@ -30,9 +33,10 @@ class TraceFile:
         self._path = path
         self._waiting: Batch = []
         self._index = 0
-        self._begun = False
+        self._in_file = 0  # traces of the file that is being filled
+        self._begun: set[Path] = set()  # files whose arrays have no end yet; the writer's
         self._frequency = 0
-        self._queue: asyncio.Queue[tuple[Batch, Path | None] | None] = asyncio.Queue(_BATCHES)
+        self._queue: asyncio.Queue[tuple[Batch, Path, bool] | None] = asyncio.Queue(_BATCHES)
         self._group = asyncio.TaskGroup()
 
     async def __aenter__(self) -> Self:
@@ -43,64 +47,67 @@ class TraceFile:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hand_over()
+        self._hand_over(full=True)
         await self._queue.put(None)
         await self._group.__aexit__(None, None, None)
 
     def keep(self, trace: Trace, sampling: Sampling) -> None:
         """Have a trace written."""
         if sampling.log_frequency != self._frequency:
-            self._hand_over()
+            self._hand_over(full=True)
             self._frequency = sampling.log_frequency
         self._waiting.append((trace, sampling.level))
-        if len(self._waiting) >= (self._frequency or _MANY):
-            self._hand_over()
+        full = 0 < self._frequency <= self._in_file + len(self._waiting)
+        if full or len(self._waiting) >= _MANY:
+            self._hand_over(full=full)
 
-    def _hand_over(self) -> None:
-        if not self._waiting:
-            return
-        path = None
-        if self._frequency:
-            path = self._path.with_name(f"{self._path.name}.{self._index}")
-            self._index += 1
+    def _hand_over(self, *, full: bool) -> None:
+        path = self._path
         batch, self._waiting = self._waiting, []
+        if self._frequency:
+            path = path.with_name(f"{path.name}.{self._index}")
+            self._in_file += len(batch)
+            if full and self._in_file:
+                self._index, self._in_file = self._index + 1, 0
         try:
-            self._queue.put_nowait((batch, path))
+            self._queue.put_nowait((batch, path, full and path != self._path))
         except asyncio.QueueFull:
             self._lost(batch, "the disk is too slow for so many; raise trace_rate")
 
     async def _write_all(self) -> None:
         while (batch := await self._queue.get()) is not None:
             await self._attempt(*batch)
-        if self._begun:
-            await self._attempt([], None)
+        for path in sorted(self._begun):
+            await self._attempt([], path, full=True)
 
-    async def _attempt(self, batch: Batch, path: Path | None) -> None:
+    async def _attempt(self, batch: Batch, path: Path, full: bool) -> None:
         try:
-            await asyncio.to_thread(self._write, batch, path)
+            await asyncio.to_thread(self._write, batch, path, full=full)
         except OSError as problem:
             self._lost(batch, problem.strerror or "")
 
     def _lost(self, batch: Batch, reason: str) -> None:
         log_event("traces_lost", logging.ERROR, traces=len(batch), file=self._path.name, reason=reason)
 
-    def _write(self, batch: Batch, path: Path | None) -> None:
+    def _write(self, batch: Batch, path: Path, *, full: bool) -> None:
         text = ",\n".join(
             json.dumps(each) for trace, level in batch for part in trace.family for each in activities(part, level)
         )
-        if path is not None:
-            path.write_text(f"[\n{text}\n]\n", encoding="utf-8")
+        begun = path in self._begun
+        if not (batch or begun):
             return
-        with self._path.open("a" if self._begun else "w", encoding="utf-8") as file:
-            file.write(f"{',' if self._begun else '['}\n{text}" if batch else "\n]\n")
-        self._begun = True
+        with path.open("a" if begun else "w", encoding="utf-8") as file:
+            file.write(f"{',' if begun else '['}\n{text}" if batch else "")
+            file.write("\n]\n" if full else "")
+        (self._begun.discard if full else self._begun.add)(path)
 
 
 def activities(trace: Trace, level: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """A trace as Triton writes it: whose it is, its timestamps, its tensors."""
     request = trace.request
-    version = int(trace.version) if trace.version else -1
-    head = {"id": trace.number, "model_name": request.model_name, "model_version": version}
+    head = {"id": trace.number, "model_name": request.model_name, "model_version": -1}
+    with suppress(ValueError):  # a client may ask for a version that is no number
+        head["model_version"] = int(trace.version)
     if request.id:
         head["request_id"] = request.id
     if trace.parent:
@@ -115,11 +122,10 @@ def activities(trace: Trace, level: tuple[str, ...]) -> Iterator[dict[str, Any]]
 
 
 def _told(tensor: Tensor) -> dict[str, str]:
-    return {
-        "data": ",".join(map(_text(tensor.datatype), tensor.array.reshape(-1).tolist())),
-        "shape": ",".join(map(str, tensor.shape)),
-        "dtype": tensor.datatype.value,
-    }
+    told = {"shape": ",".join(map(str, tensor.shape)), "dtype": tensor.datatype.value}
+    with suppress(ValueError, GatewayError):  # bytes that are not what the client says have been refused
+        told = {"data": ",".join(map(_text(tensor.datatype), tensor.array.reshape(-1).tolist())), **told}
+    return told
 
 
 def _text(datatype: DataType) -> Any:

@@ -65,8 +65,8 @@ def numbers(model: str, folders: Iterable[str]) -> tuple[list[int], list[str]]:
     numbered = []
     warnings = []
     for name in folders:
-        # Triton's rule: a positive number written the one usual way.
-        if name.isascii() and name.isdigit() and name[0] != "0":
+        # Triton's rule: a positive number written the one usual way, of 64 bits.
+        if name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 20 and int(name) < 1 << 63:
             numbered.append(int(name))
         elif name not in _NOT_VERSIONS:
             warnings.append(

@@ -17,11 +17,14 @@ from pathlib import Path
 
 from gateway import errors
 from gateway.config.check import plain_name
-from gateway.repository import layout
 from gateway.repository.roots import LocalFiles, ModelFiles
 
 FILE = "file:"
 """Begins the name of a load parameter that is a file."""
+
+
+_LONGEST = 255  # bytes of a name, as of most file systems
+_LONGEST_PATH = 1024  # characters of a file's path
 
 
 class _Lease:
@@ -48,9 +51,14 @@ def uploaded(model: str, parameters: Mapping[str, str]) -> ModelFiles | None:
         raise errors.not_polled(model, "Load parameter 'config' must be specified for model file override")
     if not plain_name(model) or "/" in model:
         raise errors.not_polled(model, "model name must not contain path traversal characters")
-    lease = _Lease()
-    folder = lease.folder / model
-    folder.mkdir()
+    if _too_long(model):
+        raise errors.not_polled(model, f"model name has more than {_LONGEST} bytes")
+    try:
+        lease = _Lease()
+        folder = lease.folder / model
+        folder.mkdir()
+    except OSError as problem:
+        raise _unwritten("a folder for the files of the request", problem) from None
     for name in sorted(files):
         _write(folder, name, files[name], model)
     return LocalFiles(folder, lease)
@@ -59,6 +67,8 @@ def uploaded(model: str, parameters: Mapping[str, str]) -> ModelFiles | None:
 def _write(folder: Path, name: str, data: str, model: str) -> None:
     if not plain_name(name):
         raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' must stay within model directory.")
+    if len(name) > _LONGEST_PATH or any(map(_too_long, name.split("/"))):
+        raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' is too long")
     try:
         content = binascii.a2b_base64(data, strict_mode=True)
     except (binascii.Error, ValueError):
@@ -67,10 +77,19 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    except (FileExistsError, NotADirectoryError):
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
         problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
         raise errors.not_polled(model, problem) from None
     except OSError as problem:
         if problem.errno == errno.ENAMETOOLONG:
             raise errors.not_polled(model, f"Invalid file path '{name[:80]}...': a name in it is too long") from None
-        raise layout.unreadable(f"file parameter '{FILE}{name}'", problem) from None
+        raise _unwritten(f"file parameter '{FILE}{name}'", problem) from None
+
+
+def _too_long(name: str) -> bool:
+    return len(name.encode()) > _LONGEST
+
+
+def _unwritten(what: str, problem: OSError) -> errors.Unavailable:
+    """There is no room on this machine, or no folder."""
+    return errors.Unavailable(f"{what} cannot be written: {problem.strerror}")

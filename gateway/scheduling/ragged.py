@@ -20,6 +20,8 @@ from gateway.types import Array, InferRequest, Pieces, Tensor, element_count
 
 Shape: TypeAlias = tuple[int, ...]
 
+_MOST_EMPTY = 65_536  # items of which a client sends nothing, and each of which has a shape here
+
 
 def joined(parts: Sequence[Tensor]) -> Pieces:
     """The elements of these, in one dimension."""
@@ -87,7 +89,10 @@ def _most_as_shape(shapes: list[Shape]) -> Array:
 
 
 def _item_shapes(shapes: list[Shape]) -> Array:
-    return np.array([shape[1:] for shape in shapes for _ in range(shape[0])])
+    counts = [shape[0] for shape in shapes]
+    if any(count > _MOST_EMPTY and not element_count(shape) for count, shape in zip(counts, shapes, strict=True)):
+        raise errors.InvalidArgument(f"an input without elements may have {_MOST_EMPTY} items, got {max(counts)}")
+    return np.repeat(np.array([shape[1:] for shape in shapes]), counts, axis=0)
 
 
 def _item_shapes_flat(shapes: list[Shape]) -> Array:

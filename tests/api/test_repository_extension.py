@@ -149,6 +149,18 @@ NOT_POLLED = "failed to load 'adder', failed to poll from model repository: "
             {"config": CONFIG, "files": {"file:1": b"x", "file:1/model.onnx": b"x"}},
             NOT_POLLED + "Invalid file parameter 'file:1/model.onnx', directory has been created as a file",
         ),
+        (
+            {"config": CONFIG, "files": {"file:.": b"x"}},
+            NOT_POLLED + "Invalid file parameter 'file:.', directory has been created as a file",
+        ),
+        (
+            {"config": CONFIG, "files": {f"file:1/{'x' * 256}": b"x"}},
+            NOT_POLLED + f"Invalid file parameter 'file:1/{'x' * 256}' is too long",
+        ),
+        (
+            {"config": CONFIG, "files": {f"file:{1 << 63}/model.onnx": b"x"}},
+            "model 'adder' has no version folder; put its model file into adder/1/",
+        ),
         ({"config": '{"backend": "python"}', "files": {"file:1/model.py": b"x"}}, "not by an override"),
         ({"config": CONFIG, "files": {"file:1/model.onnx": b"x"}}, "load failed for model 'adder'"),
     ],
@@ -160,6 +172,14 @@ async def test_files_that_are_no_model_leave_what_serves_alone(folder: Path, wir
         assert message in await refusal(client.load_model("adder", **more))
         assert await added(client, wire) == 0.0
         assert gateway.service.ready()
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_a_name_that_no_folder_can_have_is_refused(folder: Path, wire: str) -> None:
+    async with serving(folder) as gateway, connected(gateway, wire) as client:
+        name = "m" * 256
+        files = {"file:1/model.onnx": adder(1.0)}
+        assert (await refusal(client.load_model(name, config=CONFIG, files=files))).endswith("has more than 255 bytes")
 
 
 async def test_a_file_that_is_not_base64_is_refused(folder: Path) -> None:

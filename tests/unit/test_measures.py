@@ -142,6 +142,11 @@ def test_names_that_are_none(family: type[MetricFamily], name: str) -> None:
     allowed = family("vllm:tokens_total", "", COUNTER)
     with pytest.raises(TritonModelException, match="Error when creating Metric: 'a-b' cannot be a label's name"):
         allowed.Metric({"a-b": "c"})
+    with pytest.raises(TritonModelException, match="'__name__' cannot be a label's name"):
+        allowed.Metric({"__name__": "other"})
+    with pytest.raises(TritonModelException, match="'le' cannot be a label's name"):
+        family("waits", "", HISTOGRAM).Metric({"le": "1"}, buckets=[1])
+    allowed.Metric({"le": "1"})
 
 
 def test_there_are_only_so_many(measures: Measures, monkeypatch: pytest.MonkeyPatch) -> None:

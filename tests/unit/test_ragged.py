@@ -11,9 +11,25 @@ from hypothesis import strategies as st
 
 from gateway import errors
 from gateway.config.model import BatchInput, ModelConfig, TensorConfig
-from gateway.scheduling import batch
+from gateway.scheduling import batch, ragged
 from gateway.types import Array, DataType, InferRequest, RequestedOutput, Tensor
 from tests.support import model_config, tensor, tensor_config
+
+
+def test_items_of_which_a_client_sends_nothing_are_bounded() -> None:
+    config = model_config(inputs=(tensor_config("IN", dims=(-1, -1)),), max_batch_size=0)
+    made = BatchInput("item_shape", ("SHAPES",), DataType.FP32, "IN")
+
+    def shapes(*shape: int) -> tuple[int, ...]:
+        empty = Tensor(DataType.FP32, shape, b"")
+        asked = InferRequest("m", inputs={"IN": empty})
+        return ragged.described([asked], made, config)["SHAPES"].shape
+
+    assert shapes(3, 0) == (3, 1)
+    assert shapes(0, 3) == (0, 1)
+    with pytest.raises(errors.InvalidArgument, match="an input without elements may have 65536 items"):
+        shapes(1 << 60, 0)
+
 
 KINDS = (
     "element_count",

@@ -323,6 +323,30 @@ def test_equal_contents_lie_there_once(bucket: Bucket) -> None:
     assert files[0].stat().st_mode & 0o777 == 0o444
 
 
+def test_no_name_in_a_store_is_one_that_the_cache_uses(bucket: Bucket) -> None:
+    bucket.put("a/1/model.onnx", "one")
+    bucket.put("a/1/model.onnx.gateway", "two")
+    source = bucket.repository.read("a")
+    bucket.put("a/1/model.onnx", "two")  # which is known here by now
+    again = bucket.repository.read("a")
+    texts = [{path.name: path.read_text() for path in each.versions[1].iterdir()} for each in (source, again)]
+    assert texts[0] == {"model.onnx": "one", "model.onnx.gateway": "two"}
+    assert texts[1] == {"model.onnx": "two", "model.onnx.gateway": "two"}
+
+
+def test_what_a_dead_process_of_the_same_number_left_is_in_nobodys_way(bucket: Bucket) -> None:
+    bucket.put("m/1/model.onnx", "whole")
+    bucket.repository.read("m")
+    (content,) = (bucket.folder / "files").iterdir()
+    for name in (content.name, *(path.name for path in (bucket.folder / "known").iterdir())):
+        (bucket.folder / "new" / f"{name}.{os.getpid()}.{threading.get_ident()}").write_text("half")
+    bucket.remove("m")
+    bucket.put("n/1/model.onnx", "whole")
+    bucket.repository.read("n")
+    bucket.put("m/1/model.onnx", "whole")
+    assert (bucket.repository.read("m").versions[1] / "model.onnx").read_text() == "whole"
+
+
 def test_a_damaged_file_is_downloaded_again(bucket: Bucket) -> None:
     bucket.put("m/1/model.onnx", "whole")
     (folder,) = bucket.repository.read("m").versions.values()

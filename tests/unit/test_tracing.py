@@ -16,7 +16,7 @@ from gateway.middleware.tracing import Sampling, Trace, tracing, tracing_parts
 from gateway.middleware.wire_times import WireTimes
 from gateway.service.controls import Controls
 from gateway.service.trace_settings import TraceSettings
-from gateway.types import DataType, Infer, InferRequest, InferResponse, Timings
+from gateway.types import DataType, Infer, InferRequest, InferResponse, Tensor, Timings
 from tests.support import answer, refusal, request, tensor
 
 TIMINGS = Timings(100, 20, 300, 4, 1)
@@ -198,6 +198,33 @@ async def test_a_frequency_makes_a_file_of_each_so_many(tmp_path: Path) -> None:
             await ask(infer, request(id=str(number)))
     files = [tmp_path / f"trace.json.{index}" for index in range(3)]
     assert [[each["id"] for each in read(path) if "model_name" in each] for path in files] == [[1, 2], [3, 4], [5]]
+
+
+async def test_a_large_frequency_keeps_no_more_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    chosen = settings(path, "level=TIMESTAMPS", "rate=1", "triton,log-frequency=600")
+    most = 0
+    async with TraceFile(path) as file:
+        infer = tracing(model, chosen, file.keep)
+        for number in range(700):
+            await ask(infer, request(id=str(number)))
+            most = max(most, len(file._waiting))
+        await chosen.change("", {"log_frequency": ["0"]})
+        await ask(infer, request())
+    assert most < 256
+    files = [tmp_path / name for name in ("trace.json.0", "trace.json.1", "trace.json")]
+    assert [sum("model_name" in each for each in read(path)) for path in files] == [600, 100, 1]
+
+
+async def test_what_a_client_sends_amiss_is_traced_as_far_as_it_goes(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    odd = Tensor(DataType.BYTES, (1, 2), b"\xff\xff\xff\xff\xff")
+    async with TraceFile(path) as file:
+        infer = tracing(model, settings(path, "level=TENSORS", "rate=1"), file.keep)
+        await refusal(ask(infer, request(id="bad", model_version="abc", inputs={"IN": odd})))
+    head, told = read(path)
+    assert head == {"id": 1, "model_name": "m", "model_version": -1, "request_id": "bad"}
+    assert told["tensor"] == {"name": "IN", "shape": "1,2", "dtype": "BYTES"}
 
 
 async def test_strings_are_quoted(tmp_path: Path) -> None:

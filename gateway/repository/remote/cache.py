@@ -132,7 +132,7 @@ class Cache:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         path.chmod(0o444)  # it may be linked to from several places
-        content, other = self._folder / "files" / digest, path.with_name(path.name + ".gateway")
+        content, other = self._folder / "files" / digest, self._own_name(digest)
         try:
             if content.stat().st_size != entry.size:
                 content.unlink()  # it is damaged
@@ -142,9 +142,15 @@ class Cache:
             with suppress(OSError):  # else on a file system without links: each tree has files of its own
                 os.link(path, content)
         known = self._known(entry, store)
-        new = self._folder / "new" / f"{known.name}.{os.getpid()}.{threading.get_ident()}"
+        new = self._own_name(known.name)
         new.symlink_to(Path("..", "files", digest))
         new.rename(known)
+
+    def _own_name(self, name: str) -> Path:
+        """Where this thread alone makes something; not among the files of a store, which may have any names."""
+        own = self._folder / "new" / f"{name}.{os.getpid()}.{threading.get_ident()}"
+        own.unlink(missing_ok=True)  # left by a process that died, in a container with the same number
+        return own
 
     def _known(self, entry: Entry, store: str) -> Path:
         identity = "\0".join((store, entry.path, str(entry.size), entry.tag))
