@@ -31,6 +31,7 @@ LATEST = b"s"
 """The field that has the token of the last beginning, and after it the gateway that sent it."""
 _TOKEN = 16  # bytes
 _GRACE = 15.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
+_LIVES = 600.0  # seconds that what was sent to one worker is kept: it may never have it removed
 _CLAIMED = 1.0  # seconds that a claim may come later than the answer: in a cluster the two go to different servers
 _ENDED, _LOST = b"!e", b"!l"  # in place of a worker
 _BROKEN = b"!b"  # so it is for those that wait behind a request which nobody waits for any more
@@ -66,6 +67,8 @@ class Call(Protocol):
     part: Part | None
     stream: str
     answered: bool
+    sending: bool
+    missing: bool
     done: bool
 
     def fail(self, error: errors.GatewayError) -> bool:
@@ -158,6 +161,11 @@ class Routes:
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
 
+    def stored(self, part: Part) -> None:
+        """A call is in its stream, or could not be put there."""
+        if (line := self._lines.get(part.key)) is not None:
+            line.changed.set()
+
     def _remember(self, token: bytes) -> None:
         now = time.monotonic()
         while self._lately and now - self._lately[first := next(iter(self._lately))] > _CLAIMED:
@@ -226,22 +234,23 @@ class Routes:
             call = line.calls[0]
             part = call.part
             assert part is not None
+            owner = known.owner if known.worker and self._keeps(known.worker, call.lane) else b""
+            stored = True
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
                     self._note(part, known.token, _ENDED)
                     known.owner = _BROKEN
             elif known.token and not known.owner and self._begins(known):
                 return False
-            elif known.worker and self._keeps(known.worker, call.lane):
+            elif part.start or owner:
                 if part.start:
-                    known = self._begin(call, part, known, known.owner)
-                await self._pass(call, part, known)
-            elif part.start:
-                known = self._begin(call, part, known, b"")
-                await self._pass(call, part, known)
+                    known = self._begin(call, part, known, owner)
+                stored = await self._pass(call, part, known, line)
             else:
                 call.fail(self._refusal(call, part, known))
             line.calls.remove(call)  # which another may precede by now
+            if not stored:
+                break  # the sequence may have ended with it
         return True
 
     def _begin(self, call: Call, part: Part, known: _Known, owner: bytes) -> _Known:
@@ -253,7 +262,8 @@ class Routes:
         self._note(part, LATEST, call.id + self._link.process.encode(), *((call.id, owner) if owner else ()))
         return _Known(call.id, self._link.process, owner)
 
-    async def _pass(self, call: Call, part: Part, known: _Known) -> None:
+    async def _pass(self, call: Call, part: Part, known: _Known, line: _Line) -> bool:
+        """Send a call and wait until it is in its stream: what goes on from it must not be there without it."""
         part.token, part.owner = known.token, known.worker
         if part.owner:
             self.refresh(part)
@@ -262,9 +272,15 @@ class Routes:
             sending = self._calls.send(call)
         except errors.GatewayError as problem:  # it cannot be written
             call.fail(problem)
-            return
+            return False
         if sending is not None:
             await sending
+        if part.owner:  # who may be gone, and then nobody else removes the stream
+            self._link.client.call("PEXPIRE", call.stream, int(_LIVES * 1000)).add_done_callback(unheeded)
+        while part.token and not call.done and (call.sending or call.missing):
+            line.changed.clear()
+            await line.changed.wait()
+        return bool(part.token) and not call.done
 
     def _note(self, part: Part, *fields: bytes) -> asyncio.Future[int]:
         client = self._link.client
