@@ -22,6 +22,8 @@ from tests.artefacts_support import adder, write_adder
 from tests.support import until
 from tests.system.process import GatewayProcess, ending
 
+pytestmark = pytest.mark.slow
+
 CONFIG = json.dumps({"backend": "onnxruntime", "max_batch_size": "4"})
 WIRES = ["http", "grpc"]
 

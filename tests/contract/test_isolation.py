@@ -29,7 +29,7 @@ from tests.support import refusal
 if sys.platform != "linux":
     pytest.skip("children are for Linux", allow_module_level=True)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

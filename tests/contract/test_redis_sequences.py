@@ -22,6 +22,8 @@ from tests.fleet_support import Mortal, hurry, known
 from tests.redis_support import fleet_queue, options
 from tests.support import LANE, answer, ask, background, model_config, refusal, request, soon, tensor
 
+pytestmark = pytest.mark.slow
+
 CONFIG = replace(model_config(), batching=None, sequences=SequenceBatching(idle_us=1_000_000))
 READY = PoolState("m", (VersionState("1", "READY", config=CONFIG),))
 START, END = {"sequence_start": True}, {"sequence_end": True}
