@@ -65,8 +65,8 @@ class RedisRegion:
         """Have Redis do it. Raises `GatewayError`."""
         try:
             return await self.client.bulk(*command)
-        except Disconnected as problem:
-            raise texts.redis_memory_away(str(problem)) from None
+        except Disconnected:
+            raise texts.redis_memory_away() from None
         except ResponseError as problem:
             raise texts.redis_memory_refused(self.name, self.key, str(problem)) from None
 

@@ -84,6 +84,8 @@ class Registers:
             changed = self._changed.get(name.partition(":")[0])
             if changed is not None:
                 changed(name, kept.value)
+            if kept.value is None and self.alone:
+                del self._kept[name]  # clients choose names, and nobody else is to learn that it is gone
 
 
 def _decode(text: bytes) -> dict[str, _Kept]:

@@ -102,9 +102,9 @@ def redis_key_too_short(name: str, key: str, found: int, size: int) -> InvalidAr
     )
 
 
-def redis_memory_away(why: str) -> Unavailable:
-    """Redis does not answer."""
-    return Unavailable(f"the Redis of shared memory cannot be reached: {why}")
+def redis_memory_away() -> Unavailable:
+    """Redis does not answer. Where it is is nothing for clients."""
+    return Unavailable("the Redis of shared memory does not answer. The server's log has the cause")
 
 
 def redis_memory_refused(name: str, key: str, why: str) -> InvalidArgument:

@@ -211,7 +211,7 @@ async def test_a_redis_that_is_away_is_said(tmp_path: Path) -> None:
     async with serving(tmp_path, url) as gateway:
         code, text = await refused(gateway, "in", key=f"{CLIENT_KEYS}a", byte_size=1)
         assert code == 503
-        assert text.startswith("the Redis of shared memory cannot be reached")
+        assert text.startswith("the Redis of shared memory does not answer")
         assert await status(gateway) == []
 
 

@@ -358,6 +358,16 @@ async def test_the_files_of_a_load_command_are_kept_once_and_not_in_the_events(f
         assert "another command for model 'm' came before its files could be read" in error.message
 
 
+async def test_files_that_redis_would_drop_the_connection_for_are_refused(fleet, monkeypatch):
+    monkeypatch.setattr("gateway.queues.redis.wanted._LARGEST", 100)
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker"):
+        await known(lambda: len(gateway._directory.workers()) == 1)
+        error = await refusal(gateway.send(Load("m", {"config": "{}", "file:1/model.onnx": "QUJD" * 50})))
+        assert isinstance(error, errors.InvalidArgument)
+        assert "has room for 100 bytes, files in base64" in error.message
+        assert list(await gateway.wanted()) == []
+
+
 async def test_a_question_is_answered_by_all_others(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as one:
         one.answers["name"] = lambda rest: f"one {rest}".encode()

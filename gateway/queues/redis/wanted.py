@@ -19,29 +19,36 @@ class _Wanted(msgspec.Struct, array_like=True, gc=False):
 
 
 _FILE = "file:"
+_LARGEST = 500 << 20  # bytes; Redis drops the connection of who sends it more than 512 MiB at once
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Wanted).decode
 
 
 class Wanted:
-    """Read and written through one process's connection. Every method raises `Disconnected` and `RedisError`."""
+    """Read and written beside what a process has under way, for files may be large. Every method raises `Disconnected` and `RedisError`."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     async def note(self, command: Command) -> bytes | None:
         """Remember a command; returns what was known of its model before, for `restore`."""
-        call, key = self._link.client.call, self._link.client.keys.wanted
+        call, key = self._link.client.bulk, self._link.client.keys.wanted
         loads = isinstance(command, Load)
         data = _encode(_Wanted(loads, command.parameters if isinstance(command, Load) else {}))
         sealed = self._link.seal.sign(command.model.encode(), data) + data
-        before: bytes | None = await call("HGET", key, command.model)
+        if len(sealed) > _LARGEST:
+            raise errors.InvalidArgument(
+                f"a load request to a fleet has room for {_LARGEST} bytes, files in base64, and this one has {len(sealed)}; "
+                "put the model into the repository"
+            )
+        before = await call("HGET", key, command.model)
         await call("HSET", key, command.model, sealed)
+        assert before is None or isinstance(before, bytes)
         return before
 
     async def whole(self, command: Load) -> Load:
         """A load command with the contents of its files. Raises `Unavailable` when another one came since."""
-        value = await self._link.client.call("HGET", self._link.client.keys.wanted, command.model)
+        value = await self._link.client.bulk("HGET", self._link.client.keys.wanted, command.model)
         found = None if value is None else self._read(command.model.encode(), value)
         if not isinstance(found, Load) or hollow(found) != command:
             raise errors.Unavailable(f"another command for model '{command.model}' came before its files could be read")
@@ -49,12 +56,12 @@ class Wanted:
 
     async def restore(self, model: str, before: bytes | None) -> None:
         """The command came to nothing."""
-        call, key = self._link.client.call, self._link.client.keys.wanted
+        call, key = self._link.client.bulk, self._link.client.keys.wanted
         await (call("HDEL", key, model) if before is None else call("HSET", key, model, before))
 
     async def read(self) -> list[Command]:
         """The last command for each model."""
-        found = await self._link.client.call("HGETALL", self._link.client.keys.wanted)
+        found = await self._link.client.bulk("HGETALL", self._link.client.keys.wanted)
         commands: list[Command] = []
         for model, value in zip(found[::2], found[1::2], strict=True):
             try:
