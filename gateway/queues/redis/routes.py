@@ -9,10 +9,10 @@ was not answered ends its sequence, so that nothing goes on over a gap, and none
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError
@@ -93,6 +93,16 @@ class _Line:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+@dataclass(slots=True, frozen=True)
+class _Note:
+    """What Redis is to know of a sequence, and did not hear, as long as that matters."""
+
+    part: Part
+    command: str
+    fields: tuple[bytes, ...]
+    until: float
+
+
 @dataclass(slots=True)
 class _Known:
     """What Redis knows of a sequence: nothing, that it is about to begin, who has it, or how it ended."""
@@ -125,7 +135,8 @@ class Routes:
         self._calls = calls
         self._lines: dict[str, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lately: dict[bytes, float] = {}  # beginnings that were answered, and when
+        self._lately: dict[bytes, tuple[float, Part]] = {}  # beginnings that were answered, and when
+        self._unnoted: dict[str, list[_Note]] = {}  # by key, in their order
 
     def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
@@ -157,7 +168,7 @@ class Routes:
         if part.token and (part.end or not call.answered):
             self._note(part, part.token, _ENDED)
         elif part.token == call.id and not part.owner:
-            self._remember(call.id)
+            self._lately[call.id] = time.monotonic(), part
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
 
@@ -165,12 +176,6 @@ class Routes:
         """A call is in its stream, or could not be put there."""
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
-
-    def _remember(self, token: bytes) -> None:
-        now = time.monotonic()
-        while self._lately and now - self._lately[first := next(iter(self._lately))] > _CLAIMED:
-            del self._lately[first]
-        self._lately[token] = now
 
     def lose(self, call: Call, part: Part) -> None:
         """It may have run, and nobody will answer it: its sequence is over."""
@@ -200,9 +205,16 @@ class Routes:
             self._link.client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
 
     def look(self) -> None:
-        """To be called now and then: look again what those wait for that could not be sent."""
+        """To be called now and then: look again what those wait for that could not be sent, and what nobody has claimed."""
         for line in self._lines.values():
             line.changed.set()
+        for key in list(self._unnoted):
+            self._note_again(key)
+        now = time.monotonic()
+        while self._lately and now - (first := next(iter(self._lately.values())))[0] >= _CLAIMED:
+            token = next(iter(self._lately))
+            del self._lately[token]
+            self._note(first[1], token, _LOST, command="HSETNX")  # else other gateways would wait for it
 
     def close(self) -> None:
         """Send no more."""
@@ -216,6 +228,7 @@ class Routes:
             while line.calls:
                 line.changed.clear()
                 try:
+                    await asyncio.gather(*self._note_again(key))
                     known = _Known.read(await self._link.client.call("HGETALL", key))
                     sent = await self._forward(line, known)
                 except Disconnected:
@@ -282,12 +295,23 @@ class Routes:
             await line.changed.wait()
         return bool(part.token) and not call.done
 
-    def _note(self, part: Part, *fields: bytes) -> asyncio.Future[int]:
-        client = self._link.client
-        noted = client.call("HSET", part.key, *fields)
-        noted.add_done_callback(unheeded)
+    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[int]:
+        return self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000))
+
+    def _note_again(self, key: str) -> list[asyncio.Future[int]]:
+        now = time.monotonic()
+        return [self._write(note) for note in self._unnoted.pop(key, ()) if now < note.until]
+
+    def _write(self, note: _Note) -> asyncio.Future[int]:
+        client, part = self._link.client, note.part
+        noted = client.call(note.command, part.key, *note.fields)
+        noted.add_done_callback(partial(self._noted, note))
         client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
         return noted
+
+    def _noted(self, note: _Note, noted: asyncio.Future[int]) -> None:
+        if noted.cancelled() or noted.exception() is not None:
+            self._unnoted.setdefault(note.part.key, []).append(note)
 
     def _refuse(self, line: _Line, problem: RedisError) -> None:
         self._link.report("sequence_unknown", reason=str(problem))
@@ -307,7 +331,7 @@ class Routes:
     def _begins(self, known: _Known) -> bool:
         """Whether the beginning that nobody has taken yet may still be taken."""
         if known.gateway == self._link.process:
-            return known.token in self._calls or time.monotonic() - self._lately.get(known.token, -math.inf) < _CLAIMED
+            return known.token in self._calls or known.token in self._lately
         return self.directory.is_alive(known.gateway) or not self.directory.sure
 
     def _keeps(self, worker: str, lane: Lane) -> bool:
