@@ -87,6 +87,13 @@ _KEYS_AND_VALUES = '''class TritonPythonModel:
             responses.append(pb_utils.InferenceResponse(outputs))
         return responses
 '''
+_COUNT = '''class TritonPythonModel:
+    """How many inputs a request has."""
+
+    def execute(self, requests):
+        counts = [np.array([len(each.inputs())], np.float32) for each in requests]
+        return [pb_utils.InferenceResponse([pb_utils.Tensor("OUTPUT0", count)]) for count in counts]
+'''
 _MOCK_LLM = '''class TritonPythonModel:
     """PROMPT back as TEXT, once, or with STREAM as often as the parameter REPETITION says; FAIL_LAST ends in an error."""
 
@@ -347,6 +354,18 @@ def server_tests(folder: Path) -> None:
     write(folder, "parameter", f'backend: "python" max_batch_size: 0\n{ends}', _KEYS_AND_VALUES)
     whole = step("parameter", {"INPUT0": "INPUT0"}, {"key": "key", "value": "value"})
     write(folder, "ensemble", f'platform: "ensemble" max_batch_size: 0\n{ends}ensemble_scheduling {{ {whole} }}')
+    required = {
+        "input_all_required": (True,) * 3,
+        "input_optional": (True,) * 3 + (False,),
+        "input_all_optional": (False,),
+    }
+    for name, inputs in required.items():
+        given = "".join(
+            f'input {{ name: "INPUT{n}" data_type: TYPE_FP32 dims: [ 1 ] optional: {str(not must).lower()} }}\n'
+            for n, must in enumerate(inputs)
+        )
+        out = 'output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ 1 ] }'
+        write(folder, name, f'backend: "python" max_batch_size: 0\n{given}{out}', _COUNT)
     config = """backend: "python" max_batch_size: 0 model_transaction_policy { decoupled: true }
 input [ { name: "PROMPT" data_type: TYPE_STRING dims: [ 1, 1 ] }, { name: "STREAM" data_type: TYPE_BOOL dims: [ 1, 1 ] } ]
 output [ { name: "TEXT" data_type: TYPE_STRING dims: [ 1, -1 ] } ]

@@ -7,11 +7,12 @@ wherever its name is in a repository too, and the next load without files is fro
 from __future__ import annotations
 
 import binascii
+import errno
 import shutil
 import tempfile
 import weakref
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gateway import errors
@@ -32,7 +33,14 @@ class _Lease:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="gateway-model-"))
-        self.remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.remove = weakref.finalize(self, _remove, self.folder)
+
+
+def _remove(folder: Path) -> None:
+    gone = folder.with_name(f"{folder.name}.gone")
+    with suppress(OSError):
+        folder.rename(gone)  # what was learned of the model may be about to be written to it, by its name
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -87,6 +95,8 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
         problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
         raise errors.not_polled(model, problem) from None
     except OSError as problem:
+        if problem.errno == errno.ENAMETOOLONG:
+            raise errors.not_polled(model, f"Invalid file path '{name[:80]}...': a name in it is too long") from None
         raise _unwritten(f"file parameter '{FILE}{name}'", problem) from None
 
 

@@ -193,13 +193,11 @@ class Host:
             self._consumer.close()
             self._close_lane()
             await self._close_engines()
-            # At once, and not when garbage is collected: they may be large.
-            self.source = self.source.released()
 
     async def _serve(self, engine: Engine, placement: Placement, siblings: Siblings[Instance]) -> None:
         """Serve with as many runs at once as the engine allows; a chain may allow more later."""
-        config, version = self.source.config, self.source.version
-        instance = Instance(engine, config, version, self._statistics, self.digest, siblings=siblings)
+        source = self.source
+        instance = Instance(engine, source.config, source.version, self._statistics, self.digest, siblings=siblings)
         async with asyncio.TaskGroup() as tasks:
             seats = 0
             while True:

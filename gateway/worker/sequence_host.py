@@ -91,8 +91,8 @@ class SequenceHost(Host):
     async def _serve(self, engine: Engine, placement: Placement, siblings: Siblings[Instance]) -> None:  # noqa: ARG002 - an instance does no other's work
         assert self._line is not None
         index = next(index for index, (each, _) in enumerate(self._engines) if each is engine)
-        config, version = self.source.config, self.source.version
-        instance = SequenceInstance(engine, config, version, self._statistics, self._rows[index])
+        source = self.source
+        instance = SequenceInstance(engine, source.config, source.version, self._statistics, self._rows[index])
         seat = self._slots.seat(self._lane_of(engine), where(engine, placement)[0], engine)
         self._seats.append((seat, engine, placement))
         await instance.serve(index, self._line, seat)

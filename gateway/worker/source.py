@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gateway.config.model import ModelConfig
@@ -17,8 +17,10 @@ class Source:
     path: Path
     fingerprint: object
     digest: str = ""  # of what all its artefacts are made from, see `Repository`
-    lease: object = None  # keeps `path` here for as long as anyone holds it
+    leases: list[object] = field(
+        default_factory=list, compare=False, repr=False
+    )  # keep `path` here while they are held
 
-    def released(self) -> Source:
-        """The same for one who needs the folder no more."""
-        return replace(self, lease=None)
+    def release(self) -> None:
+        """Nothing is read from `path` any more."""
+        self.leases.clear()  # whoever still refers to this, in cycles too, does not keep it

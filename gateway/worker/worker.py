@@ -163,7 +163,7 @@ class Worker:
                 path,
                 source.fingerprint.of(number),
                 source.digests.get(number, ""),
-                source.lease,
+                [source.lease],
             )
             for number, path in source.versions.items()
         }
@@ -228,6 +228,7 @@ class Worker:
             async with self._loading:
                 await host.load(() if source.config.steps else plan(source.config, self._devices))
         except Exception as problem:  # noqa: BLE001 - engines raise what they like; the reason is published
+            source.release()
             reason = _explain(problem, model.name, source.version)
             if predecessor is None:
                 model.states[source.version] = VersionState(source.version, "UNAVAILABLE", reason)
@@ -292,6 +293,8 @@ class Worker:
                 model.states[version] = VersionState(version, "UNAVAILABLE", reason)
                 self._publish(model)
                 await self._refuse_rest(host, reason)
+        finally:
+            host.source.release()
 
     async def _refuse_rest(self, host: Host | EnsembleHost, reason: str) -> None:
         """Answer what was accepted for a version that will never run it."""

@@ -17,6 +17,7 @@ from loadtest.fuzz.wires import REGION, ROOM, Wires
 
 NOT_UTF8 = "a string that is not UTF-8"
 GARBLED = "bytes changed at random"
+_TRIES = 50
 PREFIX = r"\[request id: <id_unknown>\] "
 
 
@@ -70,9 +71,12 @@ Garble = Callable[[Case, bytes, bytes], "tuple[bytes, bytes, str, Due] | None"]
 
 
 def make(model: Model, rng: Generator, answers: Callable[[Request], object]) -> list[Wrong]:
-    """A request that is wrong in a random way, for each wire that has this way; to be spoilt is what the model `answers`."""
+    """A request that is wrong in a random way, for each wire that has this way; to be spoilt is what the model `answers`.
+
+    Empty for a model that refuses everything.
+    """
     kinds: Sequence[str] = (*BOTH, *ONLY_HTTP, *ONLY_GRPC, *[GARBLED] * 4)
-    while True:
+    for _ in range(_TRIES):
         case = _case(model, rng)
         if answers(case.request) is None:
             continue
@@ -87,6 +91,7 @@ def make(model: Model, rng: Generator, answers: Callable[[Request], object]) -> 
             found = _grpc(kind, case)
         if found:
             return found
+    return []
 
 
 def _case(model: Model, rng: Generator) -> Case:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from onnx import helper
 
+from loadtest.fuzz import ragged
 from loadtest.fuzz.operators import (
     ALL,
     INTEGERS,
@@ -28,12 +29,12 @@ from loadtest.fuzz.operators import (
     choose,
     tensor_info,
 )
+from loadtest.fuzz.ragged import Told
 
 Shape = tuple[int, ...]
 MOST_BATCH = 16
 FILLED_IN = 4  # Triton's max_batch_size for a model that can take batches and does not say how many
 _NAMES = ("IN{}", "in_{}:0", "model/layer.{}", "größe {}", 'a "word" \\ {}')
-_RAGGED = 9  # of ten models which one
 _WAIT = "max_queue_delay_microseconds: 20000"  # so that requests that come together share a batch
 _SCHEDULERS = (
     "",
@@ -48,7 +49,7 @@ _SCHEDULERS = (
 class Tensor:
     """An input or output: `dims` as clients see them and `inner` as the model has them, both without the batch, -1 open.
 
-    `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
+    An output is `like` a ragged input by whose shapes it is cut, `inner` being what the model adds; that input is like itself. `symbols` names the open dimensions in their order; equal names have equal sizes in one request.
     """
 
     name: str
@@ -58,9 +59,7 @@ class Tensor:
     symbols: tuple[str, ...] = ()
     optional: bool = False
     exact: bool = True
-    like: str = (
-        ""  # of an output: the ragged input by whose shapes it is cut; what the model adds are its last dimensions
-    )
+    like: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +72,8 @@ class Model:
     max_batch_size: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    told: tuple[Told, ...] = ()
+    empty: bool = True  # whether a tensor may have no elements
 
     @property
     def batch(self) -> int:
@@ -98,8 +99,8 @@ class _Graph:
 def make(seed: int, number: int) -> Model:
     """The model of this number; the same each time."""
     rng = np.random.default_rng([seed, number])
-    if number % 10 == _RAGGED:
-        return _ragged(f"m{seed}_{number}", rng)
+    if number % 10 in _RAGGED:
+        return _RAGGED[number % 10](f"m{seed}_{number}", rng)
     graph = _graph(rng)
     ways = ("everything",) if _seems_batched(graph) else ("everything", "inputs", "outputs", "neither", "no file")
     way = ways[min(max(rng.integers(-2, 5), 0), len(ways) - 1)]
@@ -131,7 +132,7 @@ def _ragged(name: str, rng: Generator) -> Model:
         graph.made.append(made)
     symbols = tuple(f"r{at}" for at in range(rng.integers(1, MOST_DIMS - 1)))
     dims = (-1,) * len(symbols)
-    inputs = [Tensor(each.name, each.datatype, dims, dims, symbols) for each in values]
+    inputs = [Tensor(each.name, each.datatype, dims, dims, symbols, like=each.name) for each in values]
     outputs = []
     for each in graph.made:
         added = tuple(dim for dim in each.output.dims if isinstance(dim, int))
@@ -150,6 +151,22 @@ def _ragged(name: str, rng: Generator) -> Model:
     ]
     parts += [f'batch_output {{ target_name: "{each.name}" source_input: "{each.like}" }}\n' for each in outputs]
     return Model(name, _file(graph), "".join(parts), most, tuple(inputs), tuple(outputs))
+
+
+def _told(name: str, rng: Generator) -> Model:
+    """A model that is told which elements are whose."""
+    most = int(rng.integers(2, MOST_BATCH + 1))
+    made = ragged.make(rng, most)
+    symbols = tuple(f"d{place}" for place in range(made.dims.count(-1)))
+    inputs = (
+        Tensor(ragged.SOURCE, made.datatype, made.dims, made.dims, symbols, like=ragged.SOURCE),
+        Tensor(ragged.ROW, "FP32", (2,), (2,)),
+    )
+    outputs = tuple(Tensor(each.name, each.datatype, each.dims, each.inner, like=each.like) for each in made.outputs)
+    return Model(name, made.file, made.config, most, inputs, outputs, tuple(made.told), made.empty)
+
+
+_RAGGED = {4: _told, 9: _ragged}  # of ten models which ones
 
 
 def _graph(rng: Generator) -> _Graph:

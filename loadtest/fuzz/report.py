@@ -13,6 +13,7 @@ from onnx import printer
 from loadtest.fuzz import messages
 from loadtest.fuzz.session import Fault, Tally
 
+_MOST = 5000  # characters of a tensor's values, which are made again from the seed
 _BAD = ("batch_failed", "request_failed", "engine_died", "child_failed")
 
 
@@ -28,7 +29,7 @@ def reproduction(fault: Fault, command: str) -> str:
     ]
     if fault.request is not None:
         for name, array in fault.request.inputs.items():
-            parts.append(f"input {name!r} {array.dtype} {list(array.shape)}: {messages.typed(array)}")
+            parts.append(f"input {name!r} {array.dtype} {list(array.shape)}: {str(messages.typed(array))[:_MOST]}")
         parts.append(f"outputs: {list(fault.request.outputs) or 'all'}")
     return "\n".join(parts)
 

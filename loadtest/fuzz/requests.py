@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from numpy.random import Generator
 
+from loadtest.fuzz import ragged
 from loadtest.fuzz.models import Model, Shape, Tensor
 
 Array = npt.NDArray[Any]
@@ -46,7 +47,7 @@ def sizes_of(model: Model, rng: Generator) -> dict[str, int]:
     """A size for each open dimension."""
     odds = np.array(_ODDS) / sum(_ODDS)
     symbols = sorted({symbol for each in model.inputs for symbol in each.symbols})
-    sizes = {symbol: int(rng.choice(_SIZES, p=odds)) for symbol in symbols}
+    sizes = {symbol: max(int(rng.choice(_SIZES, p=odds)), int(not model.empty)) for symbol in symbols}
     if symbols and rng.random() < 0.1:
         large = symbols[rng.integers(len(symbols))]
         others = max(  # elements, but for this dimension
@@ -59,7 +60,7 @@ def sizes_of(model: Model, rng: Generator) -> dict[str, int]:
 
 def make(model: Model, rng: Generator, sizes: Mapping[str, int]) -> Request:
     """A request of 1 to `max_batch_size` rows, fewer more often, with or without each optional input."""
-    most = max(model.max_batch_size, 1)
+    most = 1 if model.told else max(model.max_batch_size, 1)
     rows = [int(rng.integers(rng.integers(most) + 1) + 1)] * model.batch
     moderate = not all(each.exact for each in model.outputs)
     inputs = {
@@ -130,23 +131,24 @@ class Reference:
         batch = self._model.batch
         feed = {}
         for name, array in request.inputs.items():
-            if self._model.ragged:
+            tensor = self._inputs[name]
+            if tensor.like:
                 feed[name] = array.reshape(-1)
                 continue
-            tensor = self._inputs[name]
             sizes = [size for size, dim in zip(array.shape[batch:], tensor.dims, strict=True) if dim == -1]
             feed[name] = array.reshape((*array.shape[:batch], *_filled(tensor.inner, sizes)))
+        feed |= {each.name: each.of(request.inputs[ragged.SOURCE].shape) for each in self._model.told}
         wanted = [each for each in self._model.outputs if each.name in (request.outputs or (each.name,))]
         try:
             arrays = self._run([each.name for each in wanted], feed)
         except Exception:  # noqa: BLE001 - ONNX Runtime's exceptions have no other common base
             return None
-        if self._model.ragged:
-            return {
-                each.name: array.reshape((*request.inputs[each.like].shape, *each.inner))
-                for each, array in zip(wanted, arrays, strict=True)
-            }
-        return {each.name: self._seen(each, array) for each, array in zip(wanted, arrays, strict=True)}
+        return {
+            each.name: array.reshape((*request.inputs[each.like].shape, *each.inner))
+            if each.like
+            else self._seen(each, array)
+            for each, array in zip(wanted, arrays, strict=True)
+        }
 
     def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
         options = ort.RunOptions()
@@ -158,7 +160,7 @@ class Reference:
 
     def _run_values(self, names: list[str], feed: dict[str, Array], options: Any) -> list[Array]:
         """BF16 goes in and out as values with memory of their own, because numpy does not have it."""
-        kinds = {each.name: each.datatype for each in (*self._model.inputs, *self._model.outputs)}
+        kinds = {each.name: each.datatype for each in (*self._model.inputs, *self._model.told)}
         given = {
             name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, 16)
             if kinds[name] == "BF16"

@@ -114,10 +114,11 @@ class Session:
             "inputs filled in": "input {" not in text,
             "outputs filled in": "output {" not in text,
             "batched": model.batch,
-            "ragged": model.ragged,
             "open dimensions": any(-1 in each.dims for each in model.inputs),
             "reshape": "reshape" in text,
             "optional inputs": "optional" in text,
+            "ragged": model.ragged,
+            "batch_input": model.told,
             "dynamic_batching": "dynamic_batching" in text,
             "results compared to 1e-5": not all(each.exact for each in model.outputs),
         }
@@ -141,8 +142,12 @@ class Session:
         while count > 0:
             size = min(count, int(rng.choice([1, 2, TOGETHER, TOGETHER])))
             # Requests of the same shapes, which can share a batch, and others among them.
-            sizes = [requests.sizes_of(model, rng) for _ in range(2)]
-            asks = [self._ask_of(reference, model, sizes[int(rng.random() < 0.2)], rng) for _ in range(size)]
+            sizes = requests.sizes_of(model, rng)
+            other = 1.0 if model.ragged else 0.2
+            asks = [
+                self._ask_of(reference, model, requests.sizes_of(model, rng) if rng.random() < other else sizes, rng)
+                for _ in range(size)
+            ]
             wrong = malformed.make(model, rng, reference.answer) if rng.random() < size / WRONG_EVERY else []
             async with asyncio.TaskGroup() as group:  # all is made, so that they come together
                 for ask in asks:

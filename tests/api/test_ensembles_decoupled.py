@@ -21,6 +21,8 @@ from tests.api.test_ensembles import FAKE, App, add, add_onnx, ensemble, paramet
 from tests.python_support import CONFIG, write
 from tests.support import until
 
+pytestmark = pytest.mark.slow
+
 DECOUPLED = CONFIG + "model_transaction_policy { decoupled: true } dynamic_batching {}"
 COUNTS = """def execute(self, requests):
     FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL

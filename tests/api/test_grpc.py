@@ -85,11 +85,15 @@ async def test_answers_are_compressed_where_that_is_asked_for(implementation, le
             counted += len(data)
             sink.write(data)
         sink.close()
+        await sink.wait_closed()
 
     async with serving(implementation, compression=level) as running:
         assert running.server.implementation == "grpcio"
 
+        passing: list[asyncio.Task[None]] = []
+
         async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            passing.append(asyncio.current_task())
             back, to = await asyncio.open_connection("127.0.0.1", running.server.port)
             async with asyncio.TaskGroup() as group:
                 group.create_task(count(reader, to))
@@ -101,6 +105,7 @@ async def test_answers_are_compressed_where_that_is_asked_for(implementation, le
                 rows = triton.InferInput("IN", [8, 2**14], "FP32")
                 rows.set_data_from_numpy(np.zeros((8, 2**14), np.float32))
                 result = await client.infer("m", [rows], compression_algorithm="deflate")
+            await asyncio.wait(passing)
     assert result.as_numpy("OUT").shape == (8, 2**14)
     assert counted < 2**14  # of half a megabyte each way
 

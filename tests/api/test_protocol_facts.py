@@ -79,6 +79,7 @@ def test_with_the_queue_in_memory(memory: dict[str, GatewayProcess], fact: Fact,
     ask(memory, fact, wire)
 
 
+@pytest.mark.slow
 @SLOW_START
 @pytest.mark.parametrize(("fact", "wire"), cases("embedded"))
 def test_with_the_queue_in_redis(redis: dict[str, GatewayProcess], fact: Fact, wire: str):

@@ -23,7 +23,7 @@ from tests.python_support import CONFIG, write
 from tests.support import until
 from tests.system.process import write_model
 
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="child processes need Linux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SUPPORTED, reason="child processes need Linux")]
 
 DOUBLE = """
 def execute(self, requests):

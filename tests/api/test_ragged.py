@@ -116,7 +116,13 @@ async def serving(folder: Path, wire: str, redis: str | None, **more: Any) -> As
 Start = Callable[[Callable[[Path], object]], Awaitable[App]]
 
 
-@pytest.fixture(params=[("memory", "http"), ("memory", "grpc"), ("redis", "http"), ("redis", "grpc")], ids="-".join)
+@pytest.fixture(
+    params=[
+        pytest.param((queue, wire), marks=[pytest.mark.slow] if queue == "redis" else [], id=f"{queue}-{wire}")
+        for queue in ("memory", "redis")
+        for wire in ("http", "grpc")
+    ]
+)
 async def start(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts a gateway of the models that are written to a folder, or a gateway and a worker."""
     queue, wire = request.param

@@ -22,6 +22,8 @@ from tests.api.test_ensembles import FAKE, add, parameter
 from tests.redis_support import redis_server
 from tests.support import background, until
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES: dict[str, Any] = {"http": tritonclient.http.aio, "grpc": tritonclient.grpc.aio}
 VALUES = np.array([[1, 2], [3, 4]], np.float32)
 

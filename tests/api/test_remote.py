@@ -24,6 +24,8 @@ from loadtest.fault_proxy import FaultProxy
 from tests.remote_support import CONFIG, SCHEMES, Refusal, Script, ask, asking, config
 from tests.support import request, settle
 
+pytestmark = pytest.mark.slow
+
 both = pytest.mark.parametrize("scheme", SCHEMES)
 
 

@@ -22,6 +22,8 @@ from tests.artefacts_support import adder, write_adder
 from tests.support import until
 from tests.system.process import GatewayProcess, ending
 
+pytestmark = pytest.mark.slow
+
 CONFIG = json.dumps({"backend": "onnxruntime", "max_batch_size": "4"})
 WIRES = ["http", "grpc"]
 
@@ -100,8 +102,12 @@ async def test_a_configuration_in_the_request_serves_until_the_next_load(folder:
 
 
 @pytest.mark.parametrize("wire", WIRES)
-async def test_files_in_the_request_are_the_model_until_the_next_load(folder: Path, wire: str) -> None:
+async def test_files_in_the_request_are_the_model_until_the_next_load(
+    folder: Path, wire: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_adder(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / ".tmp"))
+    (folder / ".tmp").mkdir()
     async with serving(folder) as gateway, connected(gateway, wire) as client:
         await client.load_model("adder")
         assert await added(client, wire) == 0.0
@@ -110,8 +116,10 @@ async def test_files_in_the_request_are_the_model_until_the_next_load(folder: Pa
         assert await index(gateway) == {("adder", "1"): ("UNAVAILABLE", "unloaded"), ("adder", "3"): ("READY", "")}
         await client.load_model("adder", config=CONFIG, files={"file:3/model.onnx": adder(6.0)})
         assert await added(client, wire) == 6.0
+        await until(lambda: len([*(folder / ".tmp").glob("gateway-model-*")]) == 1)  # that of the reloaded is gone
         await client.load_model("adder")
         assert await added(client, wire) == await added(client, wire, version="1") == 0.0
+        await until(lambda: not [*(folder / ".tmp").glob("gateway-model-*")])
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -17,6 +17,8 @@ from tests.api.test_ensembles import FAKE, add, ensemble, step
 from tests.api.test_ensembles_decoupled import COUNTS, DECOUPLED
 from tests.python_support import CONFIG, write
 
+pytestmark = pytest.mark.slow
+
 CALLS = """def execute(self, requests):
     responses = []
     for each in requests:

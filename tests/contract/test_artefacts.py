@@ -24,6 +24,8 @@ from gateway.types import DataType, InferRequest, Tensor
 from tests.artefacts_support import adder, built, made, write_adder
 from tests.support import refusal, until
 
+pytestmark = pytest.mark.slow
+
 HERE = artefacts.device_kind("cpu")
 CPU = "CPUExecutionProvider"
 CACHED = "response_cache { enable: true }"

@@ -154,7 +154,16 @@ def _sized(shape: tuple[int, ...], size: int) -> list[int]:
     return [size if dim == -1 else dim for dim in shape]
 
 
-@pytest.fixture(params=["fake", "onnxruntime", "chain", "tensorrt", "remote-grpc", "remote-http"])
+@pytest.fixture(
+    params=[
+        "fake",
+        "onnxruntime",
+        "chain",
+        "tensorrt",
+        pytest.param("remote-grpc", marks=pytest.mark.slow),
+        "remote-http",
+    ]
+)
 def zoo(request, tmp_path: Path) -> Zoo:
     kind, _, scheme = request.param.partition("-")
     return RemoteZoo(scheme, tmp_path) if scheme else Zoo(kind, tmp_path)

@@ -12,7 +12,7 @@ from tests.isolated_support import children, kept
 if sys.platform != "linux":
     pytest.skip("children are for Linux", allow_module_level=True)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 globals().update({name: each for name, each in vars(test_engine).items() if name.startswith("test_")})
 

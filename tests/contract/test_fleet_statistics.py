@@ -32,6 +32,8 @@ from tests.api.test_metrics import get as scrape
 from tests.redis_support import fleet_queue, options
 from tests.support import background, request, until
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 backend: "fake"
 max_batch_size: 8

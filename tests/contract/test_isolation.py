@@ -29,7 +29,7 @@ from tests.support import refusal
 if sys.platform != "linux":
     pytest.skip("children are for Linux", allow_module_level=True)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -336,7 +336,8 @@ async def test_many_crashes_leave_nothing_behind(home, tmp_path):
         first = await crash()
         for _ in range(10):
             last = await crash()
-        assert last == first
+        assert last[0] == first[0]
+        assert last[1] <= first[1], "a thread of an earlier test may end meanwhile"
 
 
 async def test_metrics_tell_of_children(home, tmp_path):

@@ -15,6 +15,8 @@ from tests.fleet_support import READY, Mortal, emptied, hurry, known, take
 from tests.redis_support import fleet_queue, options
 from tests.support import LANE, answer, ask, background, model_config, refusal, request, settle
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

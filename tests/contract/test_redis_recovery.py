@@ -21,6 +21,8 @@ from tests.fleet_support import READY, Mortal, emptied, entries, hurry, known, p
 from tests.redis_support import fleet_queue, options, redis_server
 from tests.support import LANE, answer, ask, background, refusal, request, settle, tensor
 
+pytestmark = pytest.mark.slow
+
 LARGE = tensor(np.arange(INLINE // 2, dtype=np.float32).reshape(1, -1))
 
 

@@ -11,16 +11,19 @@ import pytest
 
 from gateway import errors
 from gateway.config.model import SequenceBatching
+from gateway.message import pack_request
 from gateway.queues.base import Job, Keeps, PoolState, VersionState
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE
 from gateway.queues.redis.owned import OwnReader
 from gateway.queues.redis.queue import RedisQueue
-from gateway.redis_client import RedisOptions
+from gateway.redis_client import Disconnected, RedisOptions
 from gateway.types import InferResponse
 from tests.fleet_support import Mortal, hurry, known
 from tests.redis_support import fleet_queue, options
 from tests.support import LANE, answer, ask, background, model_config, refusal, request, soon, tensor
+
+pytestmark = pytest.mark.slow
 
 CONFIG = replace(model_config(), batching=None, sequences=SequenceBatching(idle_us=1_000_000))
 READY = PoolState("m", (VersionState("1", "READY", config=CONFIG),))
@@ -316,7 +319,84 @@ async def test_a_sequence_whose_gateway_died_goes_on_through_another(fleet):
             assert await by(gateway, 7) == worker.process
 
 
+async def test_a_beginning_that_a_dead_worker_has_read_is_not_run_again(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        await begin(gateway, first)
+        async with background(refusal(by(gateway, 7, **START)), first.take()) as (begun, taken):
+            await taken
+            second.free(8)
+            await mortal.die()
+            is_lost(await begun, 7)
+
+
+async def test_a_beginning_that_nobody_has_taken_is_another_workers(fleet):
+    async with two_workers(fleet) as (gateway, _, first, second):
+        async with background(by(gateway, 7, **START)) as (begun,):
+            await known(lambda: bool(first.queue._lanes[LANE].held))
+            first.consumer.close()
+            second.free(8)
+            async with background(second.serve()):
+                assert await begun == second.queue.process
+                assert await by(gateway, 7) == second.queue.process
+
+
+async def test_nothing_of_an_earlier_beginning_is_run_in_a_later_one(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        (token,) = worker._lanes[LANE].begun._tokens
+        await begin(gateway, holder)
+        own = worker._own[LANE]
+        late = wire.encode(wire.Envelope(bytes(16), gateway.process, 0, token))
+        header, (payload,) = pack_request(part(7))
+        fields = (wire.ENVELOPE, late, wire.HEADER, header, wire.PAYLOAD, payload)
+        await gateway.client.call("XADD", own.stream, "*", *fields)
+        async with background(by(gateway, 7, 2.0), holder.take()) as (asked, taken):
+            (job,) = await taken
+            assert value_of(job) == 2.0
+            job.reply(named(job, "worker"))
+            assert await asked == "worker"
+
+
 # --- what Redis loses
+
+
+async def test_a_request_that_was_lost_on_its_way_to_redis_is_no_gap(fleet):
+    """Not while what comes behind it is answered as if nothing were missing."""
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        call, lost = gateway.client.call, []
+
+        def loses_one(*words):
+            if words[0] != "XADD" or lost:
+                return call(*words)
+            lost.append(asyncio.get_running_loop().create_future())
+            lost[0].set_exception(Disconnected("on its way"))
+            return lost[0]
+
+        gateway.client.call = loses_one
+        async with background(refusal(by(gateway, 7, 1.0)), refusal(by(gateway, 7, 2.0)), holder.serve()) as asked:
+            is_lost(await asked[0], 7)
+            is_lost(await asked[1], 7)
+
+
+async def test_a_large_answer_that_cannot_be_stored_is_not_waited_for(fleet, monkeypatch):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+
+        async def lost(*_: object, **__: object) -> str:
+            raise Disconnected("while it was being written")
+
+        monkeypatch.setattr(worker._link.payloads, "put", lost)
+        async with background(refusal(by(gateway, 7)), holder.take()) as (asked, taken):
+            (job,) = await taken
+            job.reply(answer(job.request, OUT=tensor(np.zeros((INLINE // 8 + 1, 2)))))
+            assert type(await asked) is errors.SequenceLost
 
 
 async def test_a_request_that_redis_lost_is_refused_and_not_sent_again(fleet):
@@ -398,9 +478,11 @@ async def test_a_gap_before_any_worker_has_begun_ends_the_sequence_too(fleet):
 
 @pytest.mark.parametrize("comes", [True, False])
 async def test_a_claim_that_comes_after_the_answer_is_waited_for_a_while(fleet, monkeypatch, comes):
-    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
         await served(gateway, worker)
+        await served(other, worker)
         call, claims = worker.client.call, []
         key = gateway.client.keys.sequence("m", "1", 7)
 
@@ -419,6 +501,7 @@ async def test_a_claim_that_comes_after_the_answer_is_waited_for_a_while(fleet, 
                     await call(*claims[0])
                     assert await later == worker.process
             else:
+                is_lost(await refusal(by(other, 7)), 7)
                 is_lost(await refusal(by(gateway, 7)), 7)
                 assert await by(gateway, 7, **START) == worker.process
 

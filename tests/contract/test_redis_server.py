@@ -20,6 +20,8 @@ from gateway.redis_server import EmbeddedServer
 from tests.redis_support import options
 from tests.support import background
 
+pytestmark = pytest.mark.slow
+
 HELD = """
 import asyncio, sys
 from gateway.redis_server import EmbeddedServer

@@ -13,6 +13,8 @@ from tests.fleet_support import Mortal, known
 from tests.redis_support import options
 from tests.support import refusal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def memory():

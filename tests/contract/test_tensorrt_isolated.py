@@ -13,6 +13,8 @@ from gateway.engines.isolated.children import Children
 from gateway.statistics import Statistics
 from tests.tensorrt_support import opened, pair, right, run, spec, write_plan
 
+pytestmark = pytest.mark.slow
+
 GRAPHS = "optimization { cuda { graphs: true } }"
 
 

@@ -223,6 +223,24 @@ def model_control(client: Client) -> None:
 
 
 @check()
+def model_control_with_files(client: Client) -> None:
+    data = (client.folder / "model.onnx").read_bytes()
+    config = {"backend": "onnxruntime", "max_batch_size": 8}
+    if client.kind == "http.aio" and client.old:
+        return  # it forgot to import base64, too
+    long = {"file:" + "A" * 256: b"a"}
+    refused(lambda: client.call("load_model", "from_a_file", config="{}", files=long), "Invalid file path")
+    assert client.call("is_server_ready")
+    files = {"file:1/model.onnx": data}
+    text = "Load parameter 'config' must be specified for model file override"
+    refused(lambda: client.call("load_model", "from_a_file", files=files), text, 500, "INTERNAL")
+    client.call("load_model", "from_a_file", config=json.dumps(config), files=files)
+    right(client.infer("from_a_file"))
+    client.call("unload_model", "from_a_file", unload_dependents=True)
+    assert not client.call("is_model_ready", "from_a_file")
+
+
+@check()
 def trace_settings(client: Client) -> None:
     def setting(told: dict[str, Any], name: str) -> Any:
         if client.wire == "grpc":

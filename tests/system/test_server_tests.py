@@ -94,6 +94,7 @@ def test_raw_text(gateway: GatewayProcess):
             "Raw request must only have 1 input (found 1) to be deduced but got 3 inputs in",
         ),
     ],
+    ids=["texts", "two open dimensions", "three inputs"],
 )
 def test_raw_requests_that_cannot_be_deduced(gateway: GatewayProcess, model: str, data: bytes, text: str):
     refused(post(gateway, f"{model}/infer", data=data, headers=RAW), 400, text)
@@ -146,6 +147,43 @@ def test_an_output_named_twice(gateway: GatewayProcess):
     tensor = {"name": "INPUT0", "datatype": "FP32", "shape": [1, 8], "data": [list(range(8))]}
     body = {"inputs": [tensor], "outputs": [{"name": "OUTPUT0"}] * 2}
     refused(post(gateway, "onnx_zero_1_float32/infer", json=body), 400, "output 'OUTPUT0' already exists in request")
+
+
+# --- inputs that may be missing
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "text"),
+    [
+        ("input_all_required", 0, "expected 3 inputs but got 0 inputs for model 'input_all_required'. Got input(s) []"),
+        (
+            "input_all_required",
+            1,
+            (
+                "expected 3 inputs but got 1 inputs for model 'input_all_required'. Got input(s) ['INPUT0'], but missing "
+                "required input(s) ['INPUT1','INPUT2']. Please provide all required input(s)."
+            ),
+        ),
+        (
+            "input_optional",
+            0,
+            (
+                "expected number of inputs between 3 and 4 but got 0 inputs for model 'input_optional'. Got input(s) [], but "
+                "missing required input(s) ['INPUT0','INPUT1','INPUT2']. Please provide all required input(s)."
+            ),
+        ),
+    ],
+)
+def test_inputs_that_are_missing(client: Any, model: str, given: int, text: str):
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer(model, one(library(client)) * given)
+    assert text in caught.value.message()
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_inputs_that_may_all_be_missing(client: Any, given: int):
+    result = client.infer("input_all_optional", one(library(client)) * given)
+    assert result.as_numpy("OUTPUT0").tolist() == [given]
 
 
 # --- generate

@@ -1,6 +1,7 @@
 """The parts of isolation that need no process: what shares memory, what is said, when to try again, what is a right answer."""
 
 import os
+import socket
 import struct
 from contextlib import suppress
 
@@ -12,7 +13,8 @@ from hypothesis.extra import numpy as arrays
 
 from gateway.engines.isolated.area import Area
 from gateway.engines.isolated.breaker import Breaker
-from gateway.engines.isolated.frames import Done, Frames, Run, encode, pack
+from gateway.engines.isolated.child import live
+from gateway.engines.isolated.frames import Beat, Done, Frames, Run, encode, pack
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.layout import lay_out, read, read_form, write
 from gateway.engines.isolated.patience import Patience
@@ -227,3 +229,11 @@ def test_else_it_is_the_first_small_batch_that_went_well(more):
     assert golden.batch().rows == 2
     assert golden.batch().stack()["IN"].tolist() == [[1.0] * 3] * 2
     assert not golden.offer(small, small)
+
+
+def test_a_line_that_closes_while_a_beat_is_answered_ends_the_child_in_peace() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        ours.send(encode(Beat(1)))
+        ours.close()
+        assert live(theirs) == 0

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -59,16 +60,18 @@ _decode = msgspec.msgpack.Decoder(ToChild).decode
 
 def live(home: socket.socket) -> int:
     """Serve until the line closes; returns the exit status."""
-    while True:
-        packet, descriptors, _, _ = socket.recv_fds(home, _PACKET, _MOST_DESCRIPTORS)
-        if not packet:
-            return 0
-        message = _decode_packet(packet)
-        if isinstance(message, Beat):
-            home.send(encode(message))
-            continue
-        instance = Instance(message, descriptors)
-        threading.Thread(target=instance.serve, name=message.name, daemon=True).start()
+    with suppress(ConnectionError):  # it may close while a beat is on its way there or back
+        while True:
+            packet, descriptors, _, _ = socket.recv_fds(home, _PACKET, _MOST_DESCRIPTORS)
+            if not packet:
+                break
+            message = _decode_packet(packet)
+            if isinstance(message, Beat):
+                home.send(encode(message))
+                continue
+            instance = Instance(message, descriptors)
+            threading.Thread(target=instance.serve, name=message.name, daemon=True).start()
+    return 0
 
 
 class Instance:

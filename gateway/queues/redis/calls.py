@@ -24,7 +24,7 @@ from gateway.queues.redis import wire
 from gateway.queues.redis.beside import INLINE, Missing
 from gateway.queues.redis.link import Link
 from gateway.queues.redis.routes import Part, Routes
-from gateway.redis_client import Disconnected
+from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
 from gateway.types import Buffer, InferRequest, InferResponse
 
@@ -226,6 +226,8 @@ class Calls:
             call.entries.append(sent.result())
         else:
             self._refused(call, problem)
+        if call.part is not None:
+            self.routes.stored(call.part)
 
     def _refused(self, call: RedisCall, problem: BaseException) -> None:
         call.sending = False
@@ -268,17 +270,18 @@ class Calls:
 
     async def _audit(self, stream: str, calls: Sequence[RedisCall], *, suspicious: bool) -> None:
         entries = sorted((entry for call in calls for entry in call.entries), key=wire.order)
-        there = await self._present(stream, entries, suspicious=suspicious) if entries else set()
+        begun, waiting = await self._present(stream, entries, suspicious=suspicious) if entries else (set(), set())
         for call in calls:
-            self._judge(call, there, suspicious=suspicious)
+            if call.part is not None and self.routes.orphaned(call.part):
+                self._orphaned(call, call.part, waiting)
+            else:
+                self._judge(call, begun | waiting, suspicious=suspicious)
 
     def _judge(self, call: RedisCall, there: set[bytes], *, suspicious: bool) -> None:
         if call.done or call.sending:
             return
         part = call.part
-        if part is not None and self.routes.orphaned(part):
-            self._orphaned(call, part)
-        elif any(entry in there for entry in call.entries):
+        if any(entry in there for entry in call.entries):
             call.missing = False
         elif part is not None and call.missing:  # it is not to run again
             self.routes.lose(call, part)
@@ -299,15 +302,20 @@ class Calls:
         else:
             call.missing = True  # its answer may be on the way: look once more
 
-    def _orphaned(self, call: RedisCall, part: Part) -> None:
-        """The worker is dead that it was sent to."""
+    def _orphaned(self, call: RedisCall, part: Part, waiting: set[bytes]) -> None:
+        """The worker is dead that it was sent to, which has not read what is `waiting`."""
+        if call.done or call.sending:
+            return
         alone = not any(
             other.part is not None and other.part.token == part.token
             for other in self._calls.values()
             if other is not call
         )
-        if part.start and alone:
+        if part.start and alone and waiting.intersection(call.entries):
+            for entry in call.entries:  # should the worker be alive
+                self._link.client.call("XDEL", call.stream, entry).add_done_callback(unheeded)
             call.entries.clear()
+            call.missing = False
             call.sending = True
             self.routes.begin_again(call, part)
         else:
@@ -320,13 +328,15 @@ class Calls:
                 if call.request.deadline is None:
                     call.fail(errors.Unavailable("the queue's Redis cannot be reached; try again later"))
 
-    async def _present(self, stream: str, entries: Sequence[bytes], *, suspicious: bool) -> set[bytes]:
-        """Which of these entries, in order, are waiting or being worked on. Raises `Disconnected`."""
+    async def _present(
+        self, stream: str, entries: Sequence[bytes], *, suspicious: bool
+    ) -> tuple[set[bytes], set[bytes]]:
+        """Which of these entries, in order, are being worked on, and which are waiting. Raises `Disconnected`."""
         client = self._link.client
         try:
             groups = await client.call("XINFO", "GROUPS", stream)
         except ResponseError:
-            return set()  # no such stream
+            return set(), set()  # no such stream
         ours = [group for group in map(wire.fields, groups) if group[b"name"] == GROUP.encode()]
         delivered = wire.order(ours[0][b"last-delivered-id"]) if ours else (0, 0)
         found = await self._pending(stream, entries) if ours else set()
@@ -334,7 +344,7 @@ class Calls:
         # Where the oldest is, the others are too: Redis forgets what is old, all that is young, or everything.
         if suspicious or (waiting and not await self._stored(stream, waiting[:1])):
             waiting = await self._stored(stream, waiting)
-        return found.union(waiting)
+        return found, set(waiting)
 
     async def _pending(self, stream: str, entries: Sequence[bytes]) -> set[bytes]:
         """Those of a range of entries that were delivered and are not acknowledged."""

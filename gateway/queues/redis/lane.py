@@ -108,9 +108,9 @@ class LaneReader:
 
     # --- jobs
 
-    def collect(self, limit: int) -> list[Job]:
+    def collect(self, limit: int) -> list[RedisJob]:
         """Up to so many of the jobs that wait."""
-        jobs: list[Job] = []
+        jobs: list[RedisJob] = []
         while self._waiting and len(jobs) < limit:
             job = self._waiting.popleft()
             if job.done:

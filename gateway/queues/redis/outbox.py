@@ -63,6 +63,8 @@ class Outbox:
         self.unacknowledged: dict[str, set[bytes]] = defaultdict(set)
         """Entries by stream that are done with, and still pending in Redis."""
         self.on_acknowledged: list[Callable[[], None]] = []
+        self.on_lost: list[Callable[[Answered], None]] = []
+        """Told of jobs whose answer nobody will hear of, and which are still pending."""
 
     def answer(self, job: Answered, kind: bytes, header: bytes, parts: Sequence[Buffer] = (), *, final: bool) -> None:
         """Send one answer; the job's entry is acknowledged when its last one is stored."""
@@ -112,7 +114,7 @@ class Outbox:
             )
             self._put(job.reply_to, job.call, wire.ELSEWHERE, header, [reference.encode()], job if final else None)
         except Disconnected:
-            self.unacknowledged[job.stream].discard(job.entry)  # still pending, so it is run again
+            self._lose(job)
         except (errors.GatewayError, RedisError) as problem:
             self._link.report("answer_not_stored", logging.WARNING, reason=str(problem))
             lost = errors.Unavailable("the answer is too large for what the queue's Redis has room for now")
@@ -173,10 +175,15 @@ class Outbox:
         self._end()
 
     def _give_up(self, mail: _Mail) -> None:
-        # The entries stay pending, and are run again should anybody still wait for them.
         for job in mail.ends:
-            self.unacknowledged[job.stream].discard(job.entry)
+            self._lose(job)
         log_event("answers_lost", logging.ERROR, answers=len(mail.fields) // 2)
+
+    def _lose(self, job: Answered) -> None:
+        # Its entry stays pending, and is run again should anybody still wait for it, unless it is one of a sequence.
+        self.unacknowledged[job.stream].discard(job.entry)
+        for told in self.on_lost:
+            told(job)
 
     def _acknowledge(self, stream: str, entries: list[bytes]) -> None:
         client = self._link.client

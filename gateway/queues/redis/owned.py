@@ -16,14 +16,14 @@ from redis.exceptions import RedisError
 from gateway import sequence as refusals
 from gateway.errors import InvalidArgument
 from gateway.message import BadMessage, pack_error
-from gateway.queues.base import Job, Keeps, Lane
+from gateway.queues.base import Keeps, Lane
 from gateway.queues.redis import wire
 from gateway.queues.redis.beside import Missing
 from gateway.queues.redis.cancelled import Cancelled
 from gateway.queues.redis.jobs import RedisJob, Stub
 from gateway.queues.redis.lane import LaneReader, RedisConsumer
 from gateway.queues.redis.link import Link
-from gateway.queues.redis.outbox import Outbox
+from gateway.queues.redis.outbox import Answered, Outbox
 from gateway.queues.redis.routes import life
 from gateway.redis_client import Disconnected, unheeded
 from gateway.redis_client.keys import GROUP
@@ -40,12 +40,22 @@ class Begun:
 
     def __init__(self) -> None:
         self._tokens: dict[bytes, None] = {}
+        self._latest: dict[SequenceId, bytes] = {}
 
     def add(self, token: bytes) -> None:
         """It begins."""
         self._tokens[token] = None
         if len(self._tokens) > _KNOWN:
             del self._tokens[next(iter(self._tokens))]
+
+    def take_over(self, id_: SequenceId, token: bytes) -> None:
+        """Its first request is taken: what is yet to come of an earlier beginning under this id is too late."""
+        before = self._latest.pop(id_, token)
+        if before != token:
+            self.end(before)
+        self._latest[id_] = token
+        if len(self._latest) > _KNOWN:
+            del self._latest[next(iter(self._latest))]
 
     def goes_on(self, token: bytes) -> bool:
         """Whether a request may go on with it."""
@@ -101,7 +111,24 @@ class SharedReader(LaneReader):
         if self._left and not self._leaves(self.lane):
             left, self._left = self._left, []
             for job in left:
-                self._claim(job)
+                self._add(job)
+
+    def collect(self, limit: int) -> list[RedisJob]:
+        """See `LaneReader.collect`. What nobody has taken is not claimed: it may be another worker's yet."""
+        jobs = super().collect(limit)
+        if self._keeps():
+            for job in jobs:
+                if job.sequence:
+                    self._claim(job)
+        return jobs
+
+    def put_back(self, job: RedisJob) -> None:
+        """See `Holder`. What was claimed is nobody else's."""
+        if job.sequence and not self._consumers:
+            self.begun.end(job.sequence)
+            job.fail(refusals.lost(_id(job), self.lane.model))
+        else:
+            super().put_back(job)
 
     def idle(self) -> list[RedisJob]:
         """See `LaneReader.idle`."""
@@ -121,17 +148,18 @@ class SharedReader(LaneReader):
         elif self._leaves(self.lane):  # it came with what was asked for before
             self._left.append(job)
         else:
-            self._claim(job)
+            self._add(job)
 
     def _claim(self, job: RedisJob) -> None:
         client, lane = self._link.client, self.lane
-        key = client.keys.sequence(*lane, _id(job))
+        id_ = _id(job)
+        key = client.keys.sequence(*lane, id_)
         idle = max((each.idle for each in self._keeps()), default=0.0)
         # Whoever hears of an answer finds this done: it goes out first. A sequence that has ended meanwhile stays so.
         client.call("HSETNX", key, job.sequence, self._link.process).add_done_callback(unheeded)
         client.call("PEXPIRE", key, life(idle)).add_done_callback(unheeded)
         self.begun.add(job.sequence)
-        self._add(job)
+        self.begun.take_over(id_, job.sequence)
 
 
 class OwnReader(LaneReader):
@@ -153,6 +181,7 @@ class OwnReader(LaneReader):
         self._ended = False
         self._last = (0, 0)  # the newest entry that was seen to
         self._renew_at = 0.0
+        outbox.on_lost.append(self._lost)
 
     def detach(self, consumer: RedisConsumer) -> None:
         """See `LaneReader.detach`."""
@@ -178,11 +207,13 @@ class OwnReader(LaneReader):
         """See `LaneReader.room`. What a sequence needs to go on may be last in line, so all of it is read."""
         return max(_MOST - len(self.held), 0)
 
-    def collect(self, limit: int) -> list[Job]:
+    def collect(self, limit: int) -> list[RedisJob]:
         """See `LaneReader.collect`."""
-        jobs: list[Job] = []
+        jobs: list[RedisJob] = []
         while self._waiting and len(jobs) < limit:
             job = self._waiting.popleft()
+            if job.sequence == job.call:
+                self._begun.take_over(_id(job), job.sequence)
             if job.done:
                 job.give_up()
                 self._begun.end(job.sequence)
@@ -247,7 +278,7 @@ class OwnReader(LaneReader):
             if wire.order(entry) > self._last:
                 job = await self._open(stream, entry, fields)
             else:  # it was, and its answer is lost
-                self._refuse_unread(stream, entry, envelope)
+                self._refuse_unread(stream, entry, envelope.call, envelope.reply_to)
         except (BadMessage, KeyError) as problem:
             self._link.damaged(problem, stream)
             self.outbox.done(Stub(stream, entry))
@@ -260,7 +291,7 @@ class OwnReader(LaneReader):
             self._begun.end(envelope.sequence)
             if entry in self.foreign:  # it is of a newer release, which no other worker can help with
                 self.foreign.discard(entry)
-                self._refuse_unread(stream, entry, envelope)
+                self._refuse_unread(stream, entry, envelope.call, envelope.reply_to)
         self._last = max(self._last, wire.order(entry))
 
     def _accept(self, job: RedisJob) -> None:
@@ -276,8 +307,15 @@ class OwnReader(LaneReader):
         if not job.fail(refusals.lost(_id(job), self.lane.model)):
             job.give_up()
 
-    def _refuse_unread(self, stream: str, entry: bytes, envelope: wire.Envelope) -> None:
-        stub = Stub(stream, entry, envelope.call, envelope.reply_to)
+    def _lost(self, job: Answered) -> None:
+        """Nobody will hear of its answer, and it is not to be run again."""
+        if job.stream == self.stream:
+            if isinstance(job, RedisJob):
+                self._begun.end(job.sequence)
+            self._refuse_unread(job.stream, job.entry, job.call, job.reply_to)
+
+    def _refuse_unread(self, stream: str, entry: bytes, call: bytes, reply_to: str) -> None:
+        stub = Stub(stream, entry, call, reply_to)
         lost = refusals.lost("of this request", self.lane.model)
         self.outbox.answer(stub, wire.ERROR, pack_error(lost), final=True)
 

@@ -9,10 +9,10 @@ was not answered ends its sequence, so that nothing goes on over a gap, and none
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError
@@ -31,6 +31,7 @@ LATEST = b"s"
 """The field that has the token of the last beginning, and after it the gateway that sent it."""
 _TOKEN = 16  # bytes
 _GRACE = 15.0  # seconds that a sequence is known after it was idle for too long: its worker is the one to say so
+_LIVES = 600.0  # seconds that what was sent to one worker is kept: it may never have it removed
 _CLAIMED = 1.0  # seconds that a claim may come later than the answer: in a cluster the two go to different servers
 _ENDED, _LOST = b"!e", b"!l"  # in place of a worker
 _BROKEN = b"!b"  # so it is for those that wait behind a request which nobody waits for any more
@@ -66,6 +67,8 @@ class Call(Protocol):
     part: Part | None
     stream: str
     answered: bool
+    sending: bool
+    missing: bool
     done: bool
 
     def fail(self, error: errors.GatewayError) -> bool:
@@ -88,6 +91,16 @@ class _Line:
 
     calls: deque[Call] = field(default_factory=deque)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, frozen=True)
+class _Note:
+    """What Redis is to know of a sequence, and did not hear, as long as that matters."""
+
+    part: Part
+    command: str
+    fields: tuple[bytes, ...]
+    until: float
 
 
 @dataclass(slots=True)
@@ -122,7 +135,8 @@ class Routes:
         self._calls = calls
         self._lines: dict[str, _Line] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lately: dict[bytes, float] = {}  # beginnings that were answered, and when
+        self._lately: dict[bytes, tuple[float, Part]] = {}  # beginnings that were answered, and when
+        self._unnoted: dict[str, list[_Note]] = {}  # by key, in their order
 
     def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
@@ -154,15 +168,14 @@ class Routes:
         if part.token and (part.end or not call.answered):
             self._note(part, part.token, _ENDED)
         elif part.token == call.id and not part.owner:
-            self._remember(call.id)
+            self._lately[call.id] = time.monotonic(), part
         if (line := self._lines.get(part.key)) is not None:
             line.changed.set()
 
-    def _remember(self, token: bytes) -> None:
-        now = time.monotonic()
-        while self._lately and now - self._lately[first := next(iter(self._lately))] > _CLAIMED:
-            del self._lately[first]
-        self._lately[token] = now
+    def stored(self, part: Part) -> None:
+        """A call is in its stream, or could not be put there."""
+        if (line := self._lines.get(part.key)) is not None:
+            line.changed.set()
 
     def lose(self, call: Call, part: Part) -> None:
         """It may have run, and nobody will answer it: its sequence is over."""
@@ -192,9 +205,16 @@ class Routes:
             self._link.client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
 
     def look(self) -> None:
-        """To be called now and then: look again what those wait for that could not be sent."""
+        """To be called now and then: look again what those wait for that could not be sent, and what nobody has claimed."""
         for line in self._lines.values():
             line.changed.set()
+        for key in list(self._unnoted):
+            self._note_again(key)
+        now = time.monotonic()
+        while self._lately and now - (first := next(iter(self._lately.values())))[0] >= _CLAIMED:
+            token = next(iter(self._lately))
+            del self._lately[token]
+            self._note(first[1], token, _LOST, command="HSETNX")  # else other gateways would wait for it
 
     def close(self) -> None:
         """Send no more."""
@@ -208,6 +228,7 @@ class Routes:
             while line.calls:
                 line.changed.clear()
                 try:
+                    await asyncio.gather(*self._note_again(key))
                     known = _Known.read(await self._link.client.call("HGETALL", key))
                     sent = await self._forward(line, known)
                 except Disconnected:
@@ -226,22 +247,23 @@ class Routes:
             call = line.calls[0]
             part = call.part
             assert part is not None
+            owner = known.owner if known.worker and self._keeps(known.worker, call.lane) else b""
+            stored = True
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
                     self._note(part, known.token, _ENDED)
                     known.owner = _BROKEN
             elif known.token and not known.owner and self._begins(known):
                 return False
-            elif known.worker and self._keeps(known.worker, call.lane):
+            elif part.start or owner:
                 if part.start:
-                    known = self._begin(call, part, known, known.owner)
-                await self._pass(call, part, known)
-            elif part.start:
-                known = self._begin(call, part, known, b"")
-                await self._pass(call, part, known)
+                    known = self._begin(call, part, known, owner)
+                stored = await self._pass(call, part, known, line)
             else:
                 call.fail(self._refusal(call, part, known))
             line.calls.remove(call)  # which another may precede by now
+            if not stored:
+                break  # the sequence may have ended with it
         return True
 
     def _begin(self, call: Call, part: Part, known: _Known, owner: bytes) -> _Known:
@@ -253,7 +275,8 @@ class Routes:
         self._note(part, LATEST, call.id + self._link.process.encode(), *((call.id, owner) if owner else ()))
         return _Known(call.id, self._link.process, owner)
 
-    async def _pass(self, call: Call, part: Part, known: _Known) -> None:
+    async def _pass(self, call: Call, part: Part, known: _Known, line: _Line) -> bool:
+        """Send a call and wait until it is in its stream: what goes on from it must not be there without it."""
         part.token, part.owner = known.token, known.worker
         if part.owner:
             self.refresh(part)
@@ -262,16 +285,33 @@ class Routes:
             sending = self._calls.send(call)
         except errors.GatewayError as problem:  # it cannot be written
             call.fail(problem)
-            return
+            return False
         if sending is not None:
             await sending
+        if part.owner:  # who may be gone, and then nobody else removes the stream
+            self._link.client.call("PEXPIRE", call.stream, int(_LIVES * 1000)).add_done_callback(unheeded)
+        while part.token and not call.done and (call.sending or call.missing):
+            line.changed.clear()
+            await line.changed.wait()
+        return bool(part.token) and not call.done
 
-    def _note(self, part: Part, *fields: bytes) -> asyncio.Future[int]:
-        client = self._link.client
-        noted = client.call("HSET", part.key, *fields)
-        noted.add_done_callback(unheeded)
+    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[int]:
+        return self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000))
+
+    def _note_again(self, key: str) -> list[asyncio.Future[int]]:
+        now = time.monotonic()
+        return [self._write(note) for note in self._unnoted.pop(key, ()) if now < note.until]
+
+    def _write(self, note: _Note) -> asyncio.Future[int]:
+        client, part = self._link.client, note.part
+        noted = client.call(note.command, part.key, *note.fields)
+        noted.add_done_callback(partial(self._noted, note))
         client.call("PEXPIRE", part.key, part.life).add_done_callback(unheeded)
         return noted
+
+    def _noted(self, note: _Note, noted: asyncio.Future[int]) -> None:
+        if noted.cancelled() or noted.exception() is not None:
+            self._unnoted.setdefault(note.part.key, []).append(note)
 
     def _refuse(self, line: _Line, problem: RedisError) -> None:
         self._link.report("sequence_unknown", reason=str(problem))
@@ -291,7 +331,7 @@ class Routes:
     def _begins(self, known: _Known) -> bool:
         """Whether the beginning that nobody has taken yet may still be taken."""
         if known.gateway == self._link.process:
-            return known.token in self._calls or time.monotonic() - self._lately.get(known.token, -math.inf) < _CLAIMED
+            return known.token in self._calls or known.token in self._lately
         return self.directory.is_alive(known.gateway) or not self.directory.sure
 
     def _keeps(self, worker: str, lane: Lane) -> bool:

@@ -61,11 +61,14 @@ def require_driver(location: Location) -> None:
 
 
 def connect(location: Location, credentials: Mapping[str, str]) -> Store:
-    """The store of a location; `credentials` are as `config.credentials` reads them. Imports its driver; asks the store nothing yet. Raises `Unreachable`."""
+    """The store of a location; `credentials` are as `config.credentials` reads them.
+
+    Imports its driver; asks the store nothing yet. Raises `Unreachable`.
+    """
     package, driver = _DRIVERS[location.scheme]
-    file_system = getattr(importlib.import_module(package), driver)
     options = _options(location, credentials)
     with _reading(location.name):
+        file_system = getattr(importlib.import_module(package), driver)
         # Made once and for this process alone: another one's event loop is of no use after a fork.
         made = file_system(**options, skip_instance_cache=True, use_listings_cache=False)
     return Store(made, location.path, location.name)

@@ -6,11 +6,13 @@ call), and turn each `GatewayError` into its status. What the calls mean is in `
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import message_factory
+from grpc.aio import InternalError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_reflection.v1alpha.reflection_pb2_grpc import (
@@ -102,7 +104,11 @@ def _control(calls: Calls, rpc: str, answer: Callable[[Any], Awaitable[Any]]) ->
 
 
 async def _abort(context: Any, error: errors.GatewayError) -> NoReturn:
-    await context.abort(_STATUS[error.grpc], error.message, trailers(error))
+    try:
+        await context.abort(_STATUS[error.grpc], error.message, trailers(error))
+    except InternalError:
+        # The client has ended the call, of which gRPC tells the call itself a little later.
+        raise asyncio.CancelledError from None
     raise error  # abort() never returns, which its type does not say
 
 
