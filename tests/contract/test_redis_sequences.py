@@ -307,6 +307,23 @@ async def test_a_worker_that_has_unloaded_the_model_refuses_what_is_on_its_way(f
         is_lost(await refusal(by(gateway, 7)), 7)
 
 
+async def test_a_model_that_is_gone_for_long_is_not_listened_for_until_it_is_back(fleet):
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        own = worker._own[LANE]
+        holder.consumer.close()
+        assert own._task is not None
+        assert not own._task.done()
+        own._until = 0.0
+        await asyncio.wait([own._task])
+        again = Holder(worker)
+        await begin(gateway, again)
+        async with background(again.serve()):
+            assert await by(gateway, 7) == worker.process
+
+
 async def test_a_sequence_whose_gateway_died_goes_on_through_another(fleet):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)

@@ -163,7 +163,7 @@ class SharedReader(LaneReader):
 
 
 class OwnReader(LaneReader):
-    """The stream of what follows. It is read for as long as this process lives, be it to refuse what comes too late."""
+    """The stream of what follows. Once nobody takes from it, it is read on for a while to refuse what comes too late."""
 
     def __init__(  # noqa: PLR0917
         self,
@@ -181,12 +181,14 @@ class OwnReader(LaneReader):
         self._ended = False
         self._last = (0, 0)  # the newest entry that was seen to
         self._renew_at = 0.0
+        self._until = 0.0  # when nobody takes from it
         outbox.on_lost.append(self._lost)
 
     def detach(self, consumer: RedisConsumer) -> None:
         """See `LaneReader.detach`."""
         super().detach(consumer)
         if not self._consumers:
+            self._until = time.monotonic() + _LIVES
             while self._waiting:
                 self._refuse(self._waiting.popleft())
 
@@ -226,7 +228,7 @@ class OwnReader(LaneReader):
     async def _read(self) -> None:
         place: str | bytes = "0"  # in what was read before and is in nobody's hands, or ">" for what is new
         try:
-            while not self._ended:
+            while not self._ended and (self._consumers or time.monotonic() < self._until):
                 try:
                     reply = await self._next(place)
                     found = list(wire.entries(reply))
