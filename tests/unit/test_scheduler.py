@@ -501,7 +501,7 @@ def test_a_wide_run_is_not_starved_by_narrow_ones():
 
 
 def test_a_batch_does_not_grow_where_nothing_is_gained_unless_it_must():
-    bench = occupied(lanes={"m": Limits(8, joins=True)}, true=lambda rows: 0.03 * rows)
+    bench = occupied(lanes={"m": Limits(8, joins=True)}, true=lambda rows: 0.11 * rows)
     for _ in range(4):
         bench.ask(5.0)
     bench.advance(1.0)
@@ -513,7 +513,7 @@ def test_short_runs_are_not_taken_apart_whatever_they_gain():
     for _ in range(24):
         bench.ask(5.0)
     bench.advance(1.0)
-    assert rows(bench) == [4] * 6
+    assert rows(bench) == [8] * 3
 
 
 FAST_AND_SLOW = (Place("gpu", 1), Place("cpu", 1))
