@@ -5,6 +5,8 @@ The fields of one hash, by model: the kind of command and its parameters, signed
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from gateway import errors
@@ -29,6 +31,7 @@ class Wanted:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self._turn = asyncio.Lock()  # in the order in which they are noted, commands are told
 
     async def note(self, command: Command) -> bytes | None:
         """Remember a command; returns what was known of its model before, for `restore`."""
@@ -41,8 +44,9 @@ class Wanted:
                 f"a load request to a fleet has room for {_LARGEST} bytes, files in base64, and this one has {len(sealed)}; "
                 "put the model into the repository"
             )
-        before = await call("HGET", key, command.model)
-        await call("HSET", key, command.model, sealed)
+        async with self._turn:
+            before = await call("HGET", key, command.model)
+            await call("HSET", key, command.model, sealed)
         assert before is None or isinstance(before, bytes)
         return before
 
