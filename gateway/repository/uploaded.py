@@ -7,7 +7,6 @@ wherever its name is in a repository too, and the next load without files is fro
 from __future__ import annotations
 
 import binascii
-import errno
 import shutil
 import tempfile
 import weakref
@@ -82,7 +81,7 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
     if not plain_name(name):
         raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' must stay within model directory.")
     if len(name) > _LONGEST_PATH or any(map(_too_long, name.split("/"))):
-        raise errors.not_polled(model, f"Invalid file parameter '{FILE}{name}' is too long")
+        raise errors.not_polled(model, f"Invalid file path '{name[:80]}...': it is too long")
     path = folder / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,8 +94,6 @@ def _write(folder: Path, name: str, data: str, model: str) -> None:
         problem = f"Invalid file parameter '{FILE}{name}', directory has been created as a file"
         raise errors.not_polled(model, problem) from None
     except OSError as problem:
-        if problem.errno == errno.ENAMETOOLONG:
-            raise errors.not_polled(model, f"Invalid file path '{name[:80]}...': a name in it is too long") from None
         raise _unwritten(f"file parameter '{FILE}{name}'", problem) from None
 
 

@@ -175,7 +175,7 @@ NOT_POLLED = "failed to load 'adder', failed to poll from model repository: "
         ),
         (
             {"config": CONFIG, "files": {f"file:1/{'x' * 256}": b"x"}},
-            NOT_POLLED + f"Invalid file parameter 'file:1/{'x' * 256}' is too long",
+            NOT_POLLED + f"Invalid file path '1/{'x' * 78}...': it is too long",
         ),
         (
             {"config": CONFIG, "files": {f"file:{1 << 63}/model.onnx": b"x"}},
