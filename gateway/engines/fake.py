@@ -159,13 +159,19 @@ class Gate:
         self._held: list[HeldRun] = []
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.get_running_loop().create_unix_server(self._accept, str(self._path))
+        # Not asyncio's server: what that has accepted as it is closed, it neither tells of nor closes.
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.setblocking(False)
+        self._listener.bind(str(self._path))
+        self._listener.listen()
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._server.close()
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.close()
         for run in self._held:
             run.release()
         self._path.unlink(missing_ok=True)
@@ -174,28 +180,28 @@ class Gate:
         """The next run at the gate, in order of arrival."""
         return await self._arrived.get()
 
-    def _accept(self) -> HeldRun:
-        run = HeldRun(self._arrived)
-        self._held.append(run)
-        return run
+    def _accept(self) -> None:
+        self._held.append(HeldRun(self._listener.accept()[0], self._arrived))
 
 
-class HeldRun(asyncio.Protocol):
+class HeldRun:
     """One run that waits at a gate; `rows` is its batch's."""
 
-    def __init__(self, arrived: asyncio.Queue[HeldRun]) -> None:
+    def __init__(self, line: socket.socket, arrived: asyncio.Queue[HeldRun]) -> None:
         self.rows = 0
+        self._line = line
         self._arrived = arrived
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(line, self._read)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Part of asyncio.Protocol."""
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        """Part of asyncio.Protocol."""
-        self.rows = int(data)
-        self._arrived.put_nowait(self)
+    def _read(self) -> None:
+        self._loop.remove_reader(self._line)
+        if data := self._line.recv(32):
+            self.rows = int(data)
+            self._arrived.put_nowait(self)
 
     def release(self) -> None:
-        """Let the run go on."""
-        self._transport.close()
+        """Let the run go on. Harmless when it has."""
+        if self._line.fileno() >= 0:
+            self._loop.remove_reader(self._line)
+            self._line.close()

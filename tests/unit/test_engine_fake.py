@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from contextlib import aclosing, suppress
@@ -268,3 +269,17 @@ async def test_leaving_the_gate_releases_all_and_no_gate_holds_nothing(tmp_path:
     await run(engine, 1, IN=row(0, 0))
     assert list(engine.loaded.runs) == [1, 1, 1]
     await engine.close()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_who_comes_to_a_gate_as_it_opens_is_not_held_for_ever(tmp_path: Path, turns: int) -> None:
+    """asyncio takes a connection in one turn of the loop and tells of it in another."""
+    with socket.socket(socket.AF_UNIX) as line:
+        async with Gate(tmp_path / "gate"):
+            line.connect(str(tmp_path / "gate"))
+            line.setblocking(False)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+        with suppress(ConnectionResetError):  # it was still the kernel's
+            async with asyncio.timeout(5):
+                assert await asyncio.get_running_loop().sock_recv(line, 1) == b""
