@@ -121,6 +121,19 @@ class LatencyModel:
             self.largest = rows
             self._tabulate()
 
+    def measured(self, rows: int, seconds: float) -> None:
+        """Take this for what a size takes, whatever was known of it, as if it had run often enough to be sure."""
+        if not (rows > 0 and 0 < seconds < math.inf):
+            return
+        self.batches += _SURE
+        seconds /= self._g
+        self._weigh(rows, self._means.get(rows, math.inf), seconds)
+        self._means[rows] = seconds
+        self._counts[rows] = max(self._counts.get(rows, 0), _SURE)
+        self.largest = max(self.largest, rows)
+        self._solve()
+        self._tabulate()
+
     def _judge(self, rows: int, ratio: float) -> bool:
         """Take the error of one prediction into the level, the tail and the trust. Returns whether it was odd."""
         self.error += (min(abs(ratio - 1), _WORST_TAIL) - self.error) * _DRIFT
@@ -144,14 +157,21 @@ class LatencyModel:
         self._surprises.append((rows, ratio, seconds))
         if len(self._surprises) < 3:
             return
-        if self._counts.get(rows, 0) < _SURE and len({rows for rows, _, _ in self._surprises}) == 1:
+        if len({rows for rows, _, _ in self._surprises}) == 1 and not self._contradicts(rows, seconds):
             self._learn_late()  # it is this size that is not as the fit has it
             return
         self._g *= median(ratio for _, ratio, _ in self._surprises)
         # What led here was no tail of the device as it is now.
         for _ in self._surprises:
             del self._sorted[bisect_left(self._sorted, self._ratios.pop())]
+        for size, _, taken in self._surprises:
+            self._learn(size, taken / self._g)
         self._surprises.clear()
+
+    def _contradicts(self, rows: int, seconds: float) -> bool:
+        """Whether a run took another time than earlier ones of its own size, and not just another than the fit has it."""
+        own = self._means.get(rows)
+        return own is not None and not 1 / _SHIFT <= seconds / (own * self._g) <= _SHIFT
 
     def _learn_late(self) -> None:
         """The odd runs meant no change of speed. They teach what is hardly known; elsewhere they were outliers."""

@@ -92,6 +92,12 @@ class Registry(Generic[W]):
         state.seats[device].warmed(rows, seconds, cores)
         state.rank_places()
 
+    def measured(self, lane: LaneKey, device: str, rows: int, seconds: float) -> None:
+        """Take this for what a batch takes, whatever was known of its size. Raises KeyError as `warmed` does."""
+        state = self._lanes[lane]
+        state.seats[device].current.measured(rows, seconds)
+        state.rank_places()
+
     def _device(self, name: str) -> Device[W]:
         device = self._devices.get(name)
         if device is None:

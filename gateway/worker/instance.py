@@ -110,10 +110,11 @@ class Instance:
 
     def _computed(self, run: Run[Job], seat: Seat, whole: bool, seconds: float) -> None:
         probe = run.jobs[0]
-        if isinstance(probe, Probe):
-            probe.ran(run)  # who measures says what is to be learned from it
-            whole = False
-        seat.release(run, learn=whole, seconds=seconds)
+        if not isinstance(probe, Probe):
+            seat.release(run, learn=whole, seconds=seconds)
+            return
+        seat.release(run, learn=False, seconds=seconds)  # who measures says what is to be learned from it
+        probe.ran(run)
 
     async def _again(self, whole: Part, part: Part) -> Exception | None:
         part.cores, part.predicted = whole.cores, whole.predicted

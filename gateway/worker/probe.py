@@ -40,8 +40,8 @@ class Probe:
         self.answer: asyncio.Future[GatewayError | None] = asyncio.get_running_loop().create_future()
 
     def ran(self, run: Run[Job]) -> None:
-        """It was computed in this run, just now."""
-        self.run, self.seconds = run, time.monotonic() - run.started
+        """It was computed in this run, which has ended."""
+        self.run, self.seconds = run, run.ended - run.started
 
     def reply(self, response: InferResponse) -> bool:  # noqa: ARG002 - what zeros give is of no interest
         """See `Job.reply`."""
@@ -78,29 +78,39 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
 
     Returns the rows of the largest that ran.
     """
-    largest, before, quickest = 0, 0.0, row / 2
-    for rows in sizes(config):
-        if 2 * quickest > _LONG:
-            break
-        try:
-            measured = await _measure_size(slots, lane, config, rows, instances)
-        except Exception as problem:  # noqa: BLE001 - a size may be more than memory holds; that ends the measuring only
-            log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=str(problem))
-            break
+    quickest: dict[tuple[int, str], float] = {}
+
+    async def run(rows: int, times: int) -> float:
+        """Tell the scheduler what a size takes; returns the seconds on the slowest device."""
+        measured = await _measure_size(slots, lane, config, rows, instances, times)
         for device, seconds in measured.items():
-            for _ in range(_TIMES):  # as often as the latency model asks for before it trusts a size by itself
-                slots.scheduler.warmed(lane, device, rows, seconds)
-        largest, quickest = rows, max(measured.values())
-        if before and quickest > _GAIN * before:
-            break
-        before = quickest
-    return largest
+            if seconds < quickest.get((rows, device), math.inf):
+                quickest[rows, device] = seconds
+                slots.scheduler.measured(lane, device, rows, seconds)
+        return max(measured.values())
+
+    done: list[int] = []
+    before, last = math.inf, row / 2
+    try:
+        for rows in sizes(config):
+            if 2 * last > _LONG or last > _GAIN * before:
+                break
+            before, last = last if done else math.inf, await run(rows, _TIMES)
+            done.append(rows)
+        # Once more: what else kept the machine busy, as a start does, kept it so for all runs of a size.
+        for rows in done:
+            await run(rows, 1)
+    except Exception as problem:  # noqa: BLE001 - a size may be more than memory holds; that ends the measuring only
+        log_event("measuring_ended", logging.WARNING, model=config.name, rows=rows, reason=str(problem))
+    return max(done, default=0)
 
 
-async def _measure_size(slots: Slots, lane: object, config: ModelConfig, rows: int, instances: int) -> dict[str, float]:
+async def _measure_size(
+    slots: Slots, lane: object, config: ModelConfig, rows: int, instances: int, times: int
+) -> dict[str, float]:
     """The seconds of the quickest run on each device. Raises `GatewayError` when a run fails."""
     quickest: dict[str, float] = {}
-    for _ in range(_TIMES):
+    for _ in range(times):
         probes = [Probe(_request(config, rows)) for _ in range(instances)]
         slots.add(lane, probes)
         try:

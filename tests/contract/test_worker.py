@@ -24,6 +24,7 @@ from gateway.service import Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.worker import Worker
+from gateway.worker.attempt import Runner
 from gateway.worker.instance import Instance
 from gateway.worker.lane import limits
 from gateway.worker.priors import NAME, Priors
@@ -962,6 +963,40 @@ async def test_a_measurement_is_no_failed_batch(folder):
         await until(lambda: rig.worker._slots.scheduler.latency(*_place(rig)).largest == 8)
         (version,) = rig.queue.pool("m").versions
         assert version.admission.explain(0.0)["failed_batches"] == 0
+
+
+async def test_a_size_is_measured_again_after_the_others(folder, monkeypatch):
+    """What kept the machine busy at first, as a start does, kept it so for all runs of the first size."""
+
+    async def size(slots, lane, config, rows, instances, times):
+        asked.append(rows)
+        return {_place(rig)[1]: 0.009 if len(asked) == 1 else 0.001 * rows**0.5}
+
+    asked = []
+    monkeypatch.setattr("gateway.worker.probe._measure_size", size)
+    async with measuring(folder) as rig:
+        rig.write()
+        await rig.load()
+        await until(lambda: asked == [1, 2, 4, 8] * 2)
+        await settle()
+        assert rig.worker._slots.scheduler.latency(*_place(rig)).mean(1) == pytest.approx(0.001)
+
+
+async def test_a_measurement_counts_what_the_engine_took_not_an_event_loop_that_is_behind(folder, monkeypatch):
+    note = Runner._note
+
+    def behind(runner, part, rows, first, last):
+        # As if the engine had begun a moment before it ended, and the event loop had heard of it late.
+        first.started_ns = last.finished_ns - 1000
+        return note(runner, part, rows, first, last)
+
+    monkeypatch.setattr(Runner, "_note", behind)
+    async with measuring(folder) as rig:
+        rig.write(a_us=20_000)
+        await rig.load()
+        await until(lambda: rig.worker._slots.scheduler.latency(*_place(rig)).largest == 8)
+        # It heard of 20 ms from the warm-up, once; all that was measured took a microsecond and its way of 2 ms.
+        assert rig.worker._slots.scheduler.latency(*_place(rig)).mean(8) < 0.015
 
 
 def _place(rig):

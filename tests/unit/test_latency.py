@@ -81,6 +81,52 @@ def test_a_device_that_changes_speed_is_followed_within_twenty_batches_for_every
     assert model.trusted
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_size_that_ran_but_once_or_twice_tells_that_the_device_is_slower(times):
+    model = learned(times=times)
+    for _ in range(10):  # more of others, so that what is said of a young model does not hold
+        for rows in (20, 40):
+            model.observe(rows, affine(rows))
+    for _ in range(3):
+        model.observe(64, 10 * affine(64))
+    for rows in (1, 20, 64):
+        assert model.mean(rows) == pytest.approx(10 * affine(rows), rel=0.1)
+
+
+def test_what_told_of_another_speed_puts_right_what_was_measured_badly():
+    model = LatencyModel(MAX)
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        for _ in range(3):
+            model.observe(rows, affine(rows) * (1.6 if rows == 1 else 1.0))
+    for _ in range(20):
+        model.observe(32, affine(32))
+    before = model.mean(1)
+    for rows in (32, 1, 32):
+        model.observe(rows, 10 * affine(rows))
+    assert 10 * affine(1) < model.mean(1) < 9.5 * before
+
+
+def test_a_measurement_counts_instead_of_what_was_known_and_is_sure():
+    model = LatencyModel(MAX)
+    model.observe(1, 10 * affine(1))
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        model.measured(rows, 2 * affine(rows))
+    for rows in range(1, MAX + 1):
+        assert model.mean(rows) == pytest.approx(2 * affine(rows), rel=0.01)
+    for _ in range(3):
+        model.measured(1, affine(1))
+    assert model.mean(1) == pytest.approx(affine(1))
+    assert (model.largest, model.tail, model.error) == (64, 1.0, 0.0)
+
+
+def test_a_measurement_is_taken_at_the_speed_that_the_device_has_now():
+    model = learned()
+    for _ in range(20):
+        model.observe(8, 10 * affine(8))
+    model.measured(1, 10 * affine(1))
+    assert model.mean(1) == pytest.approx(10 * affine(1), rel=0.01)
+
+
 def test_one_odd_run_changes_nothing():
     model = learned()
     model.observe(8, 100 * affine(8))
@@ -116,6 +162,7 @@ def test_what_is_no_duration_is_ignored(seconds):
     model = learned()
     before = model.to_prior(), model.error, model.batches
     model.observe(8, seconds)
+    model.measured(8, seconds)
     assert (model.to_prior(), model.error, model.batches) == before
 
 
