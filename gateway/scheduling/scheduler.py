@@ -54,10 +54,13 @@ class DeadlineScheduler(Registry[W]):
         cores: Mapping[str, int] | None = None,
         max_bytes: int = _BYTES,
         jitter: Callable[[], float] = random.random,
+        way: float = 0.0,
     ) -> None:
+        """`way` is for how many seconds of its deadline a request or its answer is where nobody here can see it."""
         super().__init__(cores or {})
         self._jitter = jitter
-        self._at = Situation(0.0, 0.0, jitter, max_bytes)
+        self._way = way
+        self._at = Situation(0.0, way, jitter, max_bytes)
         self._admitted: dict[int, Entry[W]] = {}  # by the identity of the request, which lives until it is settled
 
     # --- requests
@@ -245,6 +248,7 @@ class DeadlineScheduler(Registry[W]):
     def _note_overhead(self, seconds: float) -> None:
         """Learn from one answer how long after the end of its run it left. The last of a batch count, not the mean."""
         if seconds < _LONGEST_ANSWER:
+            seconds += self._way
             news = _NEWS if seconds > self._at.overhead else _NEWS / 10
             self._at.overhead += (seconds - self._at.overhead) * news
 

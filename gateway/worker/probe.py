@@ -82,7 +82,7 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
 
     async def run(rows: int, times: int) -> float:
         """Tell the scheduler what a size takes; returns the seconds on the slowest device."""
-        measured = await _measure_size(slots, lane, config, rows, instances, times)
+        measured = await _measure_size(slots, lane, config, rows, instances, times=times)
         for device, seconds in measured.items():
             if seconds < quickest.get((rows, device), math.inf):
                 quickest[rows, device] = seconds
@@ -106,7 +106,7 @@ async def measure(slots: Slots, lane: object, config: ModelConfig, instances: in
 
 
 async def _measure_size(
-    slots: Slots, lane: object, config: ModelConfig, rows: int, instances: int, times: int
+    slots: Slots, lane: object, config: ModelConfig, rows: int, instances: int, *, times: int
 ) -> dict[str, float]:
     """The seconds of the quickest run on each device. Raises `GatewayError` when a run fails."""
     quickest: dict[str, float] = {}

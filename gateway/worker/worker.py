@@ -38,6 +38,7 @@ _UNLOAD_REPORTED = 0.5  # seconds; nearly every model is gone by then, and who a
 
 ReadModel = Callable[[str, Mapping[str, str]], ModelSource]
 """Reads a model from the repository; blocking, so it is called in a thread. Raises `GatewayError`."""
+_WIRE = 0.001  # seconds of a deadline: the caller's clock begins before ours, and ends when it has read the answer
 
 
 @dataclass(slots=True)
@@ -79,9 +80,8 @@ class Worker:
         self._read = read
         self._devices = devices
         # The bytes that wait are the service's to bound, which knows of all of them.
-        self._slots = Slots(
-            DeadlineScheduler({device.name: device.cores for device in (*devices, REMOTE)}, max_bytes=1 << 62)
-        )
+        cores = {device.name: device.cores for device in (*devices, REMOTE)}
+        self._slots = Slots(DeadlineScheduler(cores, max_bytes=1 << 62, way=_WIRE))
         self.children: Children | None = None  # where engines may live, set before anything is loaded
         self.ensembles_drained: Drained | None = None  # set before anything is loaded
         self._needs = Needs()

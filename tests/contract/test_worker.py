@@ -968,7 +968,7 @@ async def test_a_measurement_is_no_failed_batch(folder):
 async def test_a_size_is_measured_again_after_the_others(folder, monkeypatch):
     """What kept the machine busy at first, as a start does, kept it so for all runs of the first size."""
 
-    async def size(slots, lane, config, rows, instances, times):
+    async def size(slots, lane, config, rows, instances, *, times):
         asked.append(rows)
         return {_place(rig)[1]: 0.009 if len(asked) == 1 else 0.001 * rows**0.5}
 

@@ -37,9 +37,10 @@ class Bench:
     true: object = staticmethod(affine)
     warm: bool = True
     max_bytes: int = 1 << 30
+    way: float = 0.0
 
     def __post_init__(self):
-        self.scheduler = DeadlineScheduler(self.cores, self.max_bytes, jitter=lambda: 0.5)
+        self.scheduler = DeadlineScheduler(self.cores, self.max_bytes, lambda: 0.5, self.way)
         self.now = 0.0
         self.speed = Counter({place.device: 1.0 for place in self.places})
         self.jobs, self.runs, self.refusals, self.batches = [], [], [], []

@@ -159,6 +159,20 @@ def test_how_long_answers_take_is_learned_from_who_waits_for_them():
     assert bench.scheduler._at.overhead == pytest.approx(0.002)
 
 
+@pytest.mark.parametrize(("way", "refused"), [(0.0, False), (0.002, True)])
+def test_of_its_deadline_a_request_is_on_its_way_for_a_part(way, refused):
+    """Answers that leave here in the last moment come to the caller after it."""
+    bench = occupied(way=way)
+    left = bench.true(1)  # of the run
+    soon = bench.ask(left + bench.true(1) + 0.001, run=False)
+    assert (soon.outcome == "overload") is refused
+    later = bench.ask(left + bench.true(2) + 0.003, run=False)
+    assert later.outcome == ""
+    bench.advance(1.0)
+    assert later.outcome == "in_time"
+    assert bench.scheduler._at.overhead == pytest.approx(way)
+
+
 def test_earlier_deadlines_go_first_whatever_came_first():
     bench = occupied(lanes={"m": Limits(2, joins=True)})
     jobs = [bench.ask(deadline) for deadline in (0.9, 0.5, 0.7, 0.3)]
