@@ -26,7 +26,8 @@ class LimitedSlots(Slots):
     def __init__(self, scheduler: DeadlineScheduler[Job], resources: Resources) -> None:
         super().__init__(scheduler)
         self._resources = resources
-        self._claims: dict[int, tuple[LaneKey, Claim]] = {}  # by the identity of the engine; whose it is
+        # By the identity of the engine, which is kept so that no other gets that; whose it is.
+        self._claims: dict[int, tuple[Engine, LaneKey, Claim]] = {}
         self._limited: dict[LaneKey, LaneKey] = {}  # the lanes of instances with claims, and whose they are
         self._running: dict[int, tuple[Run[Job], Claim]] = {}
         self._deciding = False
@@ -43,12 +44,12 @@ class LimitedSlots(Slots):
             ]
             self._resources.open(lane, claims)
             for (engine, _), each in zip(engines, claims, strict=True):
-                self._claims[id(engine)] = lane, each
+                self._claims[id(engine)] = engine, lane, each
 
     def close(self, lane: LaneKey) -> None:
         """See `Slots.close`."""
         super().close(lane)
-        for engine in [engine for engine, (owner, _) in self._claims.items() if owner == lane]:
+        for engine in [engine for engine, (_, owner, _) in self._claims.items() if owner == lane]:
             del self._claims[engine]
         for each in [each for each, owner in self._limited.items() if lane in (each, owner)]:
             del self._limited[each]
@@ -58,7 +59,7 @@ class LimitedSlots(Slots):
         """See `Slots.seat`."""
         seat = super().seat(lane, device, engine)
         if id(engine) in self._claims:
-            self._limited[lane], seat.claim = self._claims[id(engine)]
+            _, self._limited[lane], seat.claim = self._claims[id(engine)]
         return seat
 
     def finished(self, run: Run[Job], *, learn: bool, failed: bool = False, seconds: float | None = None) -> None:

@@ -252,6 +252,14 @@ async def test_an_instance_waits_for_resources_and_holds_no_slot(new_model):
         assert [job.request.id for job in (await tasks[1]).jobs] == ["b"]
 
 
+async def test_who_claims_nothing_never_has_the_claim_of_another(new_model):
+    """An engine that is gone could leave its identity to the next."""
+    slots = slots_of()
+    limited = new_model(slots, *[limiter(R=1)] * 100)  # Model keeps no engine of its own
+    assert all(seat.claim for seat in limited.seats)
+    assert not any(seat.claim for seat in new_model(slots, *[None] * 100).seats)
+
+
 async def test_what_is_freed_on_one_device_is_waited_for_on_another(new_model):
     slots = slots_of()
     near, far = (new_model(slots, limiter(everywhere=True, R=1), device=device) for device in (CPU, GPU))
