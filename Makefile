@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := cpu,fast,client
 .DEFAULT_GOAL := help
+# The tests start many processes, each of which would compile every module anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help serve check quick test bench models clean
 
 help:  ## Show this list
@@ -35,7 +37,7 @@ check: .venv/test.done  ## Lint, types, import contracts, budgets
 	$(BIN)/pytest -q tests/unit/test_budgets.py
 
 quick: check  ## check, then unit, contract and api tests
-	$(BIN)/pytest -q -n 3 --dist worksteal -m "not slow" tests/unit tests/contract tests/api --ignore tests/unit/test_budgets.py
+	$(BIN)/pytest -q -n 3 --dist loadfile -m "not slow" tests/unit tests/contract tests/api --ignore tests/unit/test_budgets.py
 
 test: check  ## Everything; what starts processes of its own runs by itself
 	$(BIN)/pytest -n 3 --dist worksteal tests/unit tests/contract tests/api tests/docs

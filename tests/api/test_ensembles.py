@@ -419,6 +419,7 @@ async def test_a_server_that_stops_answers_ensembles_first(tmp_path: Path) -> No
 # --- a fleet
 
 
+@pytest.mark.slow
 async def test_a_gateway_without_models_runs_ensembles_on_workers(tmp_path: Path, redis_url: str) -> None:
     fleet: Any = {"queue": redis_url, "queue_prefix": f"test-{secrets.token_hex(8)}", "model_control_mode": "explicit"}
     repositories = (repository(tmp_path) / "models",)

@@ -72,6 +72,7 @@ async def test_a_shared_port_is_refused_to_one_that_does_not_share(implementatio
                 pass
 
 
+@pytest.mark.slow
 async def test_a_server_that_leaves_loses_no_call_of_its_clients(implementation):
     answered = []
 

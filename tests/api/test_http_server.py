@@ -108,6 +108,7 @@ async def test_a_stop_closes_the_port_and_lets_requests_finish() -> None:
         each.close()
 
 
+@pytest.mark.slow
 async def test_a_half_sent_request_does_not_hold_a_stop() -> None:
     async with HttpServer(Counted(App().answer), "127.0.0.1", 0) as server:
         await get(server.port)
@@ -156,6 +157,7 @@ async def test_connections_over_the_limit_wait_their_turn() -> None:
             assert (await late).startswith(b"HTTP/1.1 200")
 
 
+@pytest.mark.slow
 async def test_a_server_that_leaves_ends_its_connections_and_the_other_takes_the_callers() -> None:
     app = App()
     async with HttpServer(Counted(app.answer), "127.0.0.1", 0, share=True) as leaving:
@@ -175,6 +177,7 @@ async def test_a_server_that_leaves_ends_its_connections_and_the_other_takes_the
     writer.close()
 
 
+@pytest.mark.slow
 async def test_a_request_that_runs_when_its_server_leaves_is_answered() -> None:
     app = App()
     app.free.clear()

@@ -276,6 +276,7 @@ async def test_a_stream_call_is_answered_from_the_cache(app: App) -> None:
 # --- a fleet
 
 
+@pytest.mark.slow
 async def test_two_gateways_give_one_result_and_share_what_is_cached(tmp_path: Path, redis_url: str) -> None:
     fleet = {"queue": redis_url, "queue_prefix": f"test-{secrets.token_hex(8)}"}
     async with serving_app(tmp_path, **fleet) as one, serving_app(tmp_path, role="gateway", **fleet) as two:

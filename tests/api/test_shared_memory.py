@@ -180,6 +180,7 @@ def test_metadata_names_the_extension(client: Any, wire: str):
     assert "cuda_shared_memory" not in extensions
 
 
+@pytest.mark.slow
 def test_it_is_off_unless_allowed():
     with started("--model-repository", str(ROOT / "model_repo")) as gateway:
         for wire, code in (("http", "501"), ("grpc", "StatusCode.UNIMPLEMENTED")):

@@ -170,6 +170,7 @@ async def misfortunes(fleet: Fleet, of, tasks: asyncio.TaskGroup) -> None:
             await fleet.kill(victim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 async def test_every_answer_is_of_all_that_was_sent_and_nothing_else(redis_url, monkeypatch, seed):
     hurry(monkeypatch)

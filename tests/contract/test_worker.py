@@ -680,6 +680,7 @@ async def test_a_deadline_is_kept_while_the_model_hangs(rig):
     assert isinstance(error, errors.DeadlineExceeded)
 
 
+@pytest.mark.slow
 async def test_an_instance_whose_engine_is_not_there_leaves_the_work_to_the_other(rig):
     rig.write(instances=2)
     await rig.load()
@@ -857,6 +858,7 @@ async def test_a_forced_stop_tells_every_caller(folder):
             async with background(*(refusal(rig.infer()) for _ in range(2))) as waiting:
                 await queued(rig, *waiting)
                 working.cancel()
+                await settle()  # or the run could end before the worker hears of it
                 run.release()
                 await asyncio.wait([working])
                 rig.queue.close()
@@ -904,6 +906,7 @@ async def test_a_forced_stop_in_the_middle_of_a_retry_tells_every_caller(folder)
             (await gate.arrival()).release()
             retried = await gate.arrival()
             working.cancel()
+            await settle()
             retried.release()
             told = await asyncio.gather(*callers)
         await asyncio.wait([working])
@@ -917,6 +920,7 @@ async def test_a_forced_stop_reports_a_load_that_was_under_way(folder):
         async with background(refusal(rig.load())) as (loading,):
             warming = await gate.arrival()
             working.cancel()
+            await settle()
             warming.release()
             assert (await loading).message == "Server not ready"
         await asyncio.wait([working])

@@ -90,6 +90,7 @@ def test_a_driver_that_does_not_work(stand_in, init: str, gpus: int, text: str) 
     assert text in refusal()
 
 
+@pytest.mark.slow
 def test_a_driver_that_hangs_is_given_up(stand_in) -> None:
     stand_in("pause(); return 0;")
     assert refusal(1.0).startswith("the NVIDIA driver did not answer within 1 s; `nvidia-smi` will hang too")

@@ -167,6 +167,7 @@ def _fail(parameters: dict[str, str]) -> None:
     compute(spec(**parameters), 1, IN=row(1, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parameters", "number"),
     [
@@ -194,6 +195,7 @@ def _hang_beside(parameter: str, beats) -> None:
 _BEATS = 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameter", ["hang", "hang_gil"])
 def test_a_hang_keeps_the_interpreter_only_if_it_is_that_kind(parameter: str) -> None:
     context = multiprocessing.get_context("spawn")

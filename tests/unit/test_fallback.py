@@ -250,6 +250,7 @@ async def test_a_request_that_fails_on_every_link_is_no_evidence_against_any() -
         assert told(await run(engine)) == (None, None)
 
 
+@pytest.mark.slow
 async def test_a_lost_device_is_loaded_anew(fault: Fault) -> None:
     async with chain(fake__fault_file=str(fault.path)) as (engine, _):
         await run(engine)
@@ -262,6 +263,7 @@ async def test_a_lost_device_is_loaded_anew(fault: Fault) -> None:
         assert told(await run(engine)) == (None, None)
 
 
+@pytest.mark.slow
 async def test_when_everything_is_lost_it_still_says_what_it_is_and_comes_back(fault: Fault) -> None:
     async with chain(fault_file=str(fault.path)) as (engine, _):
         await run(engine)
@@ -370,6 +372,7 @@ async def test_answers_request_by_request_keep_their_places_when_the_batch_is_cu
 # --- deadlines
 
 
+@pytest.mark.slow
 async def test_a_run_that_would_be_late_is_given_to_a_quicker_link_in_time(tmp_path: Path) -> None:
     slow = tmp_path / "slow"
     async with chain(fallback__preload="true", fake__a_us="1000", fake__slow_file=str(slow)) as (engine, _):
@@ -490,6 +493,7 @@ async def test_closing_ends_a_run_and_it_goes_nowhere_else(tmp_path: Path) -> No
 # --- coming back
 
 
+@pytest.mark.slow
 async def test_a_link_that_answers_rubbish_does_not_come_back(fault: Fault) -> None:
     """The sample that is kept has several values; an engine that gives one value all over is not right."""
     rubbish = False

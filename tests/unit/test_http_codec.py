@@ -479,6 +479,7 @@ def test_arbitrary_bytes_raise_only_gateway_errors(body: bytes, length: str | No
     survives(body, length)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(DOCUMENTS, st.binary(max_size=16), st.booleans(), st.booleans())
 def test_arbitrary_documents_raise_only_gateway_errors(

@@ -104,6 +104,7 @@ async def test_a_fault_is_the_end_of_its_job_and_says_nothing(redis_url: str) ->
         assert (await one.ended(await one.submit())).state == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [
@@ -275,6 +276,7 @@ async def test_ending_a_job_twice_is_ending_it_once(redis_url: str) -> None:
         assert (await one.jobs.store.result(claim.job.id))[0].header == b"1"
 
 
+@pytest.mark.slow
 async def test_leases_are_renewed_while_a_job_runs(redis_url: str) -> None:
     of = options(redis_url)
     async with gateway(of) as one, gateway(of) as other:

@@ -36,6 +36,7 @@ async def written_through(one: Gateway) -> None:
     await one.client.call("CONFIG", "SET", "appendfsync", "always")
 
 
+@pytest.mark.slow
 async def test_jobs_survive_a_redis_that_is_killed_and_started_from_its_file(tmp_path: Path) -> None:
     async with EmbeddedServer(tmp_path, persistent=True) as server, gateway(RedisOptions(server.url)) as one:
         await written_through(one)
@@ -56,6 +57,7 @@ async def test_jobs_survive_a_redis_that_is_killed_and_started_from_its_file(tmp
         assert await ends(one) == dict.fromkeys([job.id for job in jobs], 1)
 
 
+@pytest.mark.slow
 async def test_no_lease_is_taken_away_because_redis_was(tmp_path: Path) -> None:
     """Nobody could renew, so the leases that ran out meanwhile say nothing."""
     options = RunnerOptions(lease=3)
@@ -98,6 +100,7 @@ async def test_a_full_redis_refuses_new_jobs_and_gets_the_results_of_old_ones_la
             assert await one.result(job) == [[10.0, 10.0]]
 
 
+@pytest.mark.slow
 async def test_without_redis_jobs_are_refused_at_once_and_the_gateway_lives(tmp_path: Path) -> None:
     async with EmbeddedServer(tmp_path, persistent=True) as server, gateway(RedisOptions(server.url)) as one:
         job = await one.ended(await one.submit())

@@ -62,6 +62,7 @@ def test_a_variable_holds_several(monkeypatch: pytest.MonkeyPatch) -> None:
     assert folders(places[:1]) == [Path("/models")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["promote", "m"], ["models", "lint"], ["models", "new", "x.onnx"]])
 def test_commands_for_folders_say_so(command: list[str]) -> None:
     done = subprocess.run(
@@ -84,6 +85,7 @@ def test_a_store_whose_package_is_missing_names_the_command(scheme: str, monkeyp
     )
 
 
+@pytest.mark.slow
 def test_a_gateway_without_the_package_does_not_start(tmp_path: Path) -> None:
     hidden = "import importlib.util as u, runpy; f = u.find_spec\n"
     hidden += "u.find_spec = lambda name, *more: None if name == 's3fs' else f(name, *more)\n"

@@ -62,6 +62,7 @@ def test_the_same_options_give_the_same_figures(capsys):
     assert simulate(capsys, "--load", "1.2", *QUICK) == simulate(capsys, "--load", "1.2", *QUICK)
 
 
+@pytest.mark.slow
 def test_it_writes_every_figure_as_json_and_a_plot(capsys, tmp_path):
     figures, picture = tmp_path / "figures.json", tmp_path / "plot.png"
     options = [
