@@ -11,10 +11,12 @@ import asyncio
 import builtins
 import pickle
 import socket
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 
@@ -37,6 +39,7 @@ from gateway.engines.isolated.frames import (
 )
 from gateway.engines.isolated.layout import lay_out, read_form
 from gateway.engines.isolated.memory import Memory
+from gateway.engines.isolated.sender import Sender
 from gateway.engines.threads import EngineThread
 from gateway.message import BadMessage, unpack_error
 from gateway.types import Answer, Array, Batch, BatchResult, InferRequest
@@ -62,7 +65,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(line.fileno(), self._read)
         self._frames = Frames()
-        self._unsent = memoryview(b"")
+        self._sender = Sender(line, self._loop)
         self._reply: asyncio.Future[Frame] | None = None
         self._patience = self._due = 0.0  # seconds
         self._alarm: asyncio.TimerHandle | None = None
@@ -96,11 +99,7 @@ class Link:
         Call it one at a time, after `when_idle`. Raises `EngineCrashed` when the child ends before it has answered.
         """
         started = time.monotonic_ns()
-        header, payload = await self._put(batch)
-        stacked = time.monotonic_ns()
-        reply = self._expect()
-        self._watch(patience, hung)
-        self._send(header, payload)
+        reply, stacked = await self._give(batch, patience, hung)
         message, frame = self._decoded(await reply)
         if not isinstance(message, Done):
             raise self._broken(f"{type(message).__name__} in answer to a run")
@@ -114,11 +113,7 @@ class Link:
     ) -> AsyncGenerator[BatchResult, None]:
         """The same of a model that answers request by request."""
         started = time.monotonic_ns()
-        header, payload = await self._put(batch)
-        stacked = time.monotonic_ns()
-        reply = self._expect()
-        self._watch(patience, hung)
-        self._send(header, payload)
+        reply, stacked = await self._give(batch, patience, hung)
         while True:
             message, frame = self._decoded(await reply)
             if not isinstance(message, Answered):
@@ -159,11 +154,40 @@ class Link:
 
     # --- to the child
 
-    async def _put(self, batch: Batch) -> tuple[bytes, bytearray | None]:
+    async def _give(self, batch: Batch, patience: float, hung: Callable[[], None]) -> tuple[asyncio.Future[Frame], int]:
+        """Have the child begin; returns what its answer will come in, and when the batch was stacked."""
         size = sum([request.size for request in batch.requests])
         if batch.requests and size <= _LARGE and self._thread.idle:
-            return self._stacked(batch)
-        return await self._thread.call(lambda: self._stacked(batch), hurry=batch.hurry)
+            header, payload = self._stacked(batch)
+            stacked = time.monotonic_ns()
+            reply = self._expect()
+            self._watch(patience, hung)
+            self._send(header, payload)
+            return reply, stacked
+        reply = self._expect()
+        self._watch(patience, hung)
+        mine = threading.Lock()  # whoever has it first decides whether the batch is sent
+        try:
+            stacked = await self._thread.call(partial(self._stack_and_send, batch, mine), hurry=batch.hurry)
+        except NeverSeen:
+            self._end("ended")
+            raise
+        except BaseException:
+            if mine.acquire(blocking=False) and self._reply is reply:
+                self._rest()  # the child never hears of it
+            raise
+        return reply, stacked
+
+    def _stack_and_send(self, batch: Batch, mine: threading.Lock) -> int:
+        """On the engine's thread: the event loop, which has answers to write, would add a millisecond to each run."""
+        header, payload = self._stacked(batch)
+        stacked = time.monotonic_ns()
+        if mine.acquire(blocking=False):
+            try:
+                self._sender.send(header, payload)
+            except OSError:
+                raise self._never_seen() from None
+        return stacked
 
     def _stacked(self, batch: Batch) -> tuple[bytes, bytearray | None]:
         layout, values = lay_out(batch.stack() if batch.gather is None else batch.gather())
@@ -173,29 +197,20 @@ class Link:
         return pack(message, len(payload) if payload else 0), payload
 
     def _send(self, header: bytes, payload: bytearray | None = None) -> None:
-        data = header if payload is None else header + payload
         try:
-            sent = self._socket.send(data)
-        except BlockingIOError:
-            sent = 0
+            self._sender.send(header, payload)
         except OSError:
             self._end("ended")
-            raise NeverSeen("the engine's process had ended before the batch") from None
-        if sent < len(data):
-            self._unsent = memoryview(data)[sent:]
-            self._loop.add_writer(self._socket.fileno(), self._flush)
+            raise self._never_seen() from None
 
-    def _flush(self) -> None:
-        with suppress(OSError):  # it is full, or has ended, which it says next
-            self._unsent = self._unsent[self._socket.send(self._unsent) :]
-        if not self._unsent:
-            self._loop.remove_writer(self._socket.fileno())
+    def _never_seen(self) -> NeverSeen:
+        return NeverSeen("the engine's process had ended before the batch")
 
     # --- from the child
 
     def _expect(self) -> asyncio.Future[Frame]:
         if self._closed:
-            raise NeverSeen("the engine's process had ended before the batch")
+            raise self._never_seen()
         self._reply = self._loop.create_future()
         return self._reply
 
@@ -287,8 +302,7 @@ class Link:
             return
         self._closed = True
         self._loop.remove_reader(self._socket.fileno())
-        self._loop.remove_writer(self._socket.fileno())
-        self._socket.close()
+        self._sender.close()
         if self._alarm is not None:
             self._alarm.cancel()
         if not self._answered:
