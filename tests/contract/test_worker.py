@@ -964,7 +964,9 @@ async def test_a_measurement_is_no_failed_batch(folder):
     async with background(rig.worker.run()):
         rig.write()
         await rig.load()
-        await until(lambda: rig.worker._slots.scheduler.latency(*_place(rig)).largest == 8)
+        await until(
+            _place(rig)[0]._measuring.done
+        )  # not of all sizes, if the machine is so busy that they seem to gain nothing
         (version,) = rig.queue.pool("m").versions
         assert version.admission.explain(0.0)["failed_batches"] == 0
 

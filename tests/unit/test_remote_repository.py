@@ -2,9 +2,11 @@
 
 import gc
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -412,6 +414,25 @@ def test_two_that_want_a_model_at_once_download_it_once(bucket: Bucket) -> None:
     assert len(found) == 4
     assert len(set(found)) == 1
     assert bucket.downloads() == ["m/1/model.onnx"]
+
+
+def test_who_begins_does_not_remove_what_another_has_just_begun(tmp_path: Path, monkeypatch) -> None:
+    made = tempfile.mkdtemp
+
+    def begun(**where: Any) -> str:
+        found.append(made(**where))
+        if len(found) == 1:
+            Cache(tmp_path, 1)._prepare()  # between the folder and its lock
+        return found[-1]
+
+    found: list[str] = []
+    cache = Cache(tmp_path, 1)
+    cache._prepare()
+    monkeypatch.setattr(tempfile, "mkdtemp", begun)
+    lease = cache._own_folder()
+    Cache(tmp_path, 1)._prepare()
+    assert [*(tmp_path / "new").iterdir()] == [lease.path]
+    assert found[1:] == [str(lease.path)]
 
 
 def test_without_links_each_model_has_files_of_its_own(bucket: Bucket, monkeypatch) -> None:

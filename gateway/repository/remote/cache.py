@@ -96,8 +96,8 @@ class Cache:
             yield
 
     def _build(self, path: Path, tree: Tree, store: str, download: Download) -> None:
-        new = Path(tempfile.mkdtemp(dir=self._folder / "new"))
-        lease = _leased(new)
+        lease = self._own_folder()
+        new = lease.path
         try:
             for name in tree.folders:
                 (new / name).mkdir(parents=True, exist_ok=True)
@@ -146,6 +146,12 @@ class Cache:
         new.symlink_to(Path("..", "files", digest))
         new.rename(known)
 
+    def _own_folder(self) -> Lease:
+        """A new folder, which nobody takes for one that was left by a process that died."""
+        while (lease := _leased(Path(tempfile.mkdtemp(dir=self._folder / "new")))) is None:
+            pass  # somebody did, before it was locked
+        return lease
+
     def _own_name(self, name: str) -> Path:
         """Where this thread alone makes something; not among the files of a store, which may have any names."""
         own = self._folder / "new" / f"{name}.{os.getpid()}.{threading.get_ident()}"
@@ -178,9 +184,9 @@ class Cache:
         lease = _leased(tree, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lease is None:
             return not tree.exists()
-        gone = Path(tempfile.mkdtemp(dir=self._folder / "new"))
-        tree.rename(gone / tree.name)
-        shutil.rmtree(gone, ignore_errors=True)
+        gone = self._own_folder()
+        tree.rename(gone.path / tree.name)
+        shutil.rmtree(gone.path, ignore_errors=True)
         return True
 
     def size(self) -> int:
