@@ -260,7 +260,7 @@ class Routes:
                     known = self._begin(call, part, known, owner)
                 stored = await self._pass(call, part, known, line)
             else:
-                call.fail(self._refusal(call, part, known))
+                self._turn_away(call, part, known)
             line.calls.remove(call)  # which another may precede by now
             if not stored:
                 break  # the sequence may have ended with it
@@ -296,6 +296,7 @@ class Routes:
         return bool(part.token) and not call.done
 
     def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[int]:
+        self._note_again(part.key)  # what is older must not come later: it may say that the sequence goes on
         return self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000))
 
     def _note_again(self, key: str) -> list[asyncio.Future[int]]:
@@ -319,6 +320,13 @@ class Routes:
             line.calls.popleft().fail(
                 errors.Unavailable("the queue's Redis does not say which worker has the sequence")
             )
+
+    def _turn_away(self, call: Call, part: Part, known: _Known) -> None:
+        """Refuse what cannot be sent. Nor does anything go on after it, when the directory knows the worker again."""
+        call.fail(self._refusal(call, part, known))
+        if known.token and not known.owner.startswith(b"!"):
+            self._note(part, known.token, _LOST)
+            known.owner = _LOST
 
     def _refusal(self, call: Call, part: Part, known: _Known) -> errors.GatewayError:
         model = call.lane.model
