@@ -59,6 +59,18 @@ class Linked:
         return bool(told)
 
 
+class Copies:
+    """Has the engine's thread stay in the middle of a batch."""
+
+    def __init__(self):
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def stack(self):
+        self.begun.set()
+        self.go_on.wait(10)
+        return {"IN": ROWS}
+
+
 @pytest.fixture
 async def linked():
     made = Linked()
@@ -69,10 +81,10 @@ async def linked():
 
 
 async def test_the_child_has_its_batch_while_the_event_loop_is_busy(linked):
-    copied = threading.Event()
-    async with background(linked.compute(lambda: (copied.wait(10), {"IN": ROWS})[1])) as (running,):
-        await settle()
-        copied.set()
+    copies = Copies()
+    async with background(linked.compute(copies.stack)) as (running,):
+        await turn_until(copies.begun.is_set)
+        copies.go_on.set()
         message = linked.child.receive()  # nothing else runs on the event loop until it is here
         assert b"run" in message.header
         linked.child.answer()
@@ -95,19 +107,13 @@ async def test_a_batch_that_is_given_up_before_its_turn_is_never_sent(linked):
 
 
 async def test_a_batch_that_is_given_up_while_it_is_copied_is_never_sent(linked):
-    copies, goes_on = threading.Event(), threading.Event()
-
-    def stack():
-        copies.set()
-        goes_on.wait(10)
-        return {"IN": ROWS}
-
-    async with background(linked.compute(stack)) as (given_up,):
-        await turn_until(copies.is_set)
+    copies = Copies()
+    async with background(linked.compute(copies.stack)) as (given_up,):
+        await turn_until(copies.begun.is_set)
         given_up.cancel()
         await asyncio.wait([given_up])
         assert linked.is_idle()
-        goes_on.set()
+        copies.go_on.set()
         await linked.thread.call(lambda: None)
     await next_is_answered(linked)
 
@@ -139,18 +145,12 @@ async def test_a_batch_that_cannot_be_stacked_is_never_sent(linked):
 
 
 async def test_a_child_that_ends_while_a_batch_is_copied_has_never_seen_it(linked):
-    copies, goes_on = threading.Event(), threading.Event()
-
-    def stack():
-        copies.set()
-        goes_on.wait(10)
-        return {"IN": ROWS}
-
-    async with background(crash(linked.compute(stack))) as (running,):
-        await turn_until(copies.is_set)
+    copies = Copies()
+    async with background(crash(linked.compute(copies.stack))) as (running,):
+        await turn_until(copies.begun.is_set)
         linked.child.line.close()
         await turn_until(lambda: bool(linked.lost))
-        goes_on.set()
+        copies.go_on.set()
         assert isinstance(await running, NeverSeen)
     assert linked.lost == ["ended"]
     assert linked.is_idle()

@@ -323,10 +323,13 @@ class Routes:
 
     def _turn_away(self, call: Call, part: Part, known: _Known) -> None:
         """Refuse what cannot be sent. Nor does anything go on after it, when the directory knows the worker again."""
-        call.fail(self._refusal(call, part, known))
-        if known.token and not known.owner.startswith(b"!"):
-            self._note(part, known.token, _LOST)
-            known.owner = _LOST
+        error = self._refusal(call, part, known)
+        if not known.token or known.owner.startswith(b"!"):
+            call.fail(error)
+            return
+        known.owner = _LOST
+        # As in `lose`: first all gateways are to know.
+        self._note(part, known.token, _LOST).add_done_callback(lambda _: call.fail(error))
 
     def _refusal(self, call: Call, part: Part, known: _Known) -> errors.GatewayError:
         model = call.lane.model
