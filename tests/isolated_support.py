@@ -70,7 +70,11 @@ async def run(engine: Engine, *values: float, predicted: float | None = None, **
 
 
 async def run_arrays(engine: Engine, inputs: dict[str, Array], **more: Any) -> BatchResult:
-    batch = Batch(len(next(iter(inputs.values()))), lambda: inputs, **more)
+    return await result_of(engine, Batch(len(next(iter(inputs.values()))), lambda: inputs, **more))
+
+
+async def result_of(engine: Engine, batch: Batch) -> BatchResult:
+    """The one result of this batch."""
     async with aclosing(engine.run(batch)) as results:
         given = [result async for result in results]
     assert len(given) == 1

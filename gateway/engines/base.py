@@ -81,6 +81,10 @@ class Engine(Protocol):
         """How many runs may be open at once."""
 
     @property
+    def ahead(self) -> bool:
+        """Whether `run` may be called for one batch more than `concurrency`, to be laid out while the others run."""
+
+    @property
     def contained(self) -> bool:
         """Whether this process outlives whatever a run does."""
 

@@ -145,6 +145,7 @@ class ThreadEngine:
     """The `Engine` of one loaded model on one thread. `loaded` is None once closed."""
 
     concurrency = 1
+    ahead = True
     contained = False
 
     def __init__(self, loaded: Loaded, thread: EngineThread, artefact: Artefact | None = None) -> None:

@@ -194,6 +194,7 @@ class Active(Generic[W]):
     model: LatencyModel
     level: int
     ends: float
+    relieved: bool = False  # its instance has its next run already
 
 
 class Device(Generic[W]):
@@ -213,7 +214,7 @@ class Device(Generic[W]):
             return 0.0
         soonest = math.inf
         for active in self.active:
-            if seat.running < seat.count or active.seat is seat:
+            if (seat.running < seat.count or active.seat is seat) and not active.relieved:
                 # A run that is overdue is likely to take as long again as it is overdue.
                 soonest = min(soonest, abs(active.ends - now))
         return soonest if soonest < math.inf else 0.0

@@ -213,8 +213,7 @@ class DeadlineScheduler(Registry[W]):
             return
         device.active.remove(active)
         run.ended = min(run.started + seconds, now)
-        device.free += run.cores
-        active.seat.running -= 1
+        _relieve(active, device)
         lane = self._lanes.get(run.lane)
         if active.level == DEFAULT:
             device.credit = max(device.credit - seconds, 0.0)
@@ -239,9 +238,26 @@ class DeadlineScheduler(Registry[W]):
     def lend(self, run: Run[W]) -> None:
         """A run waits for other runs, which may have its cores until it is over."""
         device = self._devices[run.device]
-        if any(each.run is run for each in device.active):
+        if any(each.run is run and not each.relieved for each in device.active):
             device.free += run.cores
             run.cores = 0
+
+    def relieve(self, run: Run[W]) -> bool:
+        """A run is about to end: its instance is given its next one now, by `dispatch` as of that end.
+
+        False where what comes next is another's, or nothing: then the run keeps its cores to the end.
+        """
+        device = self._devices[run.device]
+        active = next((each for each in device.active if each.run is run), None)
+        if active is None or active.relieved or run.cores != active.seat.threads or active.seat.free:
+            return False
+        _relieve(active, device)
+        head = most_urgent(device, set(self._held.get(device.name, ())))
+        if head is None or head.lane.key != run.lane:
+            active.relieved = False
+            active.seat.running += 1
+            device.free -= run.cores
+        return active.relieved
 
     # --- within
 
@@ -364,3 +380,11 @@ class DeadlineScheduler(Registry[W]):
                 entry.rank += _BEHIND
                 level.push(entry)
         lane.next_expiry = min((entry.expires for entry in lane.entries() if entry.counted), default=math.inf)
+
+
+def _relieve(active: Active[W], device: Device[W]) -> None:
+    """Its instance and its cores are free, if they have not been before."""
+    if not active.relieved:
+        active.relieved = True
+        active.seat.running -= 1
+        device.free += active.run.cores

@@ -112,7 +112,9 @@ class Runner:
         answers = batching.split(result.outputs, requests, self._config)
         stacked, ran, split = self._note(part, rows, result, result)
         said = result.parameters or NO_PARAMETERS
-        began, version, digest = part.began_ns, self._version, self._digest_of(said)
+        # What was given to the engine ahead still waited there.
+        began = max(part.began_ns, result.started_ns)
+        version, digest = self._version, self._digest_of(said)
         for job, request, outputs in zip(part.jobs, requests, answers, strict=True):
             timings = Timings(max(began - int(job.enqueued * 1e9), 0), stacked, ran, split, rows)
             parameters = self._told(request, said) if request.parameters else said

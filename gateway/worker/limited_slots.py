@@ -68,6 +68,10 @@ class LimitedSlots(Slots):
             self._resources.give_back(found[1])
         super().finished(run, learn=learn, failed=failed, seconds=seconds)
 
+    def relieve(self, run: Run[Job]) -> bool:  # noqa: ARG002 - see `Slots`
+        """Never: until it has ended it has its resources."""
+        return False
+
     # --- decisions
 
     def _assign(self, device: str) -> None:

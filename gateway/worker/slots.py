@@ -69,6 +69,10 @@ class Seat:
         """The run waits for other runs, which may have its slots. Saying it again changes nothing."""
         self._slots.lend(run)
 
+    def relieve(self, run: Run[Job]) -> bool:
+        """The run is about to end: have the next one decided now, as of that end. False if there is none to begin then."""
+        return self._slots.relieve(run)
+
 
 class Slots:
     """All devices of a worker and the lanes on them."""
@@ -174,7 +178,7 @@ class Slots:
         taken = now - run.started
         if seconds is not None:
             # The way to the engine and back is a part of every run; what an event loop that is behind adds is none.
-            taken = min(taken, seconds + max(_WAY, _WAY_SHARE * seconds))
+            taken = min(max(taken, seconds), seconds + max(_WAY, _WAY_SHARE * seconds))
         self.scheduler.finished(run, taken, now, failed=failed, learn=learn)
         # At once: what is decided at the end of the turn begins behind the answers to this run's jobs.
         self._assign(run.device)
@@ -183,6 +187,14 @@ class Slots:
         """See `Seat.lend`."""
         self.scheduler.lend(run)
         self._wake(run.device)
+
+    def relieve(self, run: Run[Job]) -> bool:
+        """See `Seat.relieve`."""
+        assert run.predicted is not None
+        relieved = self.scheduler.relieve(run)
+        if relieved:
+            self._dispatch(run.device, max(run.started + run.predicted, time.monotonic()))
+        return relieved
 
     # --- decisions
 
@@ -198,9 +210,11 @@ class Slots:
 
     def _assign(self, device: str) -> None:
         self._scheduled.discard(device)
+        self._dispatch(device, time.monotonic())
+
+    def _dispatch(self, device: str, now: float) -> None:
         if (timer := self._timers.pop(device, None)) is not None:
             timer.cancel()
-        now = time.monotonic()
         while True:
             dispatch = self.scheduler.dispatch(device, now)
             for job, refusal in dispatch.refused:

@@ -21,10 +21,11 @@ from gateway.engines.isolated.children import Children
 from gateway.engines.isolated.engine import IsolatedEngine
 from gateway.engines.isolated.frames import Done, pack
 from gateway.engines.isolated.layout import lay_out
-from gateway.types import DataType, InferRequest, InferResponse, Tensor
-from tests.isolated_support import children, fake_spec, kept, opened, run, run_arrays
+from gateway.types import Batch, DataType, InferRequest, InferResponse, Tensor
+from tests.isolated_support import children, fake_spec, kept, opened, result_of, run, run_arrays
 from tests.python_support import CONFIG, write
 from tests.support import refusal
+from tests.support import until as turn_until
 
 if sys.platform != "linux":
     pytest.skip("children are for Linux", allow_module_level=True)
@@ -101,6 +102,44 @@ async def test_a_run_that_ends_its_process_raises_and_the_next_one_is_answered(h
         assert pid_of(home) != first
         assert crashes(home) == {cause: 1}
         assert home.statistics.of("m", "1").restarts == 1
+
+
+@pytest.mark.parametrize("crossing", [True, False], ids=["beside each other", "one as the last ends"])
+async def test_batches_laid_out_ahead_keep_their_rows_apart(home, tmp_path, crossing):
+    """Of any size, so that they lie before and behind each other in shared memory, and cross the line on both paths."""
+    sizes = np.random.default_rng(7).integers(1, 40, (2, 60))
+
+    async def many(engine, first, rows):
+        for number, count in enumerate(rows):
+            given = np.arange(count * 9000, dtype="<f4").reshape(count, 9000) + first + number
+            assert (await run_arrays(engine, {"IN": given})).outputs["OUT"].tobytes() == given.tobytes()
+
+    async with opened(fake_spec(home, tmp_path, dims="-1")) as (engine,):
+        assert engine.ahead
+        if crossing:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(many(engine, 0, sizes[0].tolist()))
+                tasks.create_task(many(engine, 1000, sizes[1].tolist()))
+        else:
+            await many(engine, 0, sizes.reshape(-1).tolist())
+        assert crashes(home) == {}
+
+
+async def test_a_batch_laid_out_ahead_outlives_a_crash_of_the_one_before_it(home, tmp_path):
+    rows = np.array([[1, 1], [2, 2]], "<f4")
+    spec = fake_spec(home, tmp_path, allow_crash="true", abort="13", gate=str(tmp_path / "g"))
+    async with opened(spec) as (engine,):
+        async with asyncio.TaskGroup() as tasks:
+            async with Gate(tmp_path / "g") as gate:
+                first = tasks.create_task(crash_of(run(engine, 13)))
+                held = await gate.arrival()
+                laid_out = threading.Event()
+                second = tasks.create_task(result_of(engine, Batch(2, lambda: laid_out.set() or {"IN": rows})))
+                await turn_until(laid_out.is_set)
+                held.release()
+                assert "abort" in str(await first)
+            assert (await second).outputs["OUT"].tolist() == rows.tolist()
+        assert crashes(home) == {"abort": 1}
 
 
 async def test_out_of_memory_is_an_error_of_the_run_alone(home, tmp_path):
@@ -352,7 +391,7 @@ async def test_metrics_tell_of_children(home, tmp_path):
 
 async def test_a_broken_answer_is_the_end_of_its_process_and_not_of_us(home, tmp_path):
     """A child is not trusted: here one says that its answer is where no memory is."""
-    lie = pack(Done(0, lay_out({"OUT": np.zeros((1, 1 << 24), "<f4")})[0].form))
+    lie = pack(Done(0, lay_out({"OUT": np.zeros((1, 1 << 24), "<f4")})[0].form, 0))
     async with opened(fake_spec(home, tmp_path, gate=str(tmp_path / "g"))) as (engine,):
         async with Gate(tmp_path / "g") as gate, asyncio.TaskGroup() as tasks:
             task = tasks.create_task(crash_of(run(engine, 1)))

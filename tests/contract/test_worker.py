@@ -930,6 +930,7 @@ class Silent:
     """An engine that ends its runs without an answer."""
 
     concurrency = 1
+    ahead = False
 
     async def run(self, batch):
         return

@@ -107,7 +107,7 @@ async def test_what_was_learned_of_two_engines_is_not_kept_for_the_next_start(tm
 class Wide:
     """An engine that may run so many batches at once, and holds them until told."""
 
-    provider, artefact, warnings, widest, contained = "Wide", None, (), 1, True
+    provider, artefact, warnings, widest, ahead, contained = "Wide", None, (), 1, False, True
 
     def __init__(self, concurrency: int) -> None:
         self.concurrency = concurrency

@@ -344,7 +344,7 @@ async def test_answers_request_by_request_keep_their_places_when_the_batch_is_cu
     class Answering:
         """Answers requests one by one, and has memory for two of them."""
 
-        provider, artefact, warnings, widest, concurrency, contained = "A", None, (), 1, 1, True
+        provider, artefact, warnings, widest, concurrency, ahead, contained = "A", None, (), 1, 1, False, True
 
         async def run(self, batch: Batch):
             if len(batch.requests) > 2:
@@ -421,7 +421,7 @@ async def test_a_link_that_refuses_for_its_slowness_is_measured_again_and_what_i
     tried: list[int] = []
 
     class Slow:
-        provider, artefact, warnings, widest, concurrency, contained = "S", None, (), 1, 1, True
+        provider, artefact, warnings, widest, concurrency, ahead, contained = "S", None, (), 1, 1, False, True
 
         async def run(self, batch: Batch):
             tried.append(len(batch.requests))
@@ -499,7 +499,7 @@ async def test_a_link_that_answers_rubbish_does_not_come_back(fault: Fault) -> N
     rubbish = False
 
     class Engine:
-        provider, artefact, warnings, widest, concurrency, contained = "E", None, (), 1, 1, True
+        provider, artefact, warnings, widest, concurrency, ahead, contained = "E", None, (), 1, 1, False, True
 
         def __init__(self, *, breaks: bool) -> None:
             self._breaks = breaks

@@ -27,6 +27,7 @@ class Script:
     """An engine that does with each batch what `act(batch)` says: yields results, or raises."""
 
     concurrency = 1
+    ahead = False
 
     def __init__(self, act):
         self.act = act
@@ -426,3 +427,115 @@ async def test_a_run_that_waits_for_another_models_lends_it_its_slot():
         ended.set()
         assert told(await one) == 1.0
         assert slots.scheduler._devices["cpu"].free == 1
+
+
+# --- the next batch, laid out before the last one has ended
+
+
+class Pipeline(Script):
+    """Takes a batch more than it runs; each waits for `go_on`. What it `began` is in order."""
+
+    ahead = True
+
+    def __init__(self):
+        super().__init__(echo)
+        self.go_on = asyncio.Semaphore(0)
+        self.turn = asyncio.Lock()
+        self.fails = set()
+
+    async def run(self, batch):
+        self.batches.append([each.inputs["IN"].array[0, 0].item() for each in batch.requests])
+        async with self.turn:
+            await self.go_on.acquire()
+            if self.fails & set(batch.stack()["IN"].reshape(-1)):
+                raise ValueError("it does not work")
+            for each in echo(batch):
+                yield each
+
+
+@pytest.fixture
+def every_run_is_long(monkeypatch):
+    """And about to end as soon as it has begun."""
+    monkeypatch.setattr(module, "_LONG", 0.0)
+
+
+async def learned(callers, engine):
+    """Have the scheduler know how long runs take."""
+    engine.go_on.release()
+    assert await ask(callers, 0.0) == [0.0]
+    engine.batches.clear()
+
+
+@pytest.mark.usefixtures("every_run_is_long")
+async def test_the_next_batch_is_given_to_an_engine_before_the_last_one_has_ended():
+    engine = Pipeline()
+    async with serving(engine, max_batch_size=1) as callers:
+        await learned(callers, engine)
+        async with background(ask(callers, 1.0, 2.0, 3.0)) as (answers,):
+            await until(lambda: len(engine.batches) == 2)
+            await settle()
+            assert engine.batches == [[1.0], [2.0]], "one more than runs, and no third"
+            for _ in range(3):
+                engine.go_on.release()
+            assert await answers == [1.0, 2.0, 3.0]
+        assert callers.statistics.executing == 0
+
+
+async def test_a_short_run_ends_before_the_next_batch_is_given():
+    engine = Pipeline()
+    async with serving(engine, max_batch_size=1) as callers:
+        await learned(callers, engine)
+        async with background(ask(callers, 1.0, 2.0)) as (answers,):
+            await until(lambda: bool(engine.batches))
+            await settle()
+            assert engine.batches == [[1.0]]
+            for _ in range(2):
+                engine.go_on.release()
+            assert await answers == [1.0, 2.0]
+
+
+@pytest.mark.usefixtures("every_run_is_long")
+async def test_batches_one_after_the_other_are_each_given_ahead_and_none_is_lost():
+    engine = Pipeline()
+    async with serving(engine, max_batch_size=2) as callers:
+        await learned(callers, engine)
+        values = [float(number) for number in range(1, 40)]
+        async with background(ask(callers, *values)) as (answers,):
+            for _ in range(len(values)):
+                engine.go_on.release()
+            assert await answers == values
+        assert callers.statistics.executing == 0
+
+
+@pytest.mark.usefixtures("every_run_is_long")
+async def test_a_batch_that_fails_is_run_in_parts_behind_the_one_that_was_given_ahead():
+    engine = Pipeline()
+    engine.fails = {2.0}
+    async with serving(engine, max_batch_size=2) as callers:
+        await learned(callers, engine)
+        async with background(ask(callers, 1.0, 2.0, 3.0)) as (answers,):
+            await until(lambda: engine.batches == [[1.0, 2.0], [3.0]])
+            for _ in range(6):
+                engine.go_on.release()
+            one, two, three = await answers
+    assert (one, three) == (1.0, 3.0)
+    assert isinstance(two, errors.Internal)
+    assert engine.batches[1:] == [[3.0], [1.0], [2.0]]
+
+
+@pytest.mark.usefixtures("every_run_is_long")
+async def test_a_forced_stop_tells_the_callers_of_what_runs_and_of_what_was_given_ahead():
+    engine = Pipeline()
+    made = model_config(max_batch_size=1)
+    slots = Slots(DeadlineScheduler({"cpu": 1}))
+    slots.open(LANE, limits(made), [Place("cpu", 1)])
+    instance = Instance(engine, made, "1", Statistics().of("m", "1"))
+    async with (
+        Callers() as callers,
+        background(instance.serve(slots.seat(LANE, "cpu")), _read(callers, slots)) as (serves, _),
+    ):
+        await learned(callers, engine)
+        async with background(ask(callers, 1.0, 2.0)) as (answers,):
+            await until(lambda: len(engine.batches) == 2)
+            serves.cancel()
+            assert [type(each) for each in await answers] == [errors.Unavailable] * 2

@@ -91,14 +91,14 @@ def test_strings_that_reach_beyond_their_place_are_refused(wire):
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.lists(st.binary(max_size=60), max_size=4))
 def test_frames_are_cut_wherever_the_stream_is(cuts, payloads):
-    stream = b"".join(pack(Done(number, b"f"), len(payload)) + payload for number, payload in enumerate(payloads))
+    stream = b"".join(pack(Done(number, b"f", 0), len(payload)) + payload for number, payload in enumerate(payloads))
     frames, found = Frames(), []
     for start, size in zip(np.cumsum([0, *cuts]), [*cuts, len(stream)], strict=True):
         frames.feed(stream[start : start + size])
         while (frame := frames.next()) is not None:
             found.append(frame)
     assert [bytes(frame.payload) for frame in found] == payloads
-    assert [frame.header for frame in found] == [encode(Done(number, b"f")) for number in range(len(payloads))]
+    assert [frame.header for frame in found] == [encode(Done(number, b"f", 0)) for number in range(len(payloads))]
 
 
 @pytest.mark.parametrize("sizes", [(1 << 31, 0), (1, 1 << 40)])
@@ -110,7 +110,7 @@ def test_a_frame_of_impossible_size_is_refused(sizes):
 
 
 def test_a_message_says_what_it_is():
-    assert encode(Run(3, 1, (), b"")) == encode(["run", 3, 1, [], b"", []])
+    assert encode(Run(3, 1, (), b"", 64, 1)) == encode(["run", 3, 1, [], b"", 64, 1, []])
 
 
 @pytest.fixture

@@ -313,7 +313,7 @@ async def test_settled_waits_for_what_waits_and_what_runs(new_model):
         await settled
 
 
-@pytest.mark.parametrize(("engine", "learned"), [(0.05, 0.055), (0.001, 0.003), (None, 0.3)])
+@pytest.mark.parametrize(("engine", "learned"), [(0.05, 0.055), (0.001, 0.003), (0.4, 0.4), (None, 0.3)])
 async def test_a_loop_that_is_behind_teaches_nothing_about_the_engine(new_model, monkeypatch, engine, learned):
     slots = Slots(1)
     model = new_model(slots, 1)
@@ -325,6 +325,84 @@ async def test_a_loop_that_is_behind_teaches_nothing_about_the_engine(new_model,
     monkeypatch.setattr(slots.scheduler, "finished", lambda *told, **_: seen.append(told))
     model.seats[0].release(run, learn=True, seconds=engine)
     assert seen == [(run, pytest.approx(learned), run.started + 0.3)]
+
+
+def known(slots, model, seconds=60.0):
+    """Have every batch of the model be expected to take so long."""
+    for _ in range(3):
+        for rows in (1, 2, 4, 8):
+            slots.scheduler.warmed(model.lane, "cpu", rows, seconds)
+
+
+async def test_the_next_batch_is_decided_before_a_long_run_ends(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    known(slots, model)
+    await model.add(request(id="a"))
+    first = await model.seats[0].next()
+    await model.add(request(id="b"), request(id="c"))
+    assert model.seats[0].relieve(first)
+    assert not model.seats[0].relieve(first), "once is enough"
+    second = await model.seats[0].next()
+    assert ids(second) == ["b", "c"]
+    assert second.started == first.started + first.predicted, "it is decided as of the end of the first"
+    await model.add(request(id="d"))
+    await settle()
+    assert not slots.scheduler.dispatch("cpu", second.started).run, "there is no third run at once"
+    model.seats[0].release(first, learn=True)
+    model.seats[0].release(second, learn=True)
+    last = await model.seats[0].next()
+    assert ids(last) == ["d"]
+    async with background(slots.settled(model.lane)) as (settled,):
+        model.seats[0].release(last, learn=True)
+        await settled
+
+
+async def test_a_run_is_not_relieved_where_nothing_waits(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1)
+    known(slots, model)
+    await model.add(request(id="a"))
+    run = await model.seats[0].next()
+    assert not model.seats[0].relieve(run)
+    await model.add(request(id="b"))
+    await settle()
+    assert not slots.scheduler.dispatch("cpu", time.monotonic()).run, "it has its slot to the end"
+
+
+async def test_a_run_is_not_relieved_for_another_model_that_is_more_urgent(new_model):
+    slots = Slots(1)
+    model, other = new_model(slots, 1), new_model(slots, 1)
+    for each in (model, other):
+        known(slots, each, seconds=0.1)
+    await model.add(request(id="a"))
+    run = await model.seats[0].next()
+    await model.add(request(id="b"))
+    await other.add(request(id="c", deadline=soon(5)))  # before what has none
+    assert not model.seats[0].relieve(run), "it would wait behind a run that is not over, and its instance is idle"
+    model.seats[0].release(run, learn=True)
+    assert ids(await other.seats[0].next()) == ["c"]
+
+
+async def test_a_run_is_not_relieved_while_another_instance_is_idle(new_model):
+    slots = Slots(2)
+    model = new_model(slots, 1, 1, batching=Batching(max_queue_delay_us=60_000_000))
+    known(slots, model)
+    await model.add(*(request(id=str(number)) for number in range(8)))
+    run = await model.seats[0].next()
+    await model.add(request(id="waits for others"))
+    assert not model.seats[0].relieve(run)
+
+
+async def test_a_run_on_every_core_is_not_relieved(new_model):
+    slots = Slots(2)
+    model = new_model(slots, 1)
+    known(slots, model)
+    await model.add(request(id="a"))
+    run = await model.seats[0].next()
+    await model.add(request(id="b"))
+    assert run.cores == 2
+    assert not model.seats[0].relieve(run)
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2])

@@ -21,6 +21,7 @@ class Recorder:
     provider = "Recorder"
     warnings = ()
     concurrency = 1
+    ahead = False
 
     def __init__(self, *, fails=False):
         self.fails = fails

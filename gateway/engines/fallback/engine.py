@@ -120,6 +120,11 @@ class FallbackEngine:
         return self._engine.concurrency
 
     @property
+    def ahead(self) -> bool:
+        """Whether it takes a batch more now."""
+        return self._engine.ahead
+
+    @property
     def contained(self) -> bool:
         """Whether this process outlives whatever a run does on the links that are loaded."""
         return all(engine.contained for link in self._tender.links for engine in link.engines)

@@ -10,11 +10,17 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import Self
+from typing import Self, TypeAlias
 
 from gateway.message import BadMessage
 
+Span: TypeAlias = tuple[int, int]
+"""Where in an area something lies: from here to there, in bytes."""
+
+NOWHERE: Span = (0, 0)
+
 _LEAST = 1 << 16  # bytes
+_ALIGNMENT = 64
 
 
 class Area:
@@ -74,6 +80,15 @@ class Area:
         self._block = mmap.mmap(self.descriptor, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self._size = size
         return self._block
+
+
+def beside(size: int, other: Span) -> Span:
+    """Where so many bytes may lie beside what is there already: before it, or else behind it.
+
+    Of two that take turns at this, neither ever lies beyond three times the size of the largest.
+    """
+    start = 0 if size <= other[0] else -(-other[1] // _ALIGNMENT) * _ALIGNMENT
+    return start, start + size
 
 
 def _rounded(size: int) -> int:

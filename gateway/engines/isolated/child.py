@@ -27,7 +27,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from gateway import errors
 from gateway.engines.base import EngineCrashed, EngineSpec
 from gateway.engines.isolated import limits
-from gateway.engines.isolated.area import Area
+from gateway.engines.isolated.area import NOWHERE, Area, beside
 from gateway.engines.isolated.calls import ChildCalls
 from gateway.engines.isolated.frames import (
     About,
@@ -45,7 +45,7 @@ from gateway.engines.isolated.frames import (
     ToChild,
     encode,
 )
-from gateway.engines.isolated.layout import lay_out, read, read_form
+from gateway.engines.isolated.layout import Layout, lay_out, read, read_form
 from gateway.engines.isolated.line import ChildLine
 from gateway.message import pack_error
 from gateway.telemetry import log_event
@@ -87,6 +87,8 @@ class Instance:
             line = socket.socket(fileno=rest.pop(0))
             self._calls = ChildCalls(line, Area(rest.pop(0)) if host.areas else None)
         self._model: Any = None  # `Loaded` or `Answering`
+        self._desk = 0  # of the run under way
+        self._given = [NOWHERE, NOWHERE]  # where the outputs of the last run of each desk lie
 
     def serve(self) -> None:
         """Load, then run what comes until the line closes."""
@@ -133,14 +135,13 @@ class Instance:
     def _run(self, message: Run, frame: Frame) -> None:
         answers = hasattr(self._model, "answer")
         layout = read_form(message.form)
-        block = frame.payload if self._inputs is None or frame.payload else self._inputs.seen(layout.size)
-        inputs = read(block or bytearray(1), layout, copy=answers)
+        inputs = self._read(message, frame, layout, copy=answers)
         requests = [_request(about) for about in message.requests]
         batch = Batch(message.rows, lambda: inputs, message.outputs, message.cores, requests=requests)
         if not answers:
             outputs = self._model.compute(inputs, batch)
             finished = time.monotonic_ns()
-            self._give(outputs, lambda form: Done(finished, form))
+            self._give(outputs, lambda form, start: Done(finished, form, start))
             return
         if self._calls is not None:
             self._calls.begin(requests)
@@ -167,11 +168,21 @@ class Instance:
             for answer in given
         )
         finished = time.monotonic_ns()
-        self._give(arrays, lambda form: Answered(finished, form, answers))
+        self._give(arrays, lambda form, start: Answered(finished, form, start, answers))
 
-    def _give(self, arrays: dict[str, Array], message: Callable[[bytes], Message]) -> None:
+    def _read(self, message: Run, frame: Frame, layout: Layout, *, copy: bool) -> dict[str, Array]:
+        """The inputs of a run, as a view where that does."""
+        self._desk = message.desk
+        if self._inputs is None or frame.payload or not layout.size:
+            return read(frame.payload or bytearray(1), layout, copy=copy)
+        block = self._inputs.seen(message.start + layout.size)
+        return read(memoryview(block)[message.start :], layout, copy=copy)
+
+    def _give(self, arrays: dict[str, Array], message: Callable[[bytes, int], Message]) -> None:
         layout, values = lay_out(arrays)
-        self._line.give(message(layout.form), layout, values, self._outputs)
+        # Who asked for the run before this one may not have taken in yet what that gave.
+        self._given[self._desk] = span = beside(layout.size, self._given[1 - self._desk])
+        self._line.give(message(layout.form, span[0]), layout, values, self._outputs, span)
 
 
 def _request(about: About) -> InferRequest:

@@ -21,10 +21,10 @@ from gateway.engines.isolated import limits
 from gateway.engines.isolated.breaker import Breaker
 from gateway.engines.isolated.calls import CallServer
 from gateway.engines.isolated.children import Children
+from gateway.engines.isolated.desks import NeverSeen
 from gateway.engines.isolated.golden import Golden
 from gateway.engines.isolated.home import Home
 from gateway.engines.isolated.life import Backend, Life, Origin, WrongAnswer
-from gateway.engines.isolated.link import NeverSeen
 from gateway.engines.isolated.patience import Patience
 from gateway.engines.threads import EngineThread
 from gateway.statistics import VersionStatistics
@@ -69,6 +69,7 @@ class IsolatedEngine:
         self.artefact = origin.spec.artefact
         self.warnings: tuple[str, ...] = ()
         self.widest = 1
+        self.ahead = False
         self.name = origin.name
         self._origin = origin
         self._children = children
@@ -76,11 +77,8 @@ class IsolatedEngine:
         self._patience = Patience(limits.patience(config))
         self._shares = origin.backend.shares and origin.spec.device == "cpu" and not limits.limited(config)
         self._alone = False  # lost its last process while others were at work there too
-        self._turn = asyncio.Lock()
         self._breaker = Breaker()
         self._life: Life | None = None
-        self._working: Life | None = None
-        self._batch: Batch | None = None  # that runs now, or ran last
         self._changed = asyncio.Event()
         self._closing = False
         self._keeper: asyncio.Task[None] | None = None
@@ -102,21 +100,17 @@ class IsolatedEngine:
 
     async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         """See `Engine.run`."""
-        await self._turn.acquire()
+        life = await self._begin()
+        if not life.ready.answers:
+            yield await self._computed(life, batch)
+            return
         try:
-            life = await self._begin()
-            self._batch = batch
-            if life.ready.answers:
-                async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
-                    async for result in results:
-                        self._learn(batch, result)
-                        yield result
-            else:
-                yield await self._computed(life, batch)
+            async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
+                async for result in results:
+                    self._learn(batch, result)
+                    yield result
         except EngineCrashed as crash:
-            raise await self._explained(crash) from None
-        finally:
-            self._leave()
+            raise await self._explained(crash, life) from None
 
     async def close(self) -> None:
         """See `Engine.close`. The process ends, if no other model lives in it."""
@@ -140,37 +134,39 @@ class IsolatedEngine:
     # --- a run
 
     async def _computed(self, life: Life, batch: Batch) -> BatchResult:
-        while True:
-            try:
-                result = await life.link.compute(batch, self._limit(batch), self._hung)
-            except NeverSeen:
-                life = await self._begin()
-                continue
-            except EngineCrashed:
-                if self._closing or not life.home.innocent(self.name):
-                    raise
-                # Whoever was at work in the process may have ended it. Tried alone, it is known who.
-                self._alone = True
-                life = await self._begin()
-                continue
+        golden = self._origin.golden
+        try:
+            while True:
+                try:
+                    result = await life.link.compute(batch, self._limit(batch), self._hung)
+                    break
+                except NeverSeen:
+                    life = await self._begin()
+                except EngineCrashed:
+                    if self._closing or not life.home.innocent(self.name):
+                        raise
+                    # Whoever was at work in the process may have ended it. Tried alone, it is known who.
+                    self._alone = True
+                    life = await self._begin()
             self._learn(batch, result)
-            golden = self._origin.golden
             if golden.inputs is None and not golden.varies:
                 await life.keep_golden(batch, result, self._limit(batch))
-            return result
+        except EngineCrashed as crash:
+            raise await self._explained(crash, life) from None
+        return result
 
-    async def _explained(self, crash: EngineCrashed) -> Exception:
+    async def _explained(self, crash: EngineCrashed, life: Life) -> Exception:
         """The crash and its cause, which is known a moment later. Whoever kills a process from outside may do so again."""
-        if self._closing or self._working is None:
+        if self._closing:
             return self._closed()
         with suppress(TimeoutError):
             async with asyncio.timeout(_A_MOMENT):
-                cause = await self._working.home.cause()
+                cause = await life.home.cause()
                 return EngineCrashed(f"{crash} ({cause})", sure=cause not in _FROM_OUTSIDE)
         return crash
 
     async def _begin(self) -> Life:
-        """The instance in its process, which has something to do from now on; waits while it is being started."""
+        """The instance in its process; waits while it is being started."""
         while (life := self._life) is None:
             if self._closing:
                 raise self._closed()
@@ -180,23 +176,7 @@ class IsolatedEngine:
                     pause,
                 )
             await self._changed.wait()
-        life.home.at_work.add(self.name)
-        self._working = life
         return life
-
-    def _leave(self) -> None:
-        """Let the next run begin, once the process has done with this one."""
-        life, self._working = self._working, None
-        self._batch = None
-        if life is None:
-            self._turn.release()
-            return
-        life.link.when_idle(lambda: self._left(life))
-
-    def _left(self, life: Life) -> None:
-        if not life.lost.done():
-            life.home.at_work.discard(self.name)
-        self._turn.release()
 
     def _limit(self, batch: Batch) -> float:
         return self._patience.limit(batch.rows, batch.predicted)
@@ -253,6 +233,7 @@ class IsolatedEngine:
         except OSError as problem:
             raise errors.Unavailable(f"the process for the model is gone: {problem}") from problem
         self.provider, self.warnings, self.widest = life.ready.provider, life.ready.warnings, life.ready.widest
+        self.ahead = not life.ready.answers
         if seconds is not None:
             self._patience.learn(1, seconds)
         if life.lost.done():
@@ -300,9 +281,14 @@ class IsolatedEngine:
 
     def _call(self, infer: Infer, request: InferRequest) -> Responses:
         """Call another model for the one that runs here."""
-        if self._batch is None:
+        if (batch := self._batch) is None:
             raise errors.Unavailable("a model calls others only for a batch that somebody waits for")
-        return call(infer, self._batch, self._origin.spec.config.name, request)
+        return call(infer, batch, self._origin.spec.config.name, request)
+
+    @property
+    def _batch(self) -> Batch | None:
+        """What runs, if somebody waits for it."""
+        return None if self._life is None else self._life.link.batch
 
     def _closed(self) -> errors.Unavailable:
         return errors.Unavailable("the engine is closed; it takes no more work")

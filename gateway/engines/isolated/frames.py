@@ -7,17 +7,20 @@ in shared memory. The messages of the sockets that carry descriptors are packets
 from __future__ import annotations
 
 import struct
-from typing import Annotated, NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import msgspec
 
 from gateway.engines.isolated.layout import MOST
 from gateway.engines.measures import Measure
 from gateway.message import BadMessage
-from gateway.types import Buffer, Parameter
+from gateway.types import Buffer, InferRequest, Parameter
 
 CHUNK = 1 << 18
 """Bytes read at once."""
+
+Start: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2 * MOST)]
+"""Where in shared memory arrays begin."""
 
 _SIZES = struct.Struct("<IQ")
 _MOST_HEADER = 64 << 20
@@ -40,6 +43,22 @@ class About(Message):
     tenant: str
     rows: Annotated[int, msgspec.Meta(ge=1)]
 
+    @classmethod
+    def of(cls, request: InferRequest) -> Self:
+        """What there is to say of a request."""
+        outputs = tuple((output.name, output.classification) for output in request.outputs)
+        return cls(
+            request.model_name,
+            request.model_version,
+            request.id,
+            outputs,
+            dict(request.parameters),
+            request.deadline,
+            request.priority,
+            request.tenant,
+            request.rows,
+        )
+
 
 # --- to a child, on an instance's own line
 
@@ -53,12 +72,18 @@ class Load(Message, tag="load"):
 
 
 class Run(Message, tag="run"):
-    """Run a batch, its arrays in the payload if there is one and else in shared memory."""
+    """Run a batch, its arrays in the payload if there is one and else in shared memory, from `start` on.
+
+    It may be sent while another runs. `desk` is one of two numbers that runs take turns at: when one comes again, what the
+    last run with it gave has been taken in.
+    """
 
     rows: int
     cores: int
     outputs: tuple[str, ...]
     form: bytes
+    start: Start
+    desk: Annotated[int, msgspec.Meta(ge=0, le=1)]
     requests: tuple[About, ...] = ()
 
 
@@ -79,10 +104,11 @@ class Ready(Message, tag="ready"):
 
 
 class Done(Message, tag="done"):
-    """What the batch came to, and when that was, in nanoseconds of the monotonic clock."""
+    """What the batch came to, and when that was, in nanoseconds of the monotonic clock; in shared memory from `start` on."""
 
     finished_ns: int
     form: bytes
+    start: Start
 
 
 class Answered(Message, tag="answered"):
@@ -90,6 +116,7 @@ class Answered(Message, tag="answered"):
 
     finished_ns: int
     form: bytes
+    start: Start
     answers: tuple[tuple[int, tuple[str, ...] | None, bytes, bool, dict[str, Parameter] | None], ...]
 
 

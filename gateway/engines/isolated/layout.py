@@ -19,7 +19,7 @@ import numpy as np
 from gateway.message import BadMessage
 from gateway.types import Array, Buffer, DataType, Pieces, decode_bytes, encode_bytes, wires
 
-Block: TypeAlias = mmap | bytearray
+Block: TypeAlias = mmap | bytearray | memoryview
 Value: TypeAlias = Array | bytes | list[Buffer]
 
 MOST = 1 << 32

@@ -116,7 +116,7 @@ class Life:
         name, children = self._origin.name, self._origin.children
         ours, theirs = socket.socketpair()
         memory = Memory(children.short)
-        self.link = Link(ours, memory, self._origin.thread, self._end)
+        self.link = Link(ours, memory, self._origin.thread, self._end, self._works)
         areas = memory.descriptors
         given = [theirs.fileno(), *areas]
         called: socket.socket | None = None
@@ -168,6 +168,13 @@ class Life:
 
     async def _run(self, batch: Batch, patience: float) -> BatchResult:
         return await self.link.compute(batch, patience, lambda: self.home.kill("hang", self._origin.name))
+
+    def _works(self, works: bool) -> None:
+        """The instance has something to do from now on, or has no more."""
+        if works:
+            self.home.at_work.add(self._origin.name)
+        else:
+            self.home.at_work.discard(self._origin.name)
 
     def _end(self, why: str) -> None:
         if why not in ("ended", "closed"):

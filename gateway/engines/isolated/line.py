@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 
-from gateway.engines.isolated.area import Area
+from gateway.engines.isolated.area import Area, Span
 from gateway.engines.isolated.frames import CHUNK, Frame, Frames, Message, pack
 from gateway.engines.isolated.layout import Layout, Value, write
 
@@ -34,9 +34,9 @@ class ChildLine:
         """Send a message without arrays."""
         self._put(pack(message))
 
-    def give(self, message: Message, layout: Layout, values: Sequence[Value], area: Area | None) -> None:
-        """Send a message and its arrays, through shared memory if there is enough."""
-        if layout.size and not (area is not None and _fits(area, layout, values)):
+    def give(self, message: Message, layout: Layout, values: Sequence[Value], area: Area | None, span: Span) -> None:
+        """Send a message and its arrays, through this span of shared memory if there is enough."""
+        if layout.size and not (area is not None and _fits(area, layout, values, span)):
             payload = bytearray(layout.size)
             write(payload, layout, values)
             self._put(pack(message, layout.size))
@@ -53,10 +53,11 @@ class ChildLine:
         self._socket.close()
 
 
-def _fits(area: Area, layout: Layout, values: Sequence[Value]) -> bool:
+def _fits(area: Area, layout: Layout, values: Sequence[Value], span: Span) -> bool:
+    start, end = span
     try:
-        block = area.room(layout.size)
+        block = area.room(end)
     except OSError:
         return False  # the gateway sees it come by the line, counts it and tells
-    write(block, layout, values)
+    write(memoryview(block)[start:], layout, values)
     return True

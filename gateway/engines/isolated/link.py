@@ -1,8 +1,9 @@
 """`Link`: the gateway's end of one instance in a child, for as long as that child lives.
 
-One batch at a time: its arrays into shared memory, a message there, a message back, the answer copied out. All of it on
-the event loop but for batches and answers so large that copying them would hold it up. What the child says is checked;
-a message that cannot be is the end of the link, as is the child's.
+A batch's arrays into shared memory, a message there, a message back, the answer copied out. All of it on the event loop
+but for batches and answers so large that copying them would hold it up. The child runs one batch at a time, and goes on
+at once with the next, which may be laid out beside the one that runs. What the child says is checked; a message that
+cannot be is the end of the link, as is the child's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pickle
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +23,7 @@ from functools import partial
 import msgspec
 
 from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.isolated.desks import Desks, Given, NeverSeen
 from gateway.engines.isolated.frames import (
     CHUNK,
     About,
@@ -40,23 +43,30 @@ from gateway.engines.isolated.frames import (
 from gateway.engines.isolated.layout import lay_out, read_form
 from gateway.engines.isolated.memory import Memory
 from gateway.engines.isolated.sender import Sender
+from gateway.engines.isolated.watchdog import Watchdog
 from gateway.engines.threads import EngineThread
 from gateway.message import BadMessage, unpack_error
-from gateway.types import Answer, Array, Batch, BatchResult, InferRequest
+from gateway.types import Answer, Array, Batch, BatchResult
 
 _LARGE = 1 << 20  # bytes; copying them takes 0.1 ms, which handing an image of 600 KB to a thread and back takes too
 _NEXT = pack(Next())
 _decode = msgspec.msgpack.Decoder(FromChild).decode
 
 
-class NeverSeen(EngineCrashed):
-    """The process was gone before it was given anything."""
-
-
 class Link:
-    """Runs the batches of one instance in its child. `lost` is called once, when there will be no more answers."""
+    """Runs the batches of one instance in its child. `lost` is called once, when there will be no more answers.
 
-    def __init__(self, line: socket.socket, memory: Memory, thread: EngineThread, lost: Callable[[str], None]) -> None:
+    `works` is told whenever the child has something to do from now on, and has no more.
+    """
+
+    def __init__(
+        self,
+        line: socket.socket,
+        memory: Memory,
+        thread: EngineThread,
+        lost: Callable[[str], None],
+        works: Callable[[bool], None],
+    ) -> None:
         line.setblocking(False)
         self._socket = line
         self._memory = memory
@@ -66,18 +76,23 @@ class Link:
         self._loop.add_reader(line.fileno(), self._read)
         self._frames = Frames()
         self._sender = Sender(line, self._loop)
-        self._reply: asyncio.Future[Frame] | None = None
-        self._patience = self._due = 0.0  # seconds
-        self._alarm: asyncio.TimerHandle | None = None
-        self._hung: Callable[[], None] = self.close
-        self._idle: Callable[[], None] | None = None
+        self._watchdog = Watchdog(self.close)
+        self._loading: asyncio.Future[Frame] | None = None
+        self._desks = Desks(works)
+        self._asked: deque[Given] = deque()  # what the child is to answer
+        self._finished_ns = 0  # the end of the last run
         self._closed = False
         self._tells = False  # the model wants to know the requests
 
     @property
     def running(self) -> bool:
         """Whether the child is at work on something."""
-        return self._reply is not None
+        return self._desks.busy or self._loading is not None
+
+    @property
+    def batch(self) -> Batch | None:
+        """What the child is at work on, if somebody waits for that."""
+        return self._desks.batch
 
     async def load(self, spec: EngineSpec, module: str, install: str) -> Ready:
         """Load the model in the child. Raises what the child raised, or `EngineCrashed`."""
@@ -85,63 +100,68 @@ class Link:
         plain = replace(spec, children=None, infer=None, config=replace(spec.config, proto=None))
         payload = await self._thread.call(lambda: pickle.dumps(plain))
         message = Load(module, install, spec.config.proto.SerializeToString())
+        if self._closed:
+            raise NeverSeen
+        self._loading = self._loop.create_future()
         self._send(pack(message, len(payload)), bytearray(payload))
-        said, _ = self._decoded(await self._next())
+        frame = await self._loading
+        self._loading = None
+        said = self._decoded(frame)
         if not isinstance(said, Ready):
             raise self._broken(f"{type(said).__name__} in answer to a load")
-        self._reply = None
         self._tells = said.answers
+        if said.answers:
+            self._desks.single()
         return said
 
     async def compute(self, batch: Batch, patience: float, hung: Callable[[], None]) -> BatchResult:
         """Run a batch of a model that answers once; `hung` is called if that has not ended in so many seconds.
 
-        Call it one at a time, after `when_idle`. Raises `EngineCrashed` when the child ends before it has answered.
+        Two may be under way: the second is laid out while the first runs. Raises `EngineCrashed` when the child ends
+        before it has answered.
         """
-        started = time.monotonic_ns()
-        reply, stacked = await self._give(batch, patience, hung)
-        message, frame = self._decoded(await reply)
-        if not isinstance(message, Done):
-            raise self._broken(f"{type(message).__name__} in answer to a run")
-        now = time.monotonic_ns()
-        outputs = await self._outputs(message.form, frame)
-        self._rest()
-        return BatchResult(outputs, started, stacked, max(stacked, min(message.finished_ns, now)))
+        given = await self._desks.take(Given(batch, patience, hung))
+        try:
+            started = time.monotonic_ns()
+            stacked = await self._give(given)
+            frame = await given.reply
+            given.over = True
+            message = self._decoded(frame)
+            if not isinstance(message, Done):
+                raise self._broken(f"{type(message).__name__} in answer to a run")
+            finished = min(message.finished_ns, time.monotonic_ns())
+            # What was laid out early waited for its turn, and then began at once.
+            waited = max(0, self._finished_ns - stacked)
+            started, stacked = started + waited, stacked + waited
+            self._finished_ns = finished = max(stacked, finished)
+            return BatchResult(await self._outputs(message.form, frame, message.start), started, stacked, finished)
+        finally:
+            self._leave(given)
 
     async def answer(
         self, batch: Batch, patience: float, hung: Callable[[], None]
     ) -> AsyncGenerator[BatchResult, None]:
-        """The same of a model that answers request by request."""
-        started = time.monotonic_ns()
-        reply, stacked = await self._give(batch, patience, hung)
-        while True:
-            message, frame = self._decoded(await reply)
-            if not isinstance(message, Answered):
-                self._rest()
-                if not isinstance(message, Finished):
-                    raise self._broken(f"{type(message).__name__} in answer to a run")
-                return
-            now = time.monotonic_ns()
-            answers = self._answers(message, await self._outputs(message.form, frame), len(batch.requests))
-            yield BatchResult({}, started, stacked, max(stacked, min(message.finished_ns, now)), answers)
-            self._watch(patience, hung)
-            reply = self._expect()
-            self._send(_NEXT)
-
-    def when_idle(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once the child is at work on nothing more: now, or when it has answered what was given up."""
-        reply = self._reply
-        if reply is None:
-            callback()
-            return
-        self._idle = callback
-        if not reply.done():
-            reply.cancel()
-        elif not reply.cancelled():
-            try:
-                self._drop(reply.result())
-            except msgspec.DecodeError as problem:
-                self._broken(str(problem))
+        """The same of a model that answers request by request, one batch at a time."""
+        given = await self._desks.take(Given(batch, patience, hung))
+        try:
+            started = time.monotonic_ns()
+            stacked = await self._give(given)
+            while True:
+                frame = await given.reply
+                message = self._decoded(frame)
+                if not isinstance(message, Answered):
+                    given.over = True
+                    if not isinstance(message, Finished):
+                        raise self._broken(f"{type(message).__name__} in answer to a run")
+                    return
+                outputs = await self._outputs(message.form, frame, message.start)
+                finished = max(stacked, min(message.finished_ns, time.monotonic_ns()))
+                answers = self._answers(message, outputs, len(batch.requests))
+                yield BatchResult({}, started, stacked, finished, answers)
+                given.reply = self._loop.create_future()
+                self._go_on(given)
+        finally:
+            self._leave(given)
 
     def finish(self) -> None:
         """Have the instance in the child end in its own time; `lost` is called when it has."""
@@ -152,70 +172,101 @@ class Link:
         """Have the instance in the child end. Harmless when it has."""
         self._end("closed")
 
+    def be_patient(self, seconds: float) -> None:
+        """The run has not hung: ask again in so many seconds."""
+        self._watchdog.watch(seconds)
+
     # --- to the child
 
-    async def _give(self, batch: Batch, patience: float, hung: Callable[[], None]) -> tuple[asyncio.Future[Frame], int]:
-        """Have the child begin; returns what its answer will come in, and when the batch was stacked."""
-        size = sum([request.size for request in batch.requests])
-        if batch.requests and size <= _LARGE and self._thread.idle:
-            header, payload = self._stacked(batch)
+    async def _give(self, given: Given) -> int:
+        """Have the child begin, now or after what it is at; returns when the batch was stacked."""
+        batch = given.batch
+        self._ask(given)
+        if batch.requests and sum([request.size for request in batch.requests]) <= _LARGE and self._thread.idle:
+            try:
+                header, payload = self._stacked(given)
+            except BaseException:
+                self._take_back(given)
+                raise
             stacked = time.monotonic_ns()
-            reply = self._expect()
-            self._watch(patience, hung)
             self._send(header, payload)
-            return reply, stacked
-        reply = self._expect()
-        self._watch(patience, hung)
+            return stacked
         mine = threading.Lock()  # whoever has it first decides whether the batch is sent
         try:
-            stacked = await self._thread.call(partial(self._stack_and_send, batch, mine), hurry=batch.hurry)
+            return await self._thread.call(partial(self._stack_and_send, given, mine), hurry=batch.hurry)
         except NeverSeen:
             self._end("ended")
             raise
         except BaseException:
-            if mine.acquire(blocking=False) and self._reply is reply:
-                self._rest()  # the child never hears of it
+            if mine.acquire(blocking=False):
+                self._take_back(given)
             raise
-        return reply, stacked
 
-    def _stack_and_send(self, batch: Batch, mine: threading.Lock) -> int:
+    def _ask(self, given: Given) -> None:
+        if self._closed:
+            raise NeverSeen
+        self._asked.append(given)
+        if len(self._asked) == 1:
+            self._watchdog.watch(given.patience, given.hung)
+
+    def _take_back(self, given: Given) -> None:
+        """The child never hears of it."""
+        given.over = True
+        if given in self._asked:
+            self._asked.remove(given)
+            self._look_on()
+
+    def _stack_and_send(self, given: Given, mine: threading.Lock) -> int:
         """On the engine's thread: the event loop, which has answers to write, would add a millisecond to each run."""
-        header, payload = self._stacked(batch)
+        header, payload = self._stacked(given)
         stacked = time.monotonic_ns()
         if mine.acquire(blocking=False):
             try:
                 self._sender.send(header, payload)
             except OSError:
-                raise self._never_seen() from None
+                raise NeverSeen from None
         return stacked
 
-    def _stacked(self, batch: Batch) -> tuple[bytes, bytearray | None]:
+    def _stacked(self, given: Given) -> tuple[bytes, bytearray | None]:
+        batch, desk = given.batch, given.desk
         layout, values = lay_out(batch.stack() if batch.gather is None else batch.gather())
-        payload = self._memory.put(layout, values)
-        requests = tuple(map(_about, batch.requests)) if self._tells else ()
-        message = Run(batch.rows, batch.cores, batch.outputs, layout.form, requests)
+        span = self._desks.span(desk, layout.size)
+        payload = self._memory.put(layout, values, span)
+        requests = tuple(map(About.of, batch.requests)) if self._tells else ()
+        message = Run(batch.rows, batch.cores, batch.outputs, layout.form, span[0], desk, requests)
         return pack(message, len(payload) if payload else 0), payload
+
+    def _go_on(self, given: Given) -> None:
+        """An answer was taken in: the next one may come."""
+        self._ask(given)
+        self._send(_NEXT)
+
+    def _leave(self, given: Given) -> None:
+        """Nobody waits for it any more; the child may still be at work on it."""
+        if given.over or self._closed:
+            self._rest(given)
+        elif given in self._asked:
+            given.reply.cancel()
+        else:  # an answer is there that was not taken in, or was not the last
+            try:
+                self._drop(given, given.reply.result())
+            except msgspec.DecodeError as problem:
+                self._broken(str(problem))
+
+    def _rest(self, given: Given) -> None:
+        """There is nothing more to do for it."""
+        self._desks.leave(given)
+        if self._closed and not self._desks.busy:
+            self._memory.close()
 
     def _send(self, header: bytes, payload: bytearray | None = None) -> None:
         try:
             self._sender.send(header, payload)
         except OSError:
             self._end("ended")
-            raise self._never_seen() from None
-
-    def _never_seen(self) -> NeverSeen:
-        return NeverSeen("the engine's process had ended before the batch")
+            raise NeverSeen from None
 
     # --- from the child
-
-    def _expect(self) -> asyncio.Future[Frame]:
-        if self._closed:
-            raise self._never_seen()
-        self._reply = self._loop.create_future()
-        return self._reply
-
-    async def _next(self) -> Frame:
-        return await self._expect()
 
     def _read(self) -> None:
         try:
@@ -235,40 +286,53 @@ class Link:
             self._end(f"said what cannot be: {problem}")
 
     def _take(self, frame: Frame) -> None:
-        if self._reply is None or self._answered:
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_result(frame)
+            return
+        if not self._asked:
             raise BadMessage("it was not asked")
-        if self._reply.cancelled():
-            self._drop(frame)
+        given = self._asked.popleft()
+        self._look_on()
+        if given.reply.cancelled():
+            self._drop(given, frame)
         else:
-            self._reply.set_result(frame)
+            given.reply.set_result(frame)
 
-    def _drop(self, frame: Frame) -> None:
+    def _look_on(self) -> None:
+        """Watch what the child is at from now on."""
+        if self._asked:
+            self._watchdog.watch(self._asked[0].patience, self._asked[0].hung)
+        else:
+            self._watchdog.rest()
+
+    def _drop(self, given: Given, frame: Frame) -> None:
         """Take in an answer that nobody waits for any more."""
         message = _decode(frame.header)
+        if isinstance(message, Done):
+            self._finished_ns = max(self._finished_ns, min(message.finished_ns, time.monotonic_ns()))
         if isinstance(message, Answered) and not self._closed:
-            self._expect().cancel()
-            self._watch(self._patience, self._hung)
+            given.reply = self._loop.create_future()
+            given.reply.cancel()
             with suppress(NeverSeen):
-                self._send(_NEXT)
+                self._go_on(given)
         else:
-            self._rest()
+            self._rest(given)
 
-    def _decoded(self, frame: Frame) -> tuple[FromChild, Frame]:
+    def _decoded(self, frame: Frame) -> FromChild:
         try:
-            message = _decode(frame.header)
+            message: FromChild = _decode(frame.header)
         except msgspec.DecodeError as problem:
             raise self._broken(str(problem)) from None
         if isinstance(message, Failed):
-            self._rest()
             raise _raised(message)
-        return message, frame
+        return message
 
-    async def _outputs(self, form: bytes, frame: Frame) -> dict[str, Array]:
+    async def _outputs(self, form: bytes, frame: Frame, start: int) -> dict[str, Array]:
         try:
             layout = read_form(form)
             if layout.size > _LARGE:
-                return await self._thread.call(lambda: self._memory.take(layout, frame.payload))
-            return self._memory.take(layout, frame.payload)
+                return await self._thread.call(lambda: self._memory.take(layout, frame.payload, start))
+            return self._memory.take(layout, frame.payload, start)
         except BadMessage as problem:
             raise self._broken(problem.message) from None
 
@@ -288,75 +352,28 @@ class Link:
         self._end(f"said what cannot be: {why}")
         return EngineCrashed("the engine's process gave an answer that cannot be")
 
-    def _rest(self) -> None:
-        """There is nothing more to do for the last run."""
-        self._reply = None
-        if self._closed:
-            self._memory.close()
-        if self._idle is not None:
-            idle, self._idle = self._idle, None
-            idle()
-
     def _end(self, why: str) -> None:
         if self._closed:
             return
         self._closed = True
         self._loop.remove_reader(self._socket.fileno())
         self._sender.close()
-        if self._alarm is not None:
-            self._alarm.cancel()
-        if not self._answered:
-            if self._reply is not None and not self._reply.done():
-                self._reply.set_exception(EngineCrashed("the engine's process ended while it ran a batch"))
-                self._reply.exception()  # who gave the run up never asks
-            self._rest()
+        self._watchdog.close()
+        if self._loading is not None and not self._loading.done():
+            self._loading.set_exception(EngineCrashed("the engine's process ended while it loaded the model"))
+        self._loading = None
+        for place, given in enumerate(self._asked):
+            if given.reply.done():
+                self._rest(given)
+            else:
+                lost = EngineCrashed("the engine's process ended while it ran a batch") if place == 0 else NeverSeen()
+                given.reply.set_exception(lost)
+                given.reply.exception()  # who gave the run up never asks
+        self._asked.clear()
+        self._desks.close()
+        if not self._desks.busy:
+            self._memory.close()
         self._lost(why)
-
-    @property
-    def _answered(self) -> bool:
-        """Whether an answer is here that is still to be taken in."""
-        return self._reply is not None and self._reply.done() and not self._reply.cancelled()
-
-    # --- the watchdog
-
-    def be_patient(self, seconds: float) -> None:
-        """The run has not hung: ask again in so many seconds."""
-        self._watch(seconds, self._hung)
-
-    def _watch(self, patience: float, hung: Callable[[], None]) -> None:
-        """One timer for many runs, because to set one and take it back for each costs more than the rest of this."""
-        self._patience, self._hung = patience, hung
-        self._due = self._loop.time() + patience
-        if self._alarm is not None and self._alarm.when() > self._due:
-            self._alarm.cancel()
-            self._alarm = None
-        if self._alarm is None:
-            self._alarm = self._loop.call_at(self._due, self._look)
-
-    def _look(self) -> None:
-        self._alarm = None
-        if self._reply is None:
-            return
-        if self._answered:  # it waits for whoever takes the answer
-            self._watch(self._patience, self._hung)
-        elif self._loop.time() >= self._due:
-            self._hung()
-        else:
-            self._alarm = self._loop.call_at(self._due, self._look)
-
-
-def _about(request: InferRequest) -> About:
-    return About(
-        request.model_name,
-        request.model_version,
-        request.id,
-        tuple((output.name, output.classification) for output in request.outputs),
-        dict(request.parameters),
-        request.deadline,
-        request.priority,
-        request.tenant,
-        request.rows,
-    )
 
 
 def _raised(message: Failed) -> BaseException:

@@ -33,6 +33,7 @@ class RemoteEngine:
 
     warnings: tuple[str, ...]
     artefact: Artefact | None = None
+    ahead = False
     contained = True
     widest = 1
 
