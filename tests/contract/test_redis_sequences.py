@@ -106,6 +106,25 @@ async def read_again(own: OwnReader) -> None:
     own._task = own._link.start(own._read(), "again")
 
 
+async def given_up(gateway: RedisQueue, value: float) -> None:
+    """A request of sequence 7 that nobody waits for any more before it could be sent."""
+    await gateway.submit(LANE, part(7, value)).aclose()
+
+
+def ends_unheard(gateway: RedisQueue, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So often Redis does not hear from this gateway that a sequence has ended."""
+    call, lost = gateway.client.call, []
+
+    def loses_some(*words):
+        if words[0] != "HSET" or words[-1] != b"!e" or len(lost) == times:
+            return call(*words)
+        lost.append(asyncio.get_running_loop().create_future())
+        lost[-1].set_exception(Disconnected("on its way"))
+        return lost[-1]
+
+    monkeypatch.setattr(gateway.client, "call", loses_some)
+
+
 async def served(gateway: RedisQueue, *workers: RedisQueue) -> None:
     def all_known() -> bool:
         members = gateway._directory.members
@@ -237,6 +256,35 @@ async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
             await known(lambda: len(own.held) == 1)
             async with background(holder.take()):
                 assert "sequence 7 of model 'm' has ended: an earlier request of it" in (await behind).message
+
+
+async def test_who_is_refused_behind_a_request_that_was_given_up_may_ask_any_gateway(fleet, monkeypatch):
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        ends_unheard(gateway, monkeypatch, 3)
+        await given_up(gateway, 1.0)
+        async with background(holder.serve()):
+            assert "has ended: an earlier request of it" in (await refusal(by(gateway, 7, 2.0))).message
+            not_started(await refusal(by(other, 7, 3.0)), 7)
+
+
+async def test_who_hears_that_redis_took_no_request_may_ask_any_gateway(fleet, monkeypatch):
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        ends_unheard(gateway, monkeypatch, 3)
+        call = gateway.client.call
+        monkeypatch.setattr(gateway.client, "call", lambda *words: call("XADD") if words[0] == "XADD" else call(*words))
+        async with background(holder.serve()):
+            assert "does not take requests now" in (await refusal(by(gateway, 7, 1.0))).message
+            not_started(await refusal(by(other, 7, 2.0)), 7)
 
 
 # --- death

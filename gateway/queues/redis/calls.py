@@ -233,9 +233,13 @@ class Calls:
         call.sending = False
         if isinstance(problem, ResponseError):
             self._link.report("request_not_stored", reason=str(problem), model=call.lane.model)
-            call.fail(
-                errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)")
+            error = errors.Unavailable(
+                "the queue's Redis does not take requests now (its memory is full, or it refuses)"
             )
+            if call.part is None:
+                call.fail(error)
+            else:
+                self.routes.refuse(call, call.part, error)
         else:
             call.missing = True  # it may be there or not: `audit` sends it once Redis is back
 

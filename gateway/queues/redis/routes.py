@@ -101,6 +101,12 @@ class _Note:
     command: str
     fields: tuple[bytes, ...]
     until: float
+    heard: asyncio.Future[None]
+
+    def settle(self) -> None:
+        """It was heard, or refused, or matters no more."""
+        if not self.heard.done():
+            self.heard.set_result(None)
 
 
 @dataclass(slots=True)
@@ -111,6 +117,7 @@ class _Known:
     gateway: str = ""
     owner: bytes = b""
     old: tuple[bytes, ...] = ()  # tokens
+    heard: asyncio.Future[None] | None = None  # done once Redis knows it too
 
     @classmethod
     def read(cls, found: list[bytes]) -> _Known:
@@ -179,11 +186,12 @@ class Routes:
 
     def lose(self, call: Call, part: Part) -> None:
         """It may have run, and nobody will answer it: its sequence is over."""
-        if not part.token:
-            return  # the caller is about to hear of it
-        error = refusals.lost(part.id, call.lane.model)
-        # First all gateways are to know; then the caller may ask any of them.
-        self._note(part, part.token, _LOST).add_done_callback(lambda _: call.fail(error))
+        if part.token:  # else the caller is about to hear of it
+            self.refuse(call, part, refusals.lost(part.id, call.lane.model), _LOST)
+
+    def refuse(self, call: Call, part: Part, error: errors.GatewayError, how: bytes = _ENDED) -> None:
+        """A call that was to be sent ends its sequence. First all gateways are to know; then the caller may ask any."""
+        self._note(part, part.token, how).add_done_callback(lambda _: call.fail(error))
         part.token = b""
 
     def begin_again(self, call: Call, part: Part) -> None:
@@ -251,8 +259,7 @@ class Routes:
             stored = True
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
-                    self._note(part, known.token, _ENDED)
-                    known.owner = _BROKEN
+                    known.owner, known.heard = _BROKEN, self._note(part, known.token, _ENDED)
             elif known.token and not known.owner and self._begins(known):
                 return False
             elif part.start or owner:
@@ -284,7 +291,7 @@ class Routes:
         try:
             sending = self._calls.send(call)
         except errors.GatewayError as problem:  # it cannot be written
-            call.fail(problem)
+            self.refuse(call, part, problem)
             return False
         if sending is not None:
             await sending
@@ -295,13 +302,20 @@ class Routes:
             await line.changed.wait()
         return bool(part.token) and not call.done
 
-    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[int]:
+    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[None]:
+        """Tell Redis, again and again while it is away; done once all gateways can know."""
         self._note_again(part.key)  # what is older must not come later: it may say that the sequence goes on
-        return self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000))
+        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000, heard))
+        return heard
 
     def _note_again(self, key: str) -> list[asyncio.Future[int]]:
         now = time.monotonic()
-        return [self._write(note) for note in self._unnoted.pop(key, ()) if now < note.until]
+        notes = self._unnoted.pop(key, ())
+        for note in notes:
+            if now >= note.until:
+                note.settle()
+        return [self._write(note) for note in notes if now < note.until]
 
     def _write(self, note: _Note) -> asyncio.Future[int]:
         client, part = self._link.client, note.part
@@ -311,8 +325,11 @@ class Routes:
         return noted
 
     def _noted(self, note: _Note, noted: asyncio.Future[int]) -> None:
-        if noted.cancelled() or noted.exception() is not None:
+        problem = asyncio.CancelledError() if noted.cancelled() else noted.exception()
+        if problem is not None:
             self._unnoted.setdefault(note.part.key, []).append(note)
+        if problem is None or isinstance(problem, RedisError):
+            note.settle()
 
     def _refuse(self, line: _Line, problem: RedisError) -> None:
         self._link.report("sequence_unknown", reason=str(problem))
@@ -324,12 +341,12 @@ class Routes:
     def _turn_away(self, call: Call, part: Part, known: _Known) -> None:
         """Refuse what cannot be sent. Nor does anything go on after it, when the directory knows the worker again."""
         error = self._refusal(call, part, known)
-        if not known.token or known.owner.startswith(b"!"):
+        if known.token and not known.owner.startswith(b"!"):
+            known.owner, known.heard = _LOST, self._note(part, known.token, _LOST)
+        if known.heard is None:
             call.fail(error)
-            return
-        known.owner = _LOST
-        # As in `lose`: first all gateways are to know.
-        self._note(part, known.token, _LOST).add_done_callback(lambda _: call.fail(error))
+        else:  # as in `refuse`: first all gateways are to know
+            known.heard.add_done_callback(lambda _: call.fail(error))
 
     def _refusal(self, call: Call, part: Part, known: _Known) -> errors.GatewayError:
         model = call.lane.model
