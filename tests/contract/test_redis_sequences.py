@@ -2,7 +2,7 @@
 
 # ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 import msgspec
@@ -325,6 +325,19 @@ async def test_a_beginning_sent_to_a_worker_whose_death_nobody_has_noticed_begin
         async with background(second.serve()):
             assert await by(gateway, 7, **START) == second.queue.process
             assert await by(gateway, 7) == second.queue.process
+
+
+async def test_a_beginning_is_not_made_at_another_worker_once_its_sequence_was_given_up(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        await begin(gateway, first)
+        second.free(8)
+        await mortal.die()
+        assert first.queue.process in gateway._directory.members
+        async with background(second.serve()), aclosing(gateway.submit(LANE, part(7, 1.0, **START))) as begun:
+            await given_up(gateway, 2.0)
+            is_lost(await refusal(anext(begun)), 7)
+            not_started(await refusal(by(gateway, 7, 3.0)), 7)
+            assert await by(gateway, 7, **START) == second.queue.process
 
 
 async def test_a_worker_that_leaves_finishes_what_it_has_and_begins_nothing(fleet):

@@ -195,8 +195,7 @@ class Routes:
         part.token = b""
 
     def begin_again(self, call: Call, part: Part) -> None:
-        """Its worker is dead, and nothing has gone on from it: it may begin at another."""
-        self._note(part, part.token, _LOST)
+        """Its worker is dead, and nothing has gone on from it: it may begin at another, unless its sequence has ended."""
         part.token, part.owner = b"", ""
         self.enter(call, part, again=True)
 
@@ -255,14 +254,15 @@ class Routes:
             call = line.calls[0]
             part = call.part
             assert part is not None
-            owner = known.owner if known.worker and self._keeps(known.worker, call.lane) else b""
+            again = known.token == call.id  # see `begin_again`
+            owner = known.owner if known.worker and not again and self._keeps(known.worker, call.lane) else b""
             stored = True
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
                     known.owner, known.heard = _BROKEN, self._note(part, known.token, _ENDED)
-            elif known.token and not known.owner and self._begins(known):
+            elif known.token and not known.owner and not again and self._begins(known):
                 return False
-            elif part.start or owner:
+            elif owner or (part.start and not (again and known.owner.startswith(b"!"))):
                 if part.start:
                     known = self._begin(call, part, known, owner)
                 stored = await self._pass(call, part, known, line)
@@ -352,7 +352,7 @@ class Routes:
         model = call.lane.model
         if known.owner == _BROKEN:
             return refusals.broken(part.id, model)
-        if known.token and known.owner != _ENDED:
+        if part.start or (known.token and known.owner != _ENDED):
             return refusals.lost(part.id, model)
         return refusals.not_started(part.id, model)
 
