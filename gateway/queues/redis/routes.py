@@ -46,7 +46,7 @@ def life(idle: float) -> int:
 class Part:
     """A request's place in its sequence. `token` and `owner` are known once it was sent: to whom, or to all.
 
-    `shared` is the stream that all workers read.
+    `shared` is the stream that all workers read, `after` the call before it that was sent and not answered.
     """
 
     id: SequenceId
@@ -57,6 +57,7 @@ class Part:
     shared: str
     token: bytes = b""
     owner: str = ""
+    after: bytes = b""
 
 
 class Call(Protocol):
@@ -144,6 +145,7 @@ class Routes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._lately: dict[bytes, tuple[float, Part]] = {}  # beginnings that were answered, and when
         self._unnoted: dict[str, list[_Note]] = {}  # by key, in their order
+        self._latest: dict[str, tuple[bytes, bytes]] = {}  # by key: the call that was sent last, behind its token
 
     def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
@@ -172,6 +174,7 @@ class Routes:
 
     def left(self, call: Call, part: Part) -> None:
         """Its caller has seen the last of a call."""
+        self._tidy(part.key)
         if part.token and (part.end or not call.answered):
             self._note(part, part.token, _ENDED)
         elif part.token == call.id and not part.owner:
@@ -247,6 +250,12 @@ class Routes:
                         await line.changed.wait()
         finally:
             del self._lines[key]
+            self._tidy(key)
+
+    def _tidy(self, key: str) -> None:
+        """Forget what was sent last once its caller has gone, and nothing may go on by what was known before that."""
+        if key in self._latest and key not in self._lines and self._latest[key][1] not in self._calls:
+            del self._latest[key]
 
     async def _forward(self, line: _Line, known: _Known) -> bool:
         """Send what can be sent; false when the rest has to wait for a worker to begin the sequence."""
@@ -285,6 +294,10 @@ class Routes:
     async def _pass(self, call: Call, part: Part, known: _Known, line: _Line) -> bool:
         """Send a call and wait until it is in its stream: what goes on from it must not be there without it."""
         part.token, part.owner = known.token, known.worker
+        # Redis may lose the one before yet and keep this one: the worker is to see that something is missing.
+        token, latest = self._latest.get(part.key, (b"", b""))
+        part.after = latest if token == part.token and not part.start else b""
+        self._latest[part.key] = part.token, call.id
         if part.owner:
             self.refresh(part)
         call.stream = self._link.client.keys.owned(*call.lane, part.owner) if part.owner else part.shared
