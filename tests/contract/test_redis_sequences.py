@@ -2,7 +2,7 @@
 
 # ruff: noqa: ASYNC110, SIM117 - what other processes do sets no event here; and each process has a block of its own
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 
 import msgspec
@@ -13,7 +13,7 @@ from gateway import errors
 from gateway.config.model import SequenceBatching
 from gateway.message import pack_request
 from gateway.queues.base import Job, Keeps, PoolState, VersionState
-from gateway.queues.redis import wire
+from gateway.queues.redis import calls, wire
 from gateway.queues.redis.beside import INLINE
 from gateway.queues.redis.owned import OwnReader
 from gateway.queues.redis.queue import RedisQueue
@@ -97,13 +97,43 @@ async def begin(gateway: RedisQueue, holder: Holder) -> None:
         await asked
 
 
-async def read_again(own: OwnReader) -> None:
-    """The stream's reader begins anew, as after the loss of its connection."""
+async def read_no_more(own: OwnReader) -> None:
+    """The stream's reader ends, as with the loss of its connection."""
     assert own._task is not None
     own.cancel()
     await asyncio.wait([own._task])
+
+
+async def read_again(own: OwnReader) -> None:
+    """The stream's reader begins anew, as after the loss of its connection."""
+    await read_no_more(own)
     own._reader = own._link.client.reader()
     own._task = own._link.start(own._read(), "again")
+
+
+async def stored(own: OwnReader, count: int) -> None:
+    """Wait until the stream has so many requests."""
+    while await own._link.client.call("XLEN", own.stream) != count:
+        await asyncio.sleep(0.01)
+
+
+async def given_up(gateway: RedisQueue, value: float) -> None:
+    """A request of sequence 7 that nobody waits for any more before it could be sent."""
+    await gateway.submit(LANE, part(7, value)).aclose()
+
+
+def ends_unheard(gateway: RedisQueue, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """So often Redis does not hear from this gateway that a sequence has ended."""
+    call, lost = gateway.client.call, []
+
+    def loses_some(*words):
+        if words[0] != "HSET" or words[-1] != b"!e" or len(lost) == times:
+            return call(*words)
+        lost.append(asyncio.get_running_loop().create_future())
+        lost[-1].set_exception(Disconnected("on its way"))
+        return lost[-1]
+
+    monkeypatch.setattr(gateway.client, "call", loses_some)
 
 
 async def served(gateway: RedisQueue, *workers: RedisQueue) -> None:
@@ -239,6 +269,35 @@ async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
                 assert "sequence 7 of model 'm' has ended: an earlier request of it" in (await behind).message
 
 
+async def test_who_is_refused_behind_a_request_that_was_given_up_may_ask_any_gateway(fleet, monkeypatch):
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        ends_unheard(gateway, monkeypatch, 3)
+        await given_up(gateway, 1.0)
+        async with background(holder.serve()):
+            assert "has ended: an earlier request of it" in (await refusal(by(gateway, 7, 2.0))).message
+            not_started(await refusal(by(other, 7, 3.0)), 7)
+
+
+async def test_who_hears_that_redis_took_no_request_may_ask_any_gateway(fleet, monkeypatch):
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        ends_unheard(gateway, monkeypatch, 3)
+        call = gateway.client.call
+        monkeypatch.setattr(gateway.client, "call", lambda *words: call("XADD") if words[0] == "XADD" else call(*words))
+        async with background(holder.serve()):
+            assert "does not take requests now" in (await refusal(by(gateway, 7, 1.0))).message
+            not_started(await refusal(by(other, 7, 2.0)), 7)
+
+
 # --- death
 
 
@@ -277,6 +336,19 @@ async def test_a_beginning_sent_to_a_worker_whose_death_nobody_has_noticed_begin
         async with background(second.serve()):
             assert await by(gateway, 7, **START) == second.queue.process
             assert await by(gateway, 7) == second.queue.process
+
+
+async def test_a_beginning_is_not_made_at_another_worker_once_its_sequence_was_given_up(fleet):
+    async with two_workers(fleet) as (gateway, mortal, first, second):
+        await begin(gateway, first)
+        second.free(8)
+        await mortal.die()
+        assert first.queue.process in gateway._directory.members
+        async with background(second.serve()), aclosing(gateway.submit(LANE, part(7, 1.0, **START))) as begun:
+            await given_up(gateway, 2.0)
+            is_lost(await refusal(anext(begun)), 7)
+            not_started(await refusal(by(gateway, 7, 3.0)), 7)
+            assert await by(gateway, 7, **START) == second.queue.process
 
 
 async def test_a_worker_that_leaves_finishes_what_it_has_and_begins_nothing(fleet):
@@ -400,6 +472,53 @@ async def test_a_request_that_was_lost_on_its_way_to_redis_is_no_gap(fleet):
             is_lost(await asked[1], 7)
 
 
+@pytest.mark.parametrize("all_of_it", [True, False])
+async def test_what_comes_behind_a_request_that_redis_lost_is_not_run(fleet, monkeypatch, all_of_it):
+    """Be it with its stream, or alone as with a primary that another server has replaced."""
+    monkeypatch.setattr(calls, "_YOUNG", 60.0)  # its gateway does not look after it
+    async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await begin(gateway, holder)
+        own = worker._own[LANE]
+        await read_no_more(own)
+        async with background(refusal(by(gateway, 7, 1.0))) as (lost,):
+            await stored(own, 1)
+            if all_of_it:
+                await gateway.client.call("DEL", own.stream)
+            else:
+                ((entry, _),) = await gateway.client.call("XRANGE", own.stream, "-", "+")
+                await gateway.client.call("XDEL", own.stream, entry)
+            async with background(refusal(by(gateway, 7, 2.0)), holder.serve()) as (behind, _):
+                await stored(own, 1)
+                await read_again(own)
+                assert "sequence 7 of model 'm' has ended: an earlier request of it" in (await behind).message
+            gateway._calls.suspect()
+            is_lost(await lost, 7)
+
+
+async def test_two_gateways_that_send_at_once_make_no_gap_for_each_other(fleet):
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        own = worker._own[LANE]
+        await read_no_more(own)
+        async with AsyncExitStack() as stack:
+            asked = []
+            for value, each in enumerate((gateway, other, gateway, other), 1):
+                asked += await stack.enter_async_context(background(by(each, 7, value)))
+                await stored(own, value)
+            await read_again(own)
+            jobs = await holder.take(4)
+            assert [value_of(job) for job in jobs] == [1, 2, 3, 4]
+            for job in jobs:
+                job.reply(named(job, "worker"))
+            assert await asyncio.gather(*asked) == ["worker"] * 4
+
+
 async def test_a_large_answer_that_cannot_be_stored_is_not_waited_for(fleet, monkeypatch):
     async with fleet_queue(fleet, "gateway") as gateway, fleet_queue(fleet, "worker") as worker:
         holder = Holder(worker)
@@ -436,11 +555,9 @@ async def test_what_was_read_and_not_heard_of_is_taken_in_its_order(fleet):
         await served(gateway, worker)
         await begin(gateway, holder)
         own = worker._own[LANE]
-        own.cancel()
-        await asyncio.wait([own._task])
+        await read_no_more(own)
         async with background(*(ask(gateway, part(7, value)) for value in range(1, 6))) as asked:
-            while await worker.client.call("XLEN", own.stream) < 5:
-                await asyncio.sleep(0.01)
+            await stored(own, 5)
             read = ("XREADGROUP", "GROUP", "workers", worker.process, "COUNT", 3, "STREAMS", own.stream, ">")
             assert len((await worker.client.call(*read))[0][1]) == 3
             await read_again(own)

@@ -209,9 +209,9 @@ class Calls:
     def _add(self, call: RedisCall, header: bytes, name: bytes, value: Buffer, parts: Sequence[Buffer]) -> None:
         deadline = call.request.deadline
         now = call.sent = time.monotonic()
-        sequence = b"" if call.part is None else call.part.token
+        sequence = () if call.part is None else (call.part.token, call.part.after)
         budget = 0 if deadline is None else max(int((deadline - now) * 1000), 1)
-        envelope = wire.encode(wire.Envelope(call.id, self._link.process, budget, sequence))
+        envelope = wire.encode(wire.Envelope(call.id, self._link.process, budget, *sequence))
         fields: tuple[Any, ...] = (wire.ENVELOPE, envelope, wire.HEADER, header, name, value)
         if self._link.seal.size:
             signature = self._link.seal.sign(envelope, header, b"".join(parts))
@@ -233,9 +233,13 @@ class Calls:
         call.sending = False
         if isinstance(problem, ResponseError):
             self._link.report("request_not_stored", reason=str(problem), model=call.lane.model)
-            call.fail(
-                errors.Unavailable("the queue's Redis does not take requests now (its memory is full, or it refuses)")
+            error = errors.Unavailable(
+                "the queue's Redis does not take requests now (its memory is full, or it refuses)"
             )
+            if call.part is None:
+                call.fail(error)
+            else:
+                self.routes.refuse(call, call.part, error)
         else:
             call.missing = True  # it may be there or not: `audit` sends it once Redis is back
 

@@ -39,12 +39,12 @@ class Begun:
     """The tokens of sequences that were begun here and have no gap."""
 
     def __init__(self) -> None:
-        self._tokens: dict[bytes, None] = {}
+        self._tokens: dict[bytes, dict[str, bytes]] = {}  # and what came last of it from each gateway
         self._latest: dict[SequenceId, bytes] = {}
 
     def add(self, token: bytes) -> None:
         """It begins."""
-        self._tokens[token] = None
+        self._tokens[token] = {}
         if len(self._tokens) > _KNOWN:
             del self._tokens[next(iter(self._tokens))]
 
@@ -61,9 +61,18 @@ class Begun:
         """Whether a request may go on with it."""
         if token not in self._tokens:
             return False
-        del self._tokens[token]  # so that those longest unused are first
-        self._tokens[token] = None
+        self._tokens[token] = self._tokens.pop(token)  # so that those longest unused are first
         return True
+
+    def come(self, envelope: wire.Envelope) -> None:
+        """A request has come. If the one before it has not, Redis has lost that, and the sequence ends."""
+        token, gateway = envelope.sequence, envelope.reply_to
+        came = self._tokens.get(token)
+        if came is None:
+            return
+        if envelope.after and envelope.after != came.get(gateway, token):  # first is what began it
+            self.end(token)
+        came[gateway] = envelope.call
 
     def __contains__(self, token: bytes) -> bool:
         return token in self._tokens
@@ -287,8 +296,8 @@ class OwnReader(LaneReader):
         except Missing:
             self._link.report("payload_missing", logging.WARNING, stream=stream)
             self.outbox.done(Stub(stream, entry))
-        if job is not None and self._begin(job):
-            self._accept(job)
+        if job is not None and envelope is not None and self._begin(job):
+            self._accept(job, envelope)
         elif envelope is not None:
             self._begun.end(envelope.sequence)
             if entry in self.foreign:  # it is of a newer release, which no other worker can help with
@@ -296,12 +305,13 @@ class OwnReader(LaneReader):
                 self._refuse_unread(stream, entry, envelope.call, envelope.reply_to)
         self._last = max(self._last, wire.order(entry))
 
-    def _accept(self, job: RedisJob) -> None:
+    def _accept(self, job: RedisJob, envelope: wire.Envelope) -> None:
         if not self._consumers:
             self._refuse(job)
             return
         if job.sequence == job.call:
             self._begun.add(job.sequence)
+        self._begun.come(envelope)
         self._add(job)
 
     def _refuse(self, job: RedisJob) -> None:

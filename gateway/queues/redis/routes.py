@@ -46,7 +46,7 @@ def life(idle: float) -> int:
 class Part:
     """A request's place in its sequence. `token` and `owner` are known once it was sent: to whom, or to all.
 
-    `shared` is the stream that all workers read.
+    `shared` is the stream that all workers read, `after` the call before it that was sent and not answered.
     """
 
     id: SequenceId
@@ -57,6 +57,7 @@ class Part:
     shared: str
     token: bytes = b""
     owner: str = ""
+    after: bytes = b""
 
 
 class Call(Protocol):
@@ -101,6 +102,12 @@ class _Note:
     command: str
     fields: tuple[bytes, ...]
     until: float
+    heard: asyncio.Future[None]
+
+    def settle(self) -> None:
+        """It was heard, or refused, or matters no more."""
+        if not self.heard.done():
+            self.heard.set_result(None)
 
 
 @dataclass(slots=True)
@@ -111,6 +118,7 @@ class _Known:
     gateway: str = ""
     owner: bytes = b""
     old: tuple[bytes, ...] = ()  # tokens
+    heard: asyncio.Future[None] | None = None  # done once Redis knows it too
 
     @classmethod
     def read(cls, found: list[bytes]) -> _Known:
@@ -137,6 +145,7 @@ class Routes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._lately: dict[bytes, tuple[float, Part]] = {}  # beginnings that were answered, and when
         self._unnoted: dict[str, list[_Note]] = {}  # by key, in their order
+        self._latest: dict[str, tuple[bytes, bytes]] = {}  # by key: the call that was sent last, behind its token
 
     def part_of(self, lane: Lane, request: InferRequest, shared: str) -> Part | None:
         """None for what is of no sequence. Raises `InvalidArgument` for parameters of a wrong kind."""
@@ -165,6 +174,7 @@ class Routes:
 
     def left(self, call: Call, part: Part) -> None:
         """Its caller has seen the last of a call."""
+        self._tidy(part.key)
         if part.token and (part.end or not call.answered):
             self._note(part, part.token, _ENDED)
         elif part.token == call.id and not part.owner:
@@ -179,16 +189,16 @@ class Routes:
 
     def lose(self, call: Call, part: Part) -> None:
         """It may have run, and nobody will answer it: its sequence is over."""
-        if not part.token:
-            return  # the caller is about to hear of it
-        error = refusals.lost(part.id, call.lane.model)
-        # First all gateways are to know; then the caller may ask any of them.
-        self._note(part, part.token, _LOST).add_done_callback(lambda _: call.fail(error))
+        if part.token:  # else the caller is about to hear of it
+            self.refuse(call, part, refusals.lost(part.id, call.lane.model), _LOST)
+
+    def refuse(self, call: Call, part: Part, error: errors.GatewayError, how: bytes = _ENDED) -> None:
+        """A call that was to be sent ends its sequence. First all gateways are to know; then the caller may ask any."""
+        self._note(part, part.token, how).add_done_callback(lambda _: call.fail(error))
         part.token = b""
 
     def begin_again(self, call: Call, part: Part) -> None:
-        """Its worker is dead, and nothing has gone on from it: it may begin at another."""
-        self._note(part, part.token, _LOST)
+        """Its worker is dead, and nothing has gone on from it: it may begin at another, unless its sequence has ended."""
         part.token, part.owner = b"", ""
         self.enter(call, part, again=True)
 
@@ -240,6 +250,12 @@ class Routes:
                         await line.changed.wait()
         finally:
             del self._lines[key]
+            self._tidy(key)
+
+    def _tidy(self, key: str) -> None:
+        """Forget what was sent last once its caller has gone, and nothing may go on by what was known before that."""
+        if key in self._latest and key not in self._lines and self._latest[key][1] not in self._calls:
+            del self._latest[key]
 
     async def _forward(self, line: _Line, known: _Known) -> bool:
         """Send what can be sent; false when the rest has to wait for a worker to begin the sequence."""
@@ -247,15 +263,15 @@ class Routes:
             call = line.calls[0]
             part = call.part
             assert part is not None
-            owner = known.owner if known.worker and self._keeps(known.worker, call.lane) else b""
+            again = known.token == call.id  # see `begin_again`
+            owner = known.owner if known.worker and not again and self._keeps(known.worker, call.lane) else b""
             stored = True
             if call.done:  # nobody waits for it, and nothing goes on after the gap
                 if known.token:
-                    self._note(part, known.token, _ENDED)
-                    known.owner = _BROKEN
-            elif known.token and not known.owner and self._begins(known):
+                    known.owner, known.heard = _BROKEN, self._note(part, known.token, _ENDED)
+            elif known.token and not known.owner and not again and self._begins(known):
                 return False
-            elif part.start or owner:
+            elif owner or (part.start and not (again and known.owner.startswith(b"!"))):
                 if part.start:
                     known = self._begin(call, part, known, owner)
                 stored = await self._pass(call, part, known, line)
@@ -278,13 +294,17 @@ class Routes:
     async def _pass(self, call: Call, part: Part, known: _Known, line: _Line) -> bool:
         """Send a call and wait until it is in its stream: what goes on from it must not be there without it."""
         part.token, part.owner = known.token, known.worker
+        # Redis may lose the one before yet and keep this one: the worker is to see that something is missing.
+        token, latest = self._latest.get(part.key, (b"", b""))
+        part.after = latest if token == part.token and not part.start else b""
+        self._latest[part.key] = part.token, call.id
         if part.owner:
             self.refresh(part)
         call.stream = self._link.client.keys.owned(*call.lane, part.owner) if part.owner else part.shared
         try:
             sending = self._calls.send(call)
         except errors.GatewayError as problem:  # it cannot be written
-            call.fail(problem)
+            self.refuse(call, part, problem)
             return False
         if sending is not None:
             await sending
@@ -295,13 +315,20 @@ class Routes:
             await line.changed.wait()
         return bool(part.token) and not call.done
 
-    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[int]:
+    def _note(self, part: Part, *fields: bytes, command: str = "HSET") -> asyncio.Future[None]:
+        """Tell Redis, again and again while it is away; done once all gateways can know."""
         self._note_again(part.key)  # what is older must not come later: it may say that the sequence goes on
-        return self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000))
+        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._write(_Note(part, command, fields, time.monotonic() + part.life / 1000, heard))
+        return heard
 
     def _note_again(self, key: str) -> list[asyncio.Future[int]]:
         now = time.monotonic()
-        return [self._write(note) for note in self._unnoted.pop(key, ()) if now < note.until]
+        notes = self._unnoted.pop(key, ())
+        for note in notes:
+            if now >= note.until:
+                note.settle()
+        return [self._write(note) for note in notes if now < note.until]
 
     def _write(self, note: _Note) -> asyncio.Future[int]:
         client, part = self._link.client, note.part
@@ -311,8 +338,11 @@ class Routes:
         return noted
 
     def _noted(self, note: _Note, noted: asyncio.Future[int]) -> None:
-        if noted.cancelled() or noted.exception() is not None:
+        problem = asyncio.CancelledError() if noted.cancelled() else noted.exception()
+        if problem is not None:
             self._unnoted.setdefault(note.part.key, []).append(note)
+        if problem is None or isinstance(problem, RedisError):
+            note.settle()
 
     def _refuse(self, line: _Line, problem: RedisError) -> None:
         self._link.report("sequence_unknown", reason=str(problem))
@@ -324,18 +354,18 @@ class Routes:
     def _turn_away(self, call: Call, part: Part, known: _Known) -> None:
         """Refuse what cannot be sent. Nor does anything go on after it, when the directory knows the worker again."""
         error = self._refusal(call, part, known)
-        if not known.token or known.owner.startswith(b"!"):
+        if known.token and not known.owner.startswith(b"!"):
+            known.owner, known.heard = _LOST, self._note(part, known.token, _LOST)
+        if known.heard is None:
             call.fail(error)
-            return
-        known.owner = _LOST
-        # As in `lose`: first all gateways are to know.
-        self._note(part, known.token, _LOST).add_done_callback(lambda _: call.fail(error))
+        else:  # as in `refuse`: first all gateways are to know
+            known.heard.add_done_callback(lambda _: call.fail(error))
 
     def _refusal(self, call: Call, part: Part, known: _Known) -> errors.GatewayError:
         model = call.lane.model
         if known.owner == _BROKEN:
             return refusals.broken(part.id, model)
-        if known.token and known.owner != _ENDED:
+        if part.start or (known.token and known.owner != _ENDED):
             return refusals.lost(part.id, model)
         return refusals.not_started(part.id, model)
 

@@ -33,13 +33,15 @@ _BLOCK = 256  # ids made of one read of the system's randomness
 class Envelope(msgspec.Struct, array_like=True, gc=False):
     """How to handle a request. `budget_ms` counts from the time of the entry's id; 0 for a request without a deadline.
 
-    `sequence` is the call that began the sequence it is part of, if it is of one.
+    `sequence` is the call that began the sequence it is part of, if it is of one, and `after` the call before it of
+    its gateway, if that was not answered yet: without that one it is not to run.
     """
 
     call: bytes
     reply_to: str
     budget_ms: int
     sequence: bytes = b""
+    after: bytes = b""
 
 
 class Broadcast(msgspec.Struct, array_like=True, gc=False):
