@@ -30,7 +30,7 @@ from gateway.worker.siblings import Siblings
 from gateway.worker.slots import Seat
 
 _WORTH_A_PAUSE = 0.002  # seconds; what a run may lose by waiting for the event loop is up to 5 ms
-_LONG = 0.04  # seconds; between two runs of an instance that are not laid out ahead 3 ms pass on two busy cores
+_LONG = 0.02  # seconds; between two runs of an instance that are not laid out ahead 3 ms pass on two busy cores
 _AHEAD = 0.1  # the part of a run that is left when its successor is decided: predictions are as far off as that,
 _MOST_AHEAD = 0.01  # or so many seconds
 _AWAY = 1.0  # seconds until an engine that is not there is asked again, if it does not say

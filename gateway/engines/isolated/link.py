@@ -324,6 +324,7 @@ class Link:
         except msgspec.DecodeError as problem:
             raise self._broken(str(problem)) from None
         if isinstance(message, Failed):
+            self._finished_ns = time.monotonic_ns()
             raise _raised(message)
         return message
 
@@ -359,6 +360,7 @@ class Link:
         self._loop.remove_reader(self._socket.fileno())
         self._sender.close()
         self._watchdog.close()
+        self._desks.close()
         if self._loading is not None and not self._loading.done():
             self._loading.set_exception(EngineCrashed("the engine's process ended while it loaded the model"))
         self._loading = None
@@ -370,7 +372,6 @@ class Link:
                 given.reply.set_exception(lost)
                 given.reply.exception()  # who gave the run up never asks
         self._asked.clear()
-        self._desks.close()
         if not self._desks.busy:
             self._memory.close()
         self._lost(why)

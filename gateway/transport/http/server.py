@@ -27,6 +27,9 @@ from gateway.transport.http.handover import Door, RsgiApp, serving
 from gateway.transport.ports import listening, turn_away
 
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
+# Bytes that a connection reads at once. A body in one piece is copied once less: of a request with an image (602 KB)
+# that is 0.06 ms of the 0.6 that the gateway takes. Only connections that send as much come to have as much.
+_BUFFER = 1 << 20
 _FINISH = 5.0  # seconds a stop leaves requests that are inside the application, when all accepted work is done
 _LINGER = 1.0  # seconds a stop leaves the kernel to take the last answers
 _FAREWELL = 1.0  # seconds in which callers that keep their connection are told to make another
@@ -160,7 +163,7 @@ class _Embedded(Server):
             app,
             interface=Interfaces.RSGI,
             http=HTTPModes.http1,
-            http1_settings=HTTP1Settings(header_read_timeout=_IDLE_MS),
+            http1_settings=HTTP1Settings(header_read_timeout=_IDLE_MS, max_buffer_size=_BUFFER),
             websockets=False,
             backlog=max_connections,
             backpressure=max_connections,
