@@ -277,6 +277,33 @@ async def test_engines_of_one_version_run_at_the_same_time_and_keep_their_rows_a
         tasks.create_task(many(other, 1000))
 
 
+async def test_a_batch_more_may_be_given_while_one_is_at_work(zoo: Zoo) -> None:
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    first, second = sample("FP32", (3, 2)), sample("FP32", (5, 2)) + 100
+
+    def held() -> dict[str, Array]:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+        return {"IN0": first}
+
+    async def result(engine: Engine) -> BatchResult:
+        async with aclosing(engine.run(Batch(3, held))) as results:
+            return await anext(results)
+
+    async with zoo.identity(("FP32", (2,))) as (engine,), asyncio.TaskGroup() as tasks:
+        assert engine.ahead or engine.concurrency > 1
+        running = tasks.create_task(result(engine))
+        await begun.wait()
+        waiting = tasks.create_task(run(engine, 5, IN0=second))
+        await asyncio.sleep(0)  # one turn, in which it is given
+        go_on.set()
+        one, other = await running, await waiting
+    assert one.outputs["OUT0"].tolist() == first.tolist()
+    assert other.outputs["OUT0"].tolist() == second.tolist()
+    assert other.started_ns <= other.stacked_ns <= other.finished_ns
+
+
 async def test_a_failed_run_leaves_the_engine_usable(zoo: Zoo) -> None:
     def broken() -> dict[str, Array]:
         raise KeyError("IN0")
