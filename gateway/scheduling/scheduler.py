@@ -242,22 +242,25 @@ class DeadlineScheduler(Registry[W]):
             device.free += run.cores
             run.cores = 0
 
-    def relieve(self, run: Run[W]) -> bool:
-        """A run is about to end: its instance is given its next one now, by `dispatch` as of that end.
+    def relieve(self, run: Run[W], now: float) -> Dispatch[W]:
+        """A run is about to end: the next one of its instance, decided now as of that end.
 
-        False where what comes next is another's, or nothing: then the run keeps its cores to the end.
+        None where another model's comes next, or nothing, or another instance is idle: then it keeps its cores to the end.
         """
+        answer: Dispatch[W] = Dispatch()
         device = self._devices[run.device]
         active = next((each for each in device.active if each.run is run), None)
-        if active is None or active.relieved or run.cores != active.seat.threads or active.seat.free:
-            return False
+        if active is None or active.relieved or run.cores != active.seat.threads:
+            return answer
+        if active.seat.running < active.seat.count:  # and would be given it, to begin at once on cores that are taken
+            return answer
         _relieve(active, device)
-        head = most_urgent(device, set(self._held.get(device.name, ())))
-        if head is None or head.lane.key != run.lane:
+        self._assign(device, now, answer, only=run.lane)
+        if answer.run is None:
             active.relieved = False
             active.seat.running += 1
             device.free -= run.cores
-        return active.relieved
+        return answer
 
     # --- within
 
@@ -279,12 +282,14 @@ class DeadlineScheduler(Registry[W]):
             entry.expires = expiry(policy_of(lane.limits, number), request, enqueued)
         return entry
 
-    def _assign(self, device: Device[W], now: float, answer: Dispatch[W]) -> float:
-        """Start one batch, of the most urgent lane that has one. Returns when to ask again at the latest."""
+    def _assign(self, device: Device[W], now: float, answer: Dispatch[W], only: LaneKey | None = None) -> float:
+        """Start one batch, of the most urgent lane that has one, if that is `only`. Returns when to ask again at the latest."""
         passed = set(self._held.get(device.name, ())) if self._held else set()
         asks = math.inf
         while (head := most_urgent(device, passed)) is not None:
             lane, seat = head.lane, head.seat
+            if only not in (None, lane.key):
+                break
             if seat.threads > device.free:
                 break  # what is free is kept for the most urgent, or a wide run would wait for ever
             decision = choose(head, now, self._at.overhead)

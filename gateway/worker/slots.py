@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from gateway.engines.base import Engine
 from gateway.placement import Placement
 from gateway.queues.base import Job, Lane
-from gateway.scheduling.base import LaneKey, Limits, Place, Request, Run
+from gateway.scheduling.base import Dispatch, LaneKey, Limits, Place, Request, Run
 from gateway.scheduling.refusals import refused
 from gateway.scheduling.scheduler import DeadlineScheduler
 from gateway.worker.ordering import Order
@@ -191,10 +191,9 @@ class Slots:
     def relieve(self, run: Run[Job]) -> bool:
         """See `Seat.relieve`."""
         assert run.predicted is not None
-        relieved = self.scheduler.relieve(run)
-        if relieved:
-            self._dispatch(run.device, max(run.started + run.predicted, time.monotonic()))
-        return relieved
+        dispatch = self.scheduler.relieve(run, max(run.started + run.predicted, time.monotonic()))
+        self._carry_out(dispatch)
+        return dispatch.run is not None
 
     # --- decisions
 
@@ -210,20 +209,22 @@ class Slots:
 
     def _assign(self, device: str) -> None:
         self._scheduled.discard(device)
-        self._dispatch(device, time.monotonic())
-
-    def _dispatch(self, device: str, now: float) -> None:
         if (timer := self._timers.pop(device, None)) is not None:
             timer.cancel()
+        now = time.monotonic()
         while True:
             dispatch = self.scheduler.dispatch(device, now)
-            for job, refusal in dispatch.refused:
-                job.fail(refused(refusal, job.request.id))
+            self._carry_out(dispatch)
             if dispatch.run is None:
                 break
-            self._start(dispatch.run)
         if dispatch.ask_at is not None:
             self._later(device, dispatch.ask_at)
+
+    def _carry_out(self, dispatch: Dispatch[Job]) -> None:
+        for job, refusal in dispatch.refused:
+            job.fail(refused(refusal, job.request.id))
+        if dispatch.run is not None:
+            self._start(dispatch.run)
         self._turn.set()
 
     def _later(self, device: str, ask_at: float) -> None:

@@ -394,6 +394,41 @@ async def test_a_run_is_not_relieved_while_another_instance_is_idle(new_model):
     assert not model.seats[0].relieve(run)
 
 
+async def test_a_run_is_not_relieved_for_an_idle_instance_that_has_no_core(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1, 1)
+    known(slots, model)
+    await model.add(request(id="a"))
+    run = await model.seats[0].next()
+    async with background(model.seats[1].next()) as (idle,):
+        await settle()
+        await model.add(request(id="b"))
+        assert not model.seats[0].relieve(run)
+        await settle()
+        assert not idle.done(), "it would begin at once, on a core that is taken"
+        model.seats[0].release(run, learn=True)
+        assert ids(await idle) == ["b"]
+
+
+async def test_the_cores_of_a_relieved_run_are_not_for_another_model(new_model):
+    slots = Slots(1)
+    model = new_model(slots, 1, batching=Batching(max_queue_delay_us=60_000_000))
+    other = new_model(slots, 1)
+    for each in (model, other):
+        known(slots, each, seconds=0.1)
+    await model.add(*(request(id=str(number)) for number in range(8)))
+    run = await model.seats[0].next()
+    await model.add(request(id="may wait for others", deadline=soon(5)))
+    await other.add(request(id="c"))
+    async with background(other.seats[0].next()) as (waiting,):
+        await settle()
+        assert not model.seats[0].relieve(run)
+        await settle()
+        assert not waiting.done()
+        model.seats[0].release(run, learn=True)
+        assert ids(await waiting) == ["c"]
+
+
 async def test_a_run_on_every_core_is_not_relieved(new_model):
     slots = Slots(2)
     model = new_model(slots, 1)
