@@ -239,6 +239,24 @@ async def test_without_fixed_shapes_the_first_good_batch_is_the_test(home, tmp_p
         assert (await run(engine, 1)).outputs["OUT"].tolist() == [[1, 1]]
 
 
+async def test_what_went_well_stays_so_when_the_process_ends_at_the_next_batch_before_it_is_the_test(home, tmp_path):
+    spec = fake_spec(home, tmp_path, dims="-1", allow_crash="true", abort="13", gate=str(tmp_path / "g"))
+    async with opened(spec) as (engine,), asyncio.TaskGroup() as tasks:
+        async with Gate(tmp_path / "g") as gate:
+            first = tasks.create_task(run(engine, 7))
+            held = await gate.arrival()
+            second = tasks.create_task(crash_of(run(engine, 13)))
+            await asyncio.sleep(0.1)  # it is laid out
+            held.release()
+            held = await gate.arrival()
+            await asyncio.sleep(0.1)  # the test waits behind it
+            held.release()
+            assert "abort" in str(await second)
+        assert (await first).outputs["OUT"].tolist() == [[7, 7]]
+        assert engine._origin.golden.inputs is None, "nobody knows whether it varies"
+        assert (await run(engine, 1)).outputs["OUT"].tolist() == [[1, 1]]
+
+
 async def test_an_instance_that_cannot_start_is_given_a_pause_and_says_so(home, tmp_path):
     drift = tmp_path / "drift"
     async with opened(fake_spec(home, tmp_path, drift_file=str(drift))) as (engine,):
@@ -424,6 +442,11 @@ def asked(value: float) -> InferRequest:
     return InferRequest("m", {"IN": Tensor.from_array(DataType.FP32, np.full((1, 2), value, "f4"))})
 
 
+async def no_other_model(_):
+    raise NotImplementedError
+    yield
+
+
 async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, monkeypatch):
     looks, answered = 0, asyncio.Event()
     look = IsolatedEngine._hung
@@ -452,14 +475,32 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
     assert crashes(home) == {}
 
 
-async def test_code_can_ask_whether_anybody_still_waits(home, tmp_path):
-    async def infer(_):
-        raise NotImplementedError
-        yield
+async def test_code_that_crashes_for_nobody_any_more_does_not_fail_the_next_batch(home, tmp_path):
+    body = f"""def execute(self, requests):
+        import os, pathlib, time
+        if pb_utils.get_input_tensor_by_name(requests[0], 'IN').as_numpy()[0, 0] == 13:
+            pathlib.Path({str(tmp_path / "begun")!r}).touch()
+            while not pathlib.Path({str(tmp_path / "go_on")!r}).exists():
+                time.sleep(0.01)
+            os.abort()
+        return [pb_utils.InferenceResponse([pb_utils.Tensor('OUT', np.ones((1, 2), np.float32))]) for _ in requests]"""
+    async with opened(code_spec(home, tmp_path, body, infer=no_other_model)) as (engine,):
+        inputs = {"IN": np.full((1, 2), 13, "f4")}
+        async with asyncio.TaskGroup() as tasks:
+            given_up = tasks.create_task(run_arrays(engine, inputs, requests=(asked(13),)))
+            await turn_until((tmp_path / "begun").exists)
+            given_up.cancel()
+            waits = tasks.create_task(run_arrays(engine, {"IN": np.ones((1, 2), "f4")}, requests=(asked(1),)))
+            await asyncio.sleep(0.05)
+            (tmp_path / "go_on").touch()
+        assert waits.result().answers[0].outputs["OUT"].tolist() == [[1, 1]]
+        assert crashes(home) == {"abort": 1}
 
+
+async def test_code_can_ask_whether_anybody_still_waits(home, tmp_path):
     body = "def execute(self, requests): return [pb_utils.InferenceResponse([pb_utils.Tensor('OUT', "
     body += "np.full((1, 2), each.is_cancelled(), np.float32))]) for each in requests]"
-    async with opened(code_spec(home, tmp_path, body, infer=infer)) as (engine,):
+    async with opened(code_spec(home, tmp_path, body, infer=no_other_model)) as (engine,):
         requests = (asked(1), asked(2), asked(3))
         inputs = {"IN": np.ones((3, 2), "f4")}
         result = await run_arrays(engine, inputs, requests=requests, wanted=lambda place: place != 1)

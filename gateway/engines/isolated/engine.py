@@ -104,13 +104,20 @@ class IsolatedEngine:
         if not life.ready.answers:
             yield await self._computed(life, batch)
             return
-        try:
-            async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
-                async for result in results:
-                    self._learn(batch, result)
-                    yield result
-        except EngineCrashed as crash:
-            raise await self._explained(crash, life) from None
+        given = False
+        while True:
+            try:
+                async with aclosing(life.link.answer(batch, self._limit(batch), self._hung)) as results:
+                    async for result in results:
+                        given = True
+                        self._learn(batch, result)
+                        yield result
+            except EngineCrashed as crash:
+                if given or not isinstance(crash, NeverSeen):
+                    raise await self._explained(crash, life) from None
+                life = await self._begin()  # it ended at a batch that nobody waited for any more
+            else:
+                return
 
     async def close(self) -> None:
         """See `Engine.close`. The process ends, if no other model lives in it."""
@@ -150,7 +157,8 @@ class IsolatedEngine:
                     life = await self._begin()
             self._learn(batch, result)
             if golden.inputs is None and not golden.varies:
-                await life.keep_golden(batch, result, self._limit(batch))
+                with suppress(NeverSeen):  # it ended at another batch, and this one went well
+                    await life.keep_golden(batch, result, self._limit(batch))
         except EngineCrashed as crash:
             raise await self._explained(crash, life) from None
         return result

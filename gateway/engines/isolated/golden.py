@@ -54,6 +54,10 @@ class Golden:
         self.outputs = outputs
         return True
 
+    def withdraw(self) -> None:
+        """Do not test with what was offered."""
+        self.inputs = self.outputs = None
+
     def judge(self, outputs: Mapping[str, Array]) -> bool:
         """Whether this is the answer to the test. The first one is."""
         if self.outputs is None:

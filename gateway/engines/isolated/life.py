@@ -109,7 +109,11 @@ class Life:
         if golden.offer(inputs, result.outputs):
             again = golden.batch()
             assert again is not None
-            await self._test_golden(again, patience)
+            try:
+                await self._test_golden(again, patience)
+            except BaseException:
+                golden.withdraw()  # nobody knows whether the answer varies, or whether a process outlives it
+                raise
 
     async def _move_in(self, calls: Calls | None) -> None:
         """Have a line, memory and, if need be, a line for calls. Raises OSError when the process is gone."""
