@@ -1,6 +1,7 @@
 """A link to a child that is played by the test: what is sent when, and what of it is taken back."""
 
 import asyncio
+import contextlib
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from gateway.engines.base import EngineCrashed
 from gateway.engines.isolated.area import NOWHERE, beside
 from gateway.engines.isolated.desks import NeverSeen
-from gateway.engines.isolated.frames import Done, Frames, Run, pack
+from gateway.engines.isolated.frames import Done, Failed, Frames, Run, pack
 from gateway.engines.isolated.layout import lay_out
 from gateway.engines.isolated.link import Link
 from gateway.engines.isolated.memory import Memory
@@ -22,6 +23,7 @@ from gateway.engines.isolated.sender import Sender
 from gateway.engines.threads import EngineThread
 from gateway.types import Batch
 from tests.support import background, settle
+from tests.support import request as row
 from tests.support import until as turn_until
 
 ROWS = np.arange(6, dtype="f4").reshape(3, 2)
@@ -225,6 +227,34 @@ async def test_one_given_up_while_it_waits_its_turn_leaves_its_desk_when_it_was_
             linked.child.answer()
             await third
     await next_is_answered(linked)
+
+
+async def test_the_run_of_one_begins_when_what_was_given_up_before_it_fails(linked):
+    async with background(linked.compute(), linked.compute()) as (given_up, second):
+        await settle()
+        for _ in range(2):
+            linked.child.receive()
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        await asyncio.sleep(0.02)
+        failed = time.monotonic_ns()
+        linked.child.line.sendall(pack(Failed(b"", "ValueError", "no")))
+        await settle()
+        linked.child.answer()
+        assert (await second).stacked_ns >= failed, "waiting for its turn is no part of its run"
+
+
+async def test_an_answer_that_is_there_counts_though_the_child_has_ended(linked):
+    async with background(linked.compute()) as (first,):
+        await settle()
+        linked.child.receive()
+        linked.child.answer()
+        linked.child.line.close()
+        given = linked.link.compute(Batch(3, lambda: {"IN": ROWS}, requests=(row(),)), PATIENCE, lambda: None)
+        with contextlib.suppress(NeverSeen):
+            given.send(None)  # before the event loop reads
+        given.close()
+        assert (await first).outputs == {}
 
 
 async def test_the_watchdog_looks_after_what_runs_and_not_after_what_waits(linked):

@@ -6,14 +6,16 @@ in shared memory. The messages of the sockets that carry descriptors are packets
 
 from __future__ import annotations
 
+import builtins
 import struct
+from contextlib import suppress
 from typing import Annotated, NamedTuple, Self, TypeAlias
 
 import msgspec
 
 from gateway.engines.isolated.layout import MOST
 from gateway.engines.measures import Measure
-from gateway.message import BadMessage
+from gateway.message import BadMessage, unpack_error
 from gateway.types import Buffer, InferRequest, Parameter
 
 CHUNK = 1 << 18
@@ -133,6 +135,18 @@ class Failed(Message, tag="failed"):
     kind: str = ""
     text: str = ""
     trace: str = ""
+
+    def raised(self) -> BaseException:
+        """What the child raised, as near to it as can be; its trace is noted."""
+        if self.error:
+            return unpack_error(self.error)
+        kind = getattr(builtins, self.kind, None)
+        problem: Exception = RuntimeError(f"{self.kind}: {self.text}")
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not StopIteration:
+            with suppress(TypeError):  # some are made of more than a text
+                problem = kind(self.text)
+        problem.add_note(f"In the engine's process:\n{self.trace}")
+        return problem
 
 
 ToChild: TypeAlias = Load | Run | Next

@@ -9,7 +9,6 @@ cannot be is the end of the link, as is the child's.
 from __future__ import annotations
 
 import asyncio
-import builtins
 import pickle
 import socket
 import threading
@@ -195,7 +194,7 @@ class Link:
         try:
             return await self._thread.call(partial(self._stack_and_send, given, mine), hurry=batch.hurry)
         except NeverSeen:
-            self._end("ended")
+            self._gone()
             raise
         except BaseException:
             if mine.acquire(blocking=False):
@@ -263,7 +262,7 @@ class Link:
         try:
             self._sender.send(header, payload)
         except OSError:
-            self._end("ended")
+            self._gone()
             raise NeverSeen from None
 
     # --- from the child
@@ -277,7 +276,17 @@ class Link:
             data = b""
         if not data:
             self._end("ended")
-            return
+        else:
+            self._hear(data)
+
+    def _gone(self) -> None:
+        """The child takes nothing more. What it said before still counts: it may have answered one of the two."""
+        with suppress(OSError):
+            while not self._closed and (data := self._socket.recv(CHUNK)):
+                self._hear(data)
+        self._end("ended")
+
+    def _hear(self, data: bytes) -> None:
         try:
             self._frames.feed(data)
             while (frame := self._frames.next()) is not None:
@@ -308,8 +317,10 @@ class Link:
     def _drop(self, given: Given, frame: Frame) -> None:
         """Take in an answer that nobody waits for any more."""
         message = _decode(frame.header)
-        if isinstance(message, Done):
-            self._finished_ns = max(self._finished_ns, min(message.finished_ns, time.monotonic_ns()))
+        if isinstance(message, Done | Failed):
+            now = time.monotonic_ns()
+            finished = now if isinstance(message, Failed) else min(message.finished_ns, now)
+            self._finished_ns = max(self._finished_ns, finished)
         if isinstance(message, Answered) and not self._closed:
             given.reply = self._loop.create_future()
             given.reply.cancel()
@@ -325,7 +336,7 @@ class Link:
             raise self._broken(str(problem)) from None
         if isinstance(message, Failed):
             self._finished_ns = time.monotonic_ns()
-            raise _raised(message)
+            raise message.raised()
         return message
 
     async def _outputs(self, form: bytes, frame: Frame, start: int) -> dict[str, Array]:
@@ -375,16 +386,3 @@ class Link:
         if not self._desks.busy:
             self._memory.close()
         self._lost(why)
-
-
-def _raised(message: Failed) -> BaseException:
-    """What the child raised, as near to it as can be; its trace is noted."""
-    if message.error:
-        return unpack_error(message.error)
-    kind = getattr(builtins, message.kind, None)
-    problem: Exception = RuntimeError(f"{message.kind}: {message.text}")
-    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not StopIteration:
-        with suppress(TypeError):  # some are made of more than a text
-            problem = kind(message.text)
-    problem.add_note(f"In the engine's process:\n{message.trace}")
-    return problem
