@@ -70,11 +70,15 @@ class Instance:
         `before` is the run that this hand's first one waits for.
         """
         relieved = False
+        hand = asyncio.current_task()
+        assert hand is not None
 
         def relieve() -> None:
             nonlocal relieved
+            # While the engine lets go of the run of a hand that is being stopped, there are no more hands.
+            goes_on = not hand.cancelling()
             # One that has not begun itself, because the last took longer than expected, is no time to lay out a third.
-            relieved = (before is None or before.ended < math.inf) and seat.relieve(run)
+            relieved = goes_on and (before is None or before.ended < math.inf) and seat.relieve(run)
             if relieved:
                 hands.create_task(self._serve(seat, hands, run))
 

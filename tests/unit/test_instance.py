@@ -524,6 +524,37 @@ async def test_a_batch_that_fails_is_run_in_parts_behind_the_one_that_was_given_
 
 
 @pytest.mark.usefixtures("every_run_is_long")
+async def test_a_run_that_is_being_stopped_is_not_relieved(monkeypatch):
+    class Lingers(Pipeline):
+        async def run(self, batch):
+            try:
+                async for each in super().run(batch):
+                    yield each
+            finally:
+                await asyncio.sleep(0.15)
+
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    monkeypatch.setattr(module, "_MOST_AHEAD", 0.0)
+    engine, made = Lingers(), model_config(max_batch_size=1)
+    slots = Slots(DeadlineScheduler({"cpu": 1}))
+    slots.open(LANE, limits(made), [Place("cpu", 1)])
+    for _ in range(3):
+        slots.scheduler.warmed(LANE, "cpu", 1, 0.1)
+    instance = Instance(engine, made, "1", Statistics().of("m", "1"))
+    async with (
+        Callers() as callers,
+        background(instance.serve(slots.seat(LANE, "cpu")), _read(callers, slots)) as (serves, _),
+        background(ask(callers, 1.0, 2.0)) as (answers,),
+    ):
+        await until(lambda: bool(engine.batches))
+        serves.cancel()
+        await asyncio.wait([serves])
+        assert not problems
+        answers.cancel()
+
+
+@pytest.mark.usefixtures("every_run_is_long")
 async def test_a_forced_stop_tells_the_callers_of_what_runs_and_of_what_was_given_ahead():
     engine = Pipeline()
     made = model_config(max_batch_size=1)
