@@ -24,7 +24,7 @@ from gateway.engines.isolated.layout import lay_out
 from gateway.types import Batch, DataType, InferRequest, InferResponse, Tensor
 from tests.isolated_support import children, fake_spec, kept, opened, result_of, run, run_arrays
 from tests.python_support import CONFIG, write
-from tests.support import refusal
+from tests.support import refusal, settle
 from tests.support import until as turn_until
 
 if sys.platform != "linux":
@@ -245,11 +245,13 @@ async def test_what_went_well_stays_so_when_the_process_ends_at_the_next_batch_b
         async with Gate(tmp_path / "g") as gate:
             first = tasks.create_task(run(engine, 7))
             held = await gate.arrival()
-            second = tasks.create_task(crash_of(run(engine, 13)))
-            await asyncio.sleep(0.1)  # it is laid out
+            laid_out = threading.Event()
+            poison = Batch(1, lambda: laid_out.set() or {"IN": np.full((1, 2), 13, "f4")})
+            second = tasks.create_task(crash_of(result_of(engine, poison)))
+            await turn_until(laid_out.is_set)
             held.release()
             held = await gate.arrival()
-            await asyncio.sleep(0.1)  # the test waits behind it
+            await turn_until(lambda: len(engine._life.link._asked) == 2)  # the test waits behind it
             held.release()
             assert "abort" in str(await second)
         assert (await first).outputs["OUT"].tolist() == [[7, 7]]
@@ -477,13 +479,14 @@ async def test_a_run_that_waits_for_another_model_has_not_hung(home, tmp_path, m
 
 async def test_code_that_crashes_for_nobody_any_more_does_not_fail_the_next_batch(home, tmp_path):
     body = f"""def execute(self, requests):
-        import os, pathlib, time
+        import os, pathlib
         if pb_utils.get_input_tensor_by_name(requests[0], 'IN').as_numpy()[0, 0] == 13:
             pathlib.Path({str(tmp_path / "begun")!r}).touch()
-            while not pathlib.Path({str(tmp_path / "go_on")!r}).exists():
-                time.sleep(0.01)
+            os.read(os.open({str(tmp_path / "go_on")!r}, os.O_RDONLY), 1)
             os.abort()
         return [pb_utils.InferenceResponse([pb_utils.Tensor('OUT', np.ones((1, 2), np.float32))]) for _ in requests]"""
+    os.mkfifo(tmp_path / "go_on")
+    go_on = os.open(tmp_path / "go_on", os.O_RDWR)
     async with opened(code_spec(home, tmp_path, body, infer=no_other_model)) as (engine,):
         inputs = {"IN": np.full((1, 2), 13, "f4")}
         async with asyncio.TaskGroup() as tasks:
@@ -491,10 +494,11 @@ async def test_code_that_crashes_for_nobody_any_more_does_not_fail_the_next_batc
             await turn_until((tmp_path / "begun").exists)
             given_up.cancel()
             waits = tasks.create_task(run_arrays(engine, {"IN": np.ones((1, 2), "f4")}, requests=(asked(1),)))
-            await asyncio.sleep(0.05)
-            (tmp_path / "go_on").touch()
+            await settle()
+            os.write(go_on, b"!")
         assert waits.result().answers[0].outputs["OUT"].tolist() == [[1, 1]]
         assert crashes(home) == {"abort": 1}
+    os.close(go_on)
 
 
 async def test_code_can_ask_whether_anybody_still_waits(home, tmp_path):
