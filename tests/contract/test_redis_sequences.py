@@ -111,6 +111,18 @@ async def read_again(own: OwnReader) -> None:
     own._task = own._link.start(own._read(), "again")
 
 
+@asynccontextmanager
+async def two_gateways(fleet):
+    """And a worker with its holder; the first gateway has begun sequence 7 there."""
+    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
+    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
+        holder = Holder(worker)
+        await served(gateway, worker)
+        await served(other, worker)
+        await begin(gateway, holder)
+        yield gateway, other, worker, holder
+
+
 async def stored(own: OwnReader, count: int) -> None:
     """Wait until the stream has so many requests."""
     while await own._link.client.call("XLEN", own.stream) != count:
@@ -270,12 +282,7 @@ async def test_what_waits_behind_a_request_that_was_given_up_is_not_run(fleet):
 
 
 async def test_who_is_refused_behind_a_request_that_was_given_up_may_ask_any_gateway(fleet, monkeypatch):
-    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
-    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
-        holder = Holder(worker)
-        await served(gateway, worker)
-        await served(other, worker)
-        await begin(gateway, holder)
+    async with two_gateways(fleet) as (gateway, other, _, holder):
         ends_unheard(gateway, monkeypatch, 3)
         await given_up(gateway, 1.0)
         async with background(holder.serve()):
@@ -284,12 +291,7 @@ async def test_who_is_refused_behind_a_request_that_was_given_up_may_ask_any_gat
 
 
 async def test_who_hears_that_redis_took_no_request_may_ask_any_gateway(fleet, monkeypatch):
-    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
-    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
-        holder = Holder(worker)
-        await served(gateway, worker)
-        await served(other, worker)
-        await begin(gateway, holder)
+    async with two_gateways(fleet) as (gateway, other, _, holder):
         ends_unheard(gateway, monkeypatch, 3)
         call = gateway.client.call
         monkeypatch.setattr(gateway.client, "call", lambda *words: call("XADD") if words[0] == "XADD" else call(*words))
@@ -498,12 +500,7 @@ async def test_what_comes_behind_a_request_that_redis_lost_is_not_run(fleet, mon
 
 
 async def test_two_gateways_that_send_at_once_make_no_gap_for_each_other(fleet):
-    gateways = fleet_queue(fleet, "gateway"), fleet_queue(fleet, "gateway")
-    async with gateways[0] as gateway, gateways[1] as other, fleet_queue(fleet, "worker") as worker:
-        holder = Holder(worker)
-        await served(gateway, worker)
-        await served(other, worker)
-        await begin(gateway, holder)
+    async with two_gateways(fleet) as (gateway, other, worker, holder):
         own = worker._own[LANE]
         await read_no_more(own)
         async with AsyncExitStack() as stack:
