@@ -10,6 +10,7 @@ choose devices.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,13 +18,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtInvalidArgument
 
 from gateway import errors
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.engines import cuda_faults, driver, providers, tensors
+from gateway.devices.cpu import last_cache
+from gateway.engines import cuda_faults, depth_first, driver, providers, tensors
 from gateway.engines.base import EngineSpec
 from gateway.types import Array, Batch, DataType, ModelIO, TensorSpec
 
@@ -37,6 +40,7 @@ _LEVELS = {  # Triton's optimization.graph.level
     "1": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "2": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+_IMAGE = 1 << 14  # numbers: smaller inputs have no activations that leave a cache
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()\n]*::[^()\n]*\([^()\n]*\)(?: const)? )?")
 _PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
@@ -59,11 +63,15 @@ def load(spec: EngineSpec, count: int) -> list[OnnxModel]:
     _require(spec, label, narrow)
     io = _describe(narrow, label)
     check_fit(spec.config, io)
+    warnings = _fallback(spec, narrow.get_providers()[0])
+    if threads == 1 and _may_be_depth_first(spec, narrow):
+        narrow, more = _depth_first(spec, spec.path / name, narrow)
+        warnings += more
     wide = None
     if elastic:
         options = _options(spec.config, spec.cores, alone=True)
         wide = _session(spec.path / name, label, options, asked)
-    return [OnnxModel(spec, io, narrow, wide) for _ in range(count)]
+    return [OnnxModel(spec, io, narrow, wide, warnings) for _ in range(count)]
 
 
 def describe(path: Path) -> ModelIO:
@@ -83,9 +91,11 @@ def describe(path: Path) -> ModelIO:
 class OnnxModel:
     """One engine's use of the sessions of a version."""
 
-    def __init__(self, spec: EngineSpec, io: ModelIO, narrow: Session, wide: Session | None) -> None:
+    def __init__(
+        self, spec: EngineSpec, io: ModelIO, narrow: Session, wide: Session | None, warnings: tuple[str, ...]
+    ) -> None:
         self.provider: str = narrow.get_providers()[0]
-        self.warnings = _fallback(spec, self.provider)
+        self.warnings = warnings
         self.widest = spec.threads if wide is None else spec.cores
         self.wide_runs = 0  # runs that had every core
         self._cores = spec.cores
@@ -216,6 +226,46 @@ def _session(path: Path, label: str, options: Any, asked: Sequence[providers.Ask
             f"{label} does not load in ONNX Runtime {ort.__version__}: {reason}. Check that the file is whole, "
             "or export it again for this version"
         ) from problem
+
+
+def _may_be_depth_first(spec: EngineSpec, session: Session) -> bool:
+    """Whether the operator leaves the graph to us, and it could be a convolutional network in FP32 that has batches."""
+    inputs = session.get_inputs()
+    return (
+        session.get_providers() == [providers.CPU]
+        and spec.config.max_batch_size > 1
+        and spec.config.parameters.get("depth_first") != "0"
+        and not spec.config.proto.optimization.HasField("graph")
+        and (spec.artefact is None or spec.artefact.precision == "FP32")
+        and len(inputs) == 1
+        and len(inputs[0].shape) == 4
+        and all(isinstance(size, int) for size in inputs[0].shape[1:])
+        and math.prod(inputs[0].shape[1:]) >= _IMAGE
+    )
+
+
+def _depth_first(spec: EngineSpec, path: Path, plain: Session) -> tuple[Session, tuple[str, ...]]:
+    """A session that takes a batch's first layers row by row, where that pays; else `plain`, and a warning if it should."""
+    try:
+        model = depth_first.rewritten(path, spec.config.max_batch_size, last_cache())
+        if model is None:
+            return plain, ()
+        session = ort.InferenceSession(model, _options(spec.config, 1), providers=[providers.CPU], enable_fallback=0)
+        _check_alike(plain, session)
+    except ImportError:
+        return plain, ()  # onnx comes with 'lockgate[cpu]'; without it models run as they are
+    except Exception as problem:  # noqa: BLE001 - whatever went wrong, the model works as it is
+        return plain, (f"runs without depth-first batches: {_plain(str(problem))}",)
+    return session, ()
+
+
+def _check_alike(one: Session, other: Session) -> None:
+    """Raise `ValueError` unless both answer two rows of noise alike."""
+    tensor = one.get_inputs()[0]
+    noise = np.random.default_rng(0).standard_normal((2, *tensor.shape[1:])).astype("<f4")
+    for expected, got in zip(*(session.run(None, {tensor.name: noise}) for session in (one, other)), strict=True):
+        if not np.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(np.abs(expected).max()), equal_nan=True):
+            raise ValueError("its answers differ; report this with the model")
 
 
 def _require(spec: EngineSpec, label: str, session: Session) -> None:

@@ -298,3 +298,108 @@ def test_two_builds_of_onnxruntime_are_refused(tmp_path: Path, monkeypatch: pyte
 )
 def test_messages_without_places(text: str, plain: str) -> None:
     assert backend._plain(text) == plain
+
+
+# --- depth-first batches
+
+
+IMAGES = (
+    "max_batch_size: 8 input { name: 'IN' data_type: TYPE_FP32 dims: [3, 96, 96] }"
+    " output { name: 'OUT' data_type: TYPE_FP32 dims: [4] }"
+)
+OFF = " parameters { key: 'depth_first' value { string_value: '0' } }"
+
+
+def network(folder: Path, factor: float = 1.0, answers: int = 4) -> Path:
+    """A convolutional network, 5 MB of activations a row."""
+    random = np.random.default_rng(0)
+    weights = [
+        onnx.numpy_helper.from_array((random.normal(0, factor, shape)).astype("<f4"), name)
+        for name, shape in (
+            ("a", (32, 3, 3, 3)),
+            ("b", (32, 1, 3, 3)),
+            ("c", (32, 1, 3, 3)),
+            ("d", (answers, 32, 1, 1)),
+        )
+    ]
+    nodes = [
+        helper.make_node("Conv", ["IN", "a"], ["1"], pads=[1] * 4),
+        helper.make_node("Conv", ["1", "b"], ["2"], pads=[1] * 4, group=32),
+        helper.make_node("Conv", ["2", "c"], ["3"], pads=[1] * 4, group=32),
+        helper.make_node("Conv", ["3", "d"], ["4"]),
+        helper.make_node("ReduceMean", ["4"], ["OUT"], axes=[2, 3], keepdims=0),
+    ]
+    shapes = value("IN", FLOAT, ["batch", 3, 96, 96]), value("OUT", FLOAT, ["batch", answers])
+    return write(folder, nodes, [shapes[0]], [shapes[1]], weights)
+
+
+@pytest.fixture
+def small_cache(monkeypatch) -> None:
+    monkeypatch.setattr(backend, "last_cache", lambda: 1 << 20)
+
+
+def depth_first(engine) -> bool:
+    return engine.loaded._narrow._model_bytes is not None
+
+
+@pytest.mark.usefixtures("small_cache")
+async def test_a_convolutional_network_takes_its_first_layers_row_by_row_and_answers_the_same(tmp_path: Path) -> None:
+    path = network(tmp_path / "m/1")
+    (engine,) = await engines.create(spec(path, IMAGES, cores=2))
+    (plain,) = await engines.create(spec(path, IMAGES + OFF))
+    assert (depth_first(engine), depth_first(plain)) == (True, False)
+    assert engine.loaded._wide._model_bytes is None
+    assert engine.warnings == ()
+    for rows in (1, 3, 8):
+        images = np.random.default_rng(rows).normal(size=(rows, 3, 96, 96)).astype("<f4")
+        one, other = [(await run(each, rows, IN=images))["OUT"] for each in (engine, plain)]
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    await close([engine, plain])
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize(
+    ("text", "threads"),
+    [
+        (IMAGES.replace("max_batch_size: 8", "max_batch_size: 1"), 1),
+        (IMAGES + " optimization { graph { level: 0 } }", 1),
+        (IMAGES, 2),
+    ],
+)
+async def test_where_it_would_not_pay_or_the_graph_is_the_operators_nothing_is_changed(
+    tmp_path: Path, text: str, threads: int
+) -> None:
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), text, threads, 2))
+    assert not depth_first(engine)
+    await engine.close()
+
+
+@pytest.mark.usefixtures("small_cache")
+async def test_answers_that_differ_are_not_served(tmp_path: Path, monkeypatch) -> None:
+    other = network(tmp_path / "other", factor=1.1).read_bytes()
+    monkeypatch.setattr(backend.depth_first, "rewritten", lambda *_: other)
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
+    assert not depth_first(engine)
+    assert engine.warnings == ("runs without depth-first batches: its answers differ; report this with the model",)
+    await engine.close()
+
+
+@pytest.mark.usefixtures("small_cache")
+async def test_a_model_that_cannot_be_rewritten_runs_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(backend.depth_first, "rewritten", lambda *_: b"no model")
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
+    assert not depth_first(engine)
+    assert engine.warnings[0].startswith("runs without depth-first batches: ")
+    assert (await run(engine, 1, IN=np.zeros((1, 3, 96, 96), "<f4")))["OUT"].shape == (1, 4)
+    await engine.close()
+
+
+@pytest.mark.usefixtures("small_cache")
+async def test_without_the_package_onnx_models_run_as_they_are(tmp_path: Path, monkeypatch) -> None:
+    def missing(*_):
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+    monkeypatch.setattr(backend.depth_first, "rewritten", missing)
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
+    assert (depth_first(engine), engine.warnings) == (False, ())
+    await engine.close()

@@ -1,0 +1,234 @@
+"""Depth-first batches: the first layers of a convolutional network take a batch row by row, inside the model.
+
+ONNX Runtime runs layer by layer, each over the whole batch. The first layers of such a network have small weights and
+activations of megabytes a row, so a batch's leave the cache between two layers; the last ones have it the other way round,
+and a batch is what their weights are read once for. `rewritten` makes the first layers the body of an ONNX Scan over the
+rows, whose activations stay in the cache, and leaves the others as they are: EfficientNet-Lite0 in FP32 takes 5 % less CPU
+at batch 8. The method is that of Weber et al., "BrainSlug: Transparent Acceleration of Deep Learning Through Depth-First
+Parallelism" (2018); where to stop is decided by the bytes that need not travel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Proto: TypeAlias = Any  # a message of the onnx package, which has no stubs
+
+_LARGEST = 512 << 20  # bytes of a file worth the reading: convolutional networks are small
+_LEAST = 4 << 20  # bytes a row that must be saved: the Scan itself takes some 10 us a row
+_OPSET = 9  # Scan as it is since
+_ROWS = 8  # of a usual batch: to go on to where the activations of 32 are large costs 1 % (EfficientNet-Lite0, batch 8)
+_MOVES = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"}  # what is not fused into the layer before it
+_PER_ROW = _MOVES | {
+    "Add", "BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
+    "Mul", "PRelu", "Relu", "Sigmoid", "Sub", "Tanh",
+}  # fmt: skip
+"""Operators of which row i of the answer depends on row i of each input alone, if those have rows."""
+
+
+def rewritten(path: Path, rows: int, cache: int) -> bytes | None:
+    """The model with its first layers row by row; None where that saves nothing, or cannot be done.
+
+    `rows` is the largest batch, `cache` how many bytes of the last cache a run may count on. Raises `ImportError` without
+    the package onnx, and anything for a file that is no model. Blocking: 0.1 s for 20 MB, and 0.2 s for the package.
+    """
+    import onnx
+
+    if path.stat().st_size > _LARGEST:
+        return None
+    model = onnx.load(path, load_external_data=False)
+    if not _readable(model):
+        return None
+    _take_in_constants(model.graph)
+    head = _head(model.graph, _Sizes(_inferred(model)), min(rows, _ROWS), cache)
+    if head is None:
+        return None
+    _split(model.graph, head)
+    return model.SerializeToString()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The first `count` nodes of a graph, which make `cut` of the input `feed`; their shapes are those of one row."""
+
+    count: int
+    feed: str
+    feed_shape: tuple[int, ...]
+    cut: str
+    cut_shape: tuple[int, ...]
+
+
+class _Sizes:
+    """The shapes of a graph's activations, those of one row: FP32 of rank 4, any number of rows, all else fixed."""
+
+    def __init__(self, graph: Proto) -> None:
+        self._shapes = {
+            value.name: shape
+            for value in (*graph.input, *graph.value_info, *graph.output)
+            if (shape := _row(value.type.tensor_type)) is not None
+        }
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this is an activation that has rows and is fit for a head."""
+        return name in self._shapes
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        """The shape of a row of it."""
+        return self._shapes[name]
+
+    def bytes(self, names: Sequence[str]) -> int:
+        """How much a row of these activations takes together."""
+        return sum(4 * math.prod(self._shapes[name]) for name in names if name in self._shapes)
+
+
+def _row(tensor: Proto) -> tuple[int, ...] | None:
+    rows, *dims = tensor.shape.dim or [None]
+    if tensor.elem_type != 1 or len(dims) != 3 or rows.HasField("dim_value"):  # 1: TensorProto.FLOAT
+        return None
+    return tuple(dim.dim_value for dim in dims) if all(dim.dim_value > 0 for dim in dims) else None
+
+
+def _readable(model: Proto) -> bool:
+    """Whether there is one input, all weights are in the file and nobody may feed others, and Scan is today's."""
+    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0)
+    return (
+        opset >= _OPSET
+        and len(model.graph.input) == 1  # older files list their weights too, which may then be fed
+        and not any(tensor.external_data for tensor in model.graph.initializer)
+    )
+
+
+def _take_in_constants(graph: Proto) -> None:
+    """Make weights of the nodes that are constants, as some exporters write the bounds of a Clip."""
+    for node in [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(node.attribute[0].t)
+        tensor.name = node.output[0]
+        graph.node.remove(node)
+
+
+def _inferred(model: Proto) -> Proto:
+    """The graph with the shapes of its values; the weights stay behind, which only slow this down."""
+    import onnx
+
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    large = [tensor for tensor in bare.graph.initializer if math.prod(tensor.dims) > 64]
+    for tensor in large:
+        bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        bare.graph.initializer.remove(tensor)
+    return onnx.shape_inference.infer_shapes(bare).graph
+
+
+def _head(graph: Proto, sizes: _Sizes, rows: int, cache: int) -> _Head | None:
+    """The first nodes that save most when they run row by row; None if none save enough."""
+    feed = graph.input[0].name
+    weights = {tensor.name: math.prod(tensor.dims) * 4 for tensor in graph.initializer}
+    nodes = [*_prefix(graph.node, feed, weights, sizes)]
+    saved = accumulate(_saved(node, weights, sizes, rows, cache) for node in nodes)
+    heads = [
+        # What is handed over is written once more, and read once more.
+        (bytes_saved - 2 * sizes.bytes([cut]), _Head(count, feed, sizes[feed], cut, sizes[cut]))
+        for count, (bytes_saved, cut) in enumerate(zip(saved, _cuts(graph, nodes), strict=True), 1)
+        if cut
+    ]
+    most, head = max(heads, key=itemgetter(0), default=(0, None))
+    return head if most >= _LEAST else None
+
+
+def _saved(node: Proto, weights: dict[str, int], sizes: _Sizes, rows: int, cache: int) -> int:
+    """The bytes a row that need not travel when this node runs row by row, less the weights that every row reads."""
+    moved = sizes.bytes([*node.input, *node.output]) if node.op_type in _MOVES else 0
+    return (moved if moved * rows > cache else 0) - sum(weights.get(name, 0) for name in node.input)
+
+
+def _cuts(graph: Proto, nodes: Sequence[Proto]) -> Iterator[str]:
+    """For each of the first nodes the only value that is needed after it; "" where there are more, or no good place."""
+    last = {name: index for index, node in enumerate(graph.node) for name in node.input}
+    last |= {value.name: len(graph.node) for value in graph.output}
+    live: set[str] = set()
+    for index, node in enumerate(nodes):
+        live = {name for name in live | {*node.output} if last.get(name, -1) > index}
+        fuses = (
+            index + 1 < len(nodes) and nodes[index + 1].op_type not in _MOVES
+        )  # the next one is done within this one
+        yield next(iter(live)) if len(live) == 1 and not fuses else ""
+
+
+def _prefix(nodes: Sequence[Proto], feed: str, weights: dict[str, int], sizes: _Sizes) -> Iterator[Proto]:
+    """The nodes up to the first that may not run row by row, or takes something else than `feed` and weights."""
+    known = {feed, "", *weights} if feed in sizes else set()
+    for node in nodes:
+        if node.op_type not in _PER_ROW or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+            return
+        if node.output[0] not in sizes or not known.issuperset(node.input):
+            return
+        known.add(node.output[0])
+        yield node
+
+
+def _split(graph: Proto, head: _Head) -> None:
+    """Put the head into a Scan over the rows, in its place."""
+    inside, outside = graph.node[: head.count], graph.node[head.count :]
+    scan = _scan(graph, inside, head)
+    needed = {name for node in outside for name in node.input} | {value.name for value in graph.output}
+    gone = {name for node in inside for name in node.output} - {head.cut}
+    _replace(graph.node, [scan, *outside])
+    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
+    _replace(graph.value_info, [value for value in graph.value_info if value.name not in gone])
+
+
+def _scan(graph: Proto, inside: Sequence[Proto], head: _Head) -> Proto:
+    """The Scan. Every name in its body is a new one: weights may be used outside too, and may not be hidden there."""
+    from onnx import TensorProto, helper
+
+    row, answer = _unused("row", graph), _unused("answer", graph)
+    used = {name for node in inside for name in node.input}
+    weights = [_copy(tensor) for tensor in graph.initializer if tensor.name in used]
+    for tensor in weights:
+        tensor.name = f"{row}/{tensor.name}"
+    batch = helper.make_tensor(f"{row}/batch of one", TensorProto.INT64, [4], [1, *head.feed_shape])
+    plain = helper.make_tensor(f"{row}/no batch", TensorProto.INT64, [3], head.cut_shape)
+    nodes = [
+        helper.make_node("Reshape", [row, batch.name], [f"{row}/{head.feed}"]),
+        *(_renamed(node, row) for node in inside),
+        helper.make_node("Reshape", [f"{row}/{head.cut}", plain.name], [answer]),
+    ]
+    takes = helper.make_tensor_value_info(row, TensorProto.FLOAT, head.feed_shape)
+    gives = helper.make_tensor_value_info(answer, TensorProto.FLOAT, head.cut_shape)
+    body = helper.make_graph(nodes, row, [takes], [gives], [*weights, batch, plain])
+    return helper.make_node("Scan", [head.feed], [head.cut], name=row, body=body, num_scan_inputs=1)
+
+
+def _unused(name: str, graph: Proto) -> str:
+    """`name`, or one like it that no name of the graph begins with."""
+    taken = {each for node in graph.node for each in (*node.input, *node.output)}
+    while any(each.startswith(name) for each in taken):
+        name += "_"
+    return name
+
+
+def _renamed(node: Proto, prefix: str) -> Proto:
+    """The node with other names for what it takes and gives; what is absent stays so."""
+    new = _copy(node)
+    for field in (new.input, new.output):
+        _replace(field, [name and f"{prefix}/{name}" for name in field])
+    return new
+
+
+def _replace(field: Any, values: Sequence[Any]) -> None:
+    copies = [value if isinstance(value, str) else _copy(value) for value in values]
+    del field[:]
+    field.extend(copies)
+
+
+def _copy(message: Proto) -> Proto:
+    new = type(message)()
+    new.CopyFrom(message)
+    return new
