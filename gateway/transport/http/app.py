@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from gateway.jobs.jobs import Jobs
 
 _SMALL_BODY = 1 << 20  # read in one piece; all the connections there may be cannot hold much with bodies like this
+_LARGE_BODY = 1 << 24  # read in one piece while those that are read so are declared to be a part of what may arrive,
+_AT_ONCE = 4  # one in so many: each piece makes its own way to the event loop, and all are copied together there
 _NOTHING = (NO_PARAMETERS, NO_CONTEXT)
 _HEALTH = {"/v2/health/live": "live", "/v2/health/ready": "ready"}
 
@@ -76,7 +78,8 @@ class HttpApp:
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
-        self._arriving = 0  # bytes of large bodies
+        self._arriving = 0  # bytes of large bodies that are read in pieces
+        self._whole = 0  # declared bytes of those that are read in one
         self._refusals = Refusals()
         self.door: InferDoor | None = None
 
@@ -176,7 +179,17 @@ class HttpApp:
             return await self._read(protocol) if "transfer-encoding" in headers else b""
         if int(declared) > self._limits.max_request_bytes:
             raise body_too_large(int(declared), self._limits.max_request_bytes)
-        return await protocol() if int(declared) <= _SMALL_BODY else await self._read(protocol)
+        return await protocol() if int(declared) <= _SMALL_BODY else await self._large(int(declared), protocol)
+
+    async def _large(self, declared: int, protocol: Any) -> bytes:
+        whole = self._whole + declared
+        if declared > _LARGE_BODY or whole > self._limits.max_inflight_bytes // _AT_ONCE:
+            return await self._read(protocol)
+        self._whole = whole
+        try:
+            return await protocol()  # type: ignore[no-any-return]
+        finally:
+            self._whole -= declared
 
     async def _read(self, protocol: Any) -> bytes:
         """A large body, counted while it arrives: a thousand connections could each send the largest at once."""
