@@ -28,13 +28,15 @@ class CpuReading:
 
 
 def last_cache(root: Path = Path("/")) -> int:
-    """How many bytes of the last cache there are for each core that shares it; 0 where nobody says. `root` is where /sys is."""
-    folders = root.glob("sys/devices/system/cpu/cpu0/cache/index*")
-    return max((_share(folder) for folder in folders), default=(0, 0))[1]
+    """The bytes of the last cache over the logical processors that share it; 0 where nobody says. `root` is where /sys is."""
+    for cpu in sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*")):
+        if shares := [share for folder in cpu.glob("cache/index*") if (share := _share(folder))[1]]:
+            return max(shares)[1]
+    return 0
 
 
 def _share(folder: Path) -> tuple[int, int]:
-    """The level of a cache, and a core's share of its bytes."""
+    """The level of a cache, and a processor's share of its bytes."""
     try:
         level, size, sharing = ((folder / name).read_text().strip() for name in ("level", "size", "shared_cpu_map"))
         return int(level), int(size.removesuffix("K")) * 1024 // int(sharing.replace(",", ""), 16).bit_count()

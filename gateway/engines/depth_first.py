@@ -11,7 +11,7 @@ Parallelism" (2018); where to stop is decided by the bytes that need not travel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import itemgetter
@@ -19,17 +19,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Proto: TypeAlias = Any  # a message of the onnx package, which has no stubs
+_Weights: TypeAlias = dict[str, tuple[int, ...]]  # their shapes, by name
 
-_LARGEST = 512 << 20  # bytes of a file worth the reading: convolutional networks are small
+_LARGEST = 128 << 20  # bytes of a file: it is in memory some five times while this is at work
 _LEAST = 4 << 20  # bytes a row that must be saved: the Scan itself takes some 10 us a row
 _OPSET = 9  # Scan as it is since
+_IR = 4  # weights need not be inputs since
+_SHAPES = 64  # numbers in the largest weight that may be a shape
 _ROWS = 8  # of a usual batch: to go on to where the activations of 32 are large costs 1 % (EfficientNet-Lite0, batch 8)
 _MOVES = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"}  # what is not fused into the layer before it
-_PER_ROW = _MOVES | {
-    "Add", "BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
-    "Mul", "PRelu", "Relu", "Sigmoid", "Sub", "Tanh",
+_BROADCASTS = {"Add", "Mul", "PRelu", "Sub"}
+_PER_ROW = _MOVES | _BROADCASTS | {
+    "BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Relu", "Sigmoid", "Tanh",
 }  # fmt: skip
 """Operators of which row i of the answer depends on row i of each input alone, if those have rows."""
+_DOMAINS = ("", "ai.onnx")  # ONNX's own
 
 
 def rewritten(path: Path, rows: int, cache: int) -> bytes | None:
@@ -40,16 +44,17 @@ def rewritten(path: Path, rows: int, cache: int) -> bytes | None:
     """
     import onnx
 
-    if path.stat().st_size > _LARGEST:
+    if path.suffix != ".onnx" or path.stat().st_size > _LARGEST:
         return None
-    model = onnx.load(path, load_external_data=False)
-    if not _readable(model):
+    model = onnx.load(path, format="protobuf", load_external_data=False)
+    graph = model.graph
+    _take_in_constants(graph)
+    if not _readable(model) or not graph.node or graph.node[0].op_type not in _PER_ROW:
         return None
-    _take_in_constants(model.graph)
-    head = _head(model.graph, _Sizes(_inferred(model)), min(rows, _ROWS), cache)
+    head = _choose(graph, _Sizes(_inferred(model)), min(rows, _ROWS), cache)
     if head is None:
         return None
-    _split(model.graph, head)
+    _split(graph, head)
     return model.SerializeToString()  # type: ignore[no-any-return]
 
 
@@ -89,16 +94,17 @@ class _Sizes:
 
 def _row(tensor: Proto) -> tuple[int, ...] | None:
     rows, *dims = tensor.shape.dim or [None]
-    if tensor.elem_type != 1 or len(dims) != 3 or rows.HasField("dim_value"):  # 1: TensorProto.FLOAT
+    if tensor.elem_type != 1 or len(dims) != 3 or rows.dim_value > 0:  # 1: TensorProto.FLOAT
         return None
     return tuple(dim.dim_value for dim in dims) if all(dim.dim_value > 0 for dim in dims) else None
 
 
 def _readable(model: Proto) -> bool:
     """Whether there is one input, all weights are in the file and nobody may feed others, and Scan is today's."""
-    opset = max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0)
+    opset = max((each.version for each in model.opset_import if each.domain in _DOMAINS), default=0)
     return (
         opset >= _OPSET
+        and model.ir_version >= _IR
         and len(model.graph.input) == 1  # older files list their weights too, which may then be fed
         and not any(tensor.external_data for tensor in model.graph.initializer)
     )
@@ -106,30 +112,46 @@ def _readable(model: Proto) -> bool:
 
 def _take_in_constants(graph: Proto) -> None:
     """Make weights of the nodes that are constants, as some exporters write the bounds of a Clip."""
-    for node in [node for node in graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]:
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "Constant" or node.domain not in _DOMAINS or node.attribute[0].name != "value":
+            nodes.append(node)
+            continue
         tensor = graph.initializer.add()
         tensor.CopyFrom(node.attribute[0].t)
         tensor.name = node.output[0]
-        graph.node.remove(node)
+    if len(nodes) < len(graph.node):
+        _replace(graph.node, nodes)
 
 
 def _inferred(model: Proto) -> Proto:
-    """The graph with the shapes of its values; the weights stay behind, which only slow this down."""
+    """The graph with the shapes of its values. What the file says of them may be of a time before somebody edited it.
+
+    The weights stay behind, which only slow this down.
+    """
     import onnx
 
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    large = [tensor for tensor in bare.graph.initializer if math.prod(tensor.dims) > 64]
-    for tensor in large:
-        bare.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-        bare.graph.initializer.remove(tensor)
+    bare = onnx.ModelProto(ir_version=model.ir_version)
+    bare.opset_import.extend(model.opset_import)
+    bare.functions.extend(model.functions)
+    graph = bare.graph
+    graph.node.extend(model.graph.node)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) > _SHAPES:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            graph.initializer.append(tensor)
     return onnx.shape_inference.infer_shapes(bare).graph
 
 
-def _head(graph: Proto, sizes: _Sizes, rows: int, cache: int) -> _Head | None:
+def _choose(graph: Proto, sizes: _Sizes, rows: int, cache: int) -> _Head | None:
     """The first nodes that save most when they run row by row; None if none save enough."""
     feed = graph.input[0].name
-    weights = {tensor.name: math.prod(tensor.dims) * 4 for tensor in graph.initializer}
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     nodes = [*_prefix(graph.node, feed, weights, sizes)]
     saved = accumulate(_saved(node, weights, sizes, rows, cache) for node in nodes)
     heads = [
@@ -142,15 +164,16 @@ def _head(graph: Proto, sizes: _Sizes, rows: int, cache: int) -> _Head | None:
     return head if most >= _LEAST else None
 
 
-def _saved(node: Proto, weights: dict[str, int], sizes: _Sizes, rows: int, cache: int) -> int:
+def _saved(node: Proto, weights: _Weights, sizes: _Sizes, rows: int, cache: int) -> int:
     """The bytes a row that need not travel when this node runs row by row, less the weights that every row reads."""
     moved = sizes.bytes([*node.input, *node.output]) if node.op_type in _MOVES else 0
-    return (moved if moved * rows > cache else 0) - sum(weights.get(name, 0) for name in node.input)
+    read = sum(4 * math.prod(weights[name]) for name in node.input if name in weights)
+    return (moved if moved * rows > cache else 0) - read
 
 
 def _cuts(graph: Proto, nodes: Sequence[Proto]) -> Iterator[str]:
     """For each of the first nodes the only value that is needed after it; "" where there are more, or no good place."""
-    last = {name: index for index, node in enumerate(graph.node) for name in node.input}
+    last = {name: index for index, node in enumerate(graph.node) for name in _names([node])}
     last |= {value.name: len(graph.node) for value in graph.output}
     live: set[str] = set()
     for index, node in enumerate(nodes):
@@ -161,27 +184,40 @@ def _cuts(graph: Proto, nodes: Sequence[Proto]) -> Iterator[str]:
         yield next(iter(live)) if len(live) == 1 and not fuses else ""
 
 
-def _prefix(nodes: Sequence[Proto], feed: str, weights: dict[str, int], sizes: _Sizes) -> Iterator[Proto]:
+def _prefix(nodes: Sequence[Proto], feed: str, weights: _Weights, sizes: _Sizes) -> Iterator[Proto]:
     """The nodes up to the first that may not run row by row, or takes something else than `feed` and weights."""
     known = {feed, "", *weights} if feed in sizes else set()
     for node in nodes:
-        if node.op_type not in _PER_ROW or node.domain not in ("", "ai.onnx") or len(node.output) != 1:
+        if node.op_type not in _PER_ROW or node.domain not in _DOMAINS or len(node.output) != 1:
             return
         if node.output[0] not in sizes or not known.issuperset(node.input):
             return
+        if node.op_type in _BROADCASTS and any(weights.get(name, ())[:-3] not in ((), (1,)) for name in node.input):
+            return  # a weight with rows of its own
         known.add(node.output[0])
         yield node
 
 
+def _names(nodes: Iterable[Proto]) -> Iterator[str]:
+    """What these take, and what the graphs inside them may take from outside."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                yield from _names(graph.node)
+                yield from (value.name for value in graph.output)
+
+
 def _split(graph: Proto, head: _Head) -> None:
     """Put the head into a Scan over the rows, in its place."""
-    inside, outside = graph.node[: head.count], graph.node[head.count :]
-    scan = _scan(graph, inside, head)
-    needed = {name for node in outside for name in node.input} | {value.name for value in graph.output}
-    gone = {name for node in inside for name in node.output} - {head.cut}
-    _replace(graph.node, [scan, *outside])
-    _replace(graph.initializer, [tensor for tensor in graph.initializer if tensor.name in needed])
-    _replace(graph.value_info, [value for value in graph.value_info if value.name not in gone])
+    scan = _scan(graph, graph.node[: head.count], head)
+    del graph.node[: head.count]
+    needed = {*_names(graph.node), *(value.name for value in graph.output)}
+    graph.node.insert(0, scan)
+    for index in reversed(range(len(graph.initializer))):
+        if graph.initializer[index].name not in needed:
+            del graph.initializer[index]
+    del graph.value_info[:]  # see `_inferred`
 
 
 def _scan(graph: Proto, inside: Sequence[Proto], head: _Head) -> Proto:
@@ -208,7 +244,7 @@ def _scan(graph: Proto, inside: Sequence[Proto], head: _Head) -> Proto:
 
 def _unused(name: str, graph: Proto) -> str:
     """`name`, or one like it that no name of the graph begins with."""
-    taken = {each for node in graph.node for each in (*node.input, *node.output)}
+    taken = {*_names(graph.node), *(each for node in graph.node for each in node.output)}
     while any(each.startswith(name) for each in taken):
         name += "_"
     return name

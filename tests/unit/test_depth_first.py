@@ -189,13 +189,18 @@ def of_another_domain(net: Net) -> Net:
     return net
 
 
+def by_slopes_of_rows(net: Net) -> Net:
+    return net.add("PRelu", net.weight(2, net.channels, 1, 1))
+
+
 def by_a_made_weight(net: Net) -> Net:
     net.nodes.append(helper.make_node("Neg", [net.weight(1)], ["negative"]))
     return net.add("Add", "negative")
 
 
 @pytest.mark.parametrize(
-    "change", [mixing_rows, with_indices, normalized_in_training, of_another_domain, by_a_made_weight]
+    "change",
+    [mixing_rows, with_indices, normalized_in_training, of_another_domain, by_a_made_weight, by_slopes_of_rows],
 )
 def test_the_head_ends_before_what_may_not_run_row_by_row(tmp_path, change):
     net = change(Net().wide())
@@ -229,14 +234,75 @@ def of_an_old_opset(model, _: Path) -> None:
     model.opset_import[0].version = 8
 
 
+def of_an_old_format(model, _: Path) -> None:
+    model.ir_version = 3
+
+
+def with_something_else_first(model, _: Path) -> None:
+    model.graph.node[0].input[0] = "turned"
+    model.graph.node.insert(0, helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 1, 3, 2]))
+
+
 @pytest.mark.parametrize(
-    "change", [with_external_data, with_weights_that_may_be_fed, with_a_fixed_batch, with_open_sizes, of_an_old_opset]
-)
+    "change",
+    [
+        with_external_data, with_weights_that_may_be_fed, with_a_fixed_batch, with_open_sizes, of_an_old_opset,
+        of_an_old_format, with_something_else_first,
+    ],
+)  # fmt: skip
 def test_what_is_left_alone(tmp_path, change):
     model = Net().wide().narrow().model()
     assert rewritten(tmp_path, model) is not None
     change(model, tmp_path)
     assert depth_first.rewritten(saved(tmp_path, model), 8, CACHE) is None
+
+
+def test_files_of_another_format_are_not_read(tmp_path):
+    path = saved(tmp_path, Net().wide().narrow().model())
+    assert depth_first.rewritten(path.rename(tmp_path / "model.ort"), 8, CACHE) is None
+
+
+def branching(net: Net, captured: str):
+    """A network whose last step is one of two graphs, both of which take a value from outside."""
+    net.narrow()
+    net.nodes[-1].output[0] = "scores"
+    branches = [
+        helper.make_graph(
+            [
+                helper.make_node("ReduceMean", [captured], [f"{op} mean"], keepdims=0),
+                helper.make_node(op, ["scores", f"{op} mean"], [f"{op} out"]),
+            ],
+            op,
+            [],
+            [helper.make_tensor_value_info(f"{op} out", FLOAT, ["rows", 4])],
+        )
+        for op in ("Add", "Mul")
+    ]
+    net.nodes.append(helper.make_node("ReduceMax", ["scores"], ["most"], keepdims=0))
+    net.nodes.append(helper.make_node("Greater", ["most", net.weight(name="zero")], ["positive"]))
+    net.nodes.append(helper.make_node("If", ["positive"], ["answer"], then_branch=branches[0], else_branch=branches[1]))
+    return net.model()
+
+
+def test_weights_that_only_an_inner_graph_takes_stay(tmp_path):
+    net = Net().wide()
+    model = branching(net, net.weight(4, name="only inside"))
+    new = rewritten(tmp_path, model)
+    np.testing.assert_allclose(answers(model, 3)[0], answers(new, 3)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_value_that_an_inner_graph_takes_is_needed_later(tmp_path):
+    net = Net().wide()
+    early = net.nodes[3].output[0]
+    assert rewritten(tmp_path, branching(net, early)) is None
+
+
+def test_shapes_of_a_time_before_the_input_was_edited_are_not_believed(tmp_path):
+    model = Net().wide().narrow().model()
+    early = model.graph.node[1].output[0]
+    model.graph.value_info.append(helper.make_tensor_value_info(early, FLOAT, [1, 64, 64, 64]))
+    new = rewritten(tmp_path, model)
+    np.testing.assert_allclose(answers(model, 3)[0], answers(new, 3)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_too_large_is_not_even_read(tmp_path, monkeypatch):
@@ -311,6 +377,12 @@ def test_the_last_cache_is_that_of_the_highest_level_by_core(tmp_path):
     write(cpu / "index3", level="3\n", size="32768K\n", shared_cpu_map="00000000,0000ff00\n")
     write(cpu / "index2", level="2\n", size="512K\n", shared_cpu_map="1\n")
     assert last_cache(tmp_path) == (32 << 20) // 8
+
+
+def test_a_processor_that_does_not_tell_is_passed_over(tmp_path):
+    write(tmp_path / "sys/devices/system/cpu/cpu0/cache/index3", level="3\n", size="0K\n", shared_cpu_map="3\n")
+    write(tmp_path / "sys/devices/system/cpu/cpu1/cache/index3", level="3\n", size="64K\n", shared_cpu_map="3\n")
+    assert last_cache(tmp_path) == 32 << 10
 
 
 def test_a_cache_nobody_tells_of_is_none(tmp_path):

@@ -16,6 +16,7 @@ from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
 from gateway.engines import onnxruntime as backend
+from gateway.engines import tensors
 from gateway.engines.base import EngineSpec
 from gateway.types import Batch, DataType, TensorSpec
 
@@ -339,7 +340,7 @@ def small_cache(monkeypatch) -> None:
 
 
 def depth_first(engine) -> bool:
-    return engine.loaded._narrow._model_bytes is not None
+    return engine.loaded._narrow._model_path is None
 
 
 @pytest.mark.usefixtures("small_cache")
@@ -348,7 +349,8 @@ async def test_a_convolutional_network_takes_its_first_layers_row_by_row_and_ans
     (engine,) = await engines.create(spec(path, IMAGES, cores=2))
     (plain,) = await engines.create(spec(path, IMAGES + OFF))
     assert (depth_first(engine), depth_first(plain)) == (True, False)
-    assert engine.loaded._wide._model_bytes is None
+    assert engine.loaded._wide._model_path is not None
+    assert engine.loaded._narrow._model_bytes is None  # nor is it kept twice
     assert engine.warnings == ()
     for rows in (1, 3, 8):
         images = np.random.default_rng(rows).normal(size=(rows, 3, 96, 96)).astype("<f4")
@@ -380,8 +382,77 @@ async def test_answers_that_differ_are_not_served(tmp_path: Path, monkeypatch) -
     monkeypatch.setattr(backend.depth_first, "rewritten", lambda *_: other)
     (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
     assert not depth_first(engine)
-    assert engine.warnings == ("runs without depth-first batches: its answers differ; report this with the model",)
+    assert engine.warnings == (
+        "runs without depth-first batches, with which its answers differ; report this with the model",
+    )
     await engine.close()
+
+
+def with_noise(graph) -> None:
+    """The same network, with answers that are others each time."""
+    graph.node[-1].output[0] = "sure"
+    graph.node.append(helper.make_node("RandomNormalLike", ["sure"], ["random"], dtype=FLOAT))
+    graph.node.append(helper.make_node("Add", ["sure", "random"], ["OUT"]))
+
+
+def with_nothing_found(graph) -> None:
+    """What a detector says of noise."""
+    graph.node[-1].output[0] = "scores"
+    graph.initializer.append(helper.make_tensor("threshold", FLOAT, [], [1e30]))
+    graph.node.append(helper.make_node("Greater", ["scores", "threshold"], ["high"]))
+    graph.node.append(helper.make_node("NonZero", ["high"], ["found"]))
+    graph.node.append(helper.make_node("Transpose", ["found"], ["places"]))
+    graph.node.append(helper.make_node("Cast", ["places"], ["OUT"], to=FLOAT))
+    del graph.output[:]
+    graph.output.append(value("OUT", FLOAT, ["found", 2]))
+
+
+@pytest.mark.usefixtures("small_cache")
+@pytest.mark.parametrize(("change", "done"), [(with_noise, False), (with_nothing_found, True)])
+async def test_models_whose_answers_tell_little_are_no_reason_to_warn(tmp_path: Path, change, done) -> None:
+    path = network(tmp_path / "m/1", answers=2)
+    model = onnx.load(path)
+    change(model.graph)
+    onnx.save(model, path)
+    (engine,) = await engines.create(spec(path, IMAGES.replace("dims: [4]", "dims: [2]")))
+    assert (depth_first(engine), engine.warnings) == (done, ())
+    await engine.close()
+
+
+@pytest.mark.usefixtures("small_cache")
+async def test_a_process_whose_memory_is_limited_is_not_asked_for_more(tmp_path: Path) -> None:
+    limit = " parameters { key: 'memory_limit_mb' value { string_value: '400' } }"
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES + limit))
+    assert not depth_first(engine)
+    await engine.close()
+
+
+async def test_where_nobody_tells_of_a_cache_nothing_is_changed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(backend, "last_cache", lambda: 0)
+    (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
+    assert not depth_first(engine)
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ([1.0, 2.0], [1.0, 2.0015], True),
+        ([1.0, 2.0], [1.0, 2.1], False),
+        ([-np.inf, 1.0, 2.0], [-np.inf, 1.0, 2.0], True),
+        ([-np.inf, 1.0, 2.0], [-np.inf, -77.0, 2.0], False),
+        ([np.nan, 1.0, 2.0], [np.nan, 1.0000001, 2.0], True),
+        ([[1.0], [1.0]], [[1.0]], False),
+        ([999, 3], [998, 3], False),
+        ([b"a", b"b"], [b"a", b"b"], True),
+        ([b"a", b"b"], [b"a", b"c"], False),
+        ([], [], True),
+    ],
+)
+def test_answers_are_alike_but_for_rounding(one, other, same) -> None:
+    arrays = [np.array(each, object) if one[:1] == [b"a"] else np.array(each) for each in (one, other)]
+    assert tensors.alike(arrays[:1], arrays[1:]) is same
+    assert not tensors.alike(arrays, arrays[:1])
 
 
 @pytest.mark.usefixtures("small_cache")
