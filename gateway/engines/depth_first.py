@@ -27,12 +27,19 @@ _OPSET = 9  # Scan as it is since
 _IR = 4  # weights need not be inputs since
 _SHAPES = 64  # numbers in the largest weight that may be a shape
 _ROWS = 8  # of a usual batch: to go on to where the activations of 32 are large costs 1 % (EfficientNet-Lite0, batch 8)
-_MOVES = {"Conv", "MaxPool", "AveragePool", "GlobalAveragePool"}  # what is not fused into the layer before it
-_BROADCASTS = {"Add", "Mul", "PRelu", "Sub"}
+_MOVES = {
+    "AveragePool",
+    "Concat",
+    "Conv",
+    "GlobalAveragePool",
+    "MaxPool",
+    "Transpose",
+}  # what is not fused into the layer before it
+_BROADCASTS = {"Add", "Concat", "Mul", "PRelu", "Sub"}
 _PER_ROW = _MOVES | _BROADCASTS | {
     "BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Relu", "Sigmoid", "Tanh",
 }  # fmt: skip
-"""Operators of which row i of the answer depends on row i of each input alone, if those have rows."""
+"""Operators of which row i of the answer depends on row i of each input alone, if those have rows; see `_keeps_rows`."""
 _DOMAINS = ("", "ai.onnx")  # ONNX's own
 
 
@@ -188,7 +195,7 @@ def _prefix(nodes: Sequence[Proto], feed: str, weights: _Weights, sizes: _Sizes)
     """The nodes up to the first that may not run row by row, or takes something else than `feed` and weights."""
     known = {feed, "", *weights} if feed in sizes else set()
     for node in nodes:
-        if node.op_type not in _PER_ROW or node.domain not in _DOMAINS or len(node.output) != 1:
+        if not _keeps_rows(node):
             return
         if node.output[0] not in sizes or not known.issuperset(node.input):
             return
@@ -196,6 +203,15 @@ def _prefix(nodes: Sequence[Proto], feed: str, weights: _Weights, sizes: _Sizes)
             return  # a weight with rows of its own
         known.add(node.output[0])
         yield node
+
+
+def _keeps_rows(node: Proto) -> bool:
+    if node.op_type not in _PER_ROW or node.domain not in _DOMAINS or len(node.output) != 1:
+        return False
+    axes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "Transpose":
+        return "perm" in axes and axes["perm"].ints[0] == 0
+    return node.op_type != "Concat" or axes["axis"].i not in (0, -4)
 
 
 def _names(nodes: Iterable[Proto]) -> Iterator[str]:

@@ -141,6 +141,24 @@ def test_weights_used_in_the_head_and_after_it_are_in_both(tmp_path):
     np.testing.assert_allclose(answers(model, 3)[0], answers(new, 3)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_images_whose_channels_come_last_and_joined_layers_run_row_by_row(tmp_path):
+    net = Net()
+    net.nodes.append(helper.make_node("Transpose", ["image"], ["channels first"], perm=[0, 3, 1, 2]))
+    net.value = "channels first"
+    net.wide()
+    early = net.nodes[-3].output[0]
+    net.add("Concat", early, axis=1)
+    net.channels *= 2
+    model = net.narrow().model()
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    dims[1].dim_value, dims[3].dim_value = 64, 3
+    new = rewritten(tmp_path, model)
+    assert {"Transpose", "Concat"} <= {*head(new)}
+    assert not {"Transpose", "Concat"} & {*ops(new.graph.node)}
+    for rows in (1, 3):
+        np.testing.assert_allclose(answers(model, rows)[0], answers(new, rows)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_constants_that_are_nodes_are_weights(tmp_path):
     net = Net().wide()
     for name, number in (("low", 0.0), ("high", 6.0)):
@@ -187,6 +205,18 @@ def of_another_domain(net: Net) -> Net:
     net.add("Relu")
     net.nodes[-1].domain = "com.example"
     return net
+
+
+def turning_rows(net: Net) -> Net:
+    return net.add("Transpose", perm=[1, 0, 2, 3]).add("Transpose", perm=[1, 0, 2, 3])
+
+
+def turning_all(net: Net) -> Net:
+    return net.add("Transpose").add("Transpose")
+
+
+def joining_rows(net: Net) -> Net:
+    return net.add("Concat", net.value, axis=0)
 
 
 def by_slopes_of_rows(net: Net) -> Net:
@@ -240,7 +270,7 @@ def of_an_old_format(model, _: Path) -> None:
 
 def with_something_else_first(model, _: Path) -> None:
     model.graph.node[0].input[0] = "turned"
-    model.graph.node.insert(0, helper.make_node("Transpose", ["image"], ["turned"], perm=[0, 1, 3, 2]))
+    model.graph.node.insert(0, helper.make_node("Softmax", ["image"], ["turned"]))
 
 
 @pytest.mark.parametrize(
