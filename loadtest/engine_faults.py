@@ -131,13 +131,18 @@ def _crashes(rig: Rig, pace: Pace, way: str, deadline_ms: float = DEADLINE_MS, c
             took.append(told.seconds)
             _require_error(outcome, told, "this request crashed model 'fleet'")
             worst = max(worst, len(rig.deaths()) - before)
-        ends = len(rig.deaths())
+        ends = _ends(rig, pace)
         _require_error(outcome, rig.send(VALUES[way], 0), "crashed model 'fleet'; it is not tried again")
-        outcome.require(len(rig.deaths()) == ends, "the same request again does not reach the engine")
+        outcome.require(_ends(rig, pace) == ends, "the same request again does not reach the engine")
         time.sleep(pace.between)
     outcome.require(0 < worst <= MOST_CRASHES, f"a request crashes at most {MOST_CRASHES} times, not {worst}")
     outcome.figures |= {"most_crashes": worst, "poison_ms": round(1e3 * max(took), 1)}
     return outcome.judge(RECOVERY if pace.timed else math.inf)
+
+
+def _ends(rig: Rig, pace: Pace) -> int:
+    # A watchdog made impatient for a short test also ends processes that a busy machine keeps waiting.
+    return sum(death.cause != "hang" or not pace.patience_ms for death in rig.deaths())
 
 
 def _hangs(rig: Rig, pace: Pace, way: str) -> Outcome:
