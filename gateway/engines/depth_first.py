@@ -22,19 +22,13 @@ Proto: TypeAlias = Any  # a message of the onnx package, which has no stubs
 _Weights: TypeAlias = dict[str, tuple[int, ...]]  # their shapes, by name
 
 _LARGEST = 128 << 20  # bytes of a file: it is in memory some five times while this is at work
-_LEAST = 4 << 20  # bytes a row that must be saved: the Scan itself takes some 10 us a row
+_LEAST = 4 << 20  # bytes a row that must be saved to be worth a Scan
 _OPSET = 9  # Scan as it is since
 _IR = 4  # weights need not be inputs since
 _SHAPES = 64  # numbers in the largest weight that may be a shape
 _ROWS = 8  # of a usual batch: to go on to where the activations of 32 are large costs 1 % (EfficientNet-Lite0, batch 8)
-_MOVES = {
-    "AveragePool",
-    "Concat",
-    "Conv",
-    "GlobalAveragePool",
-    "MaxPool",
-    "Transpose",
-}  # what is not fused into the layer before it
+# What is not done within the layer before it.
+_MOVES = {"AveragePool", "Concat", "Conv", "GlobalAveragePool", "MaxPool", "Transpose"}
 _BROADCASTS = {"Add", "Concat", "Mul", "PRelu", "Sub"}
 _PER_ROW = _MOVES | _BROADCASTS | {
     "BatchNormalization", "Clip", "Elu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Relu", "Sigmoid", "Tanh",
@@ -185,9 +179,8 @@ def _cuts(graph: Proto, nodes: Sequence[Proto]) -> Iterator[str]:
     live: set[str] = set()
     for index, node in enumerate(nodes):
         live = {name for name in live | {*node.output} if last.get(name, -1) > index}
-        fuses = (
-            index + 1 < len(nodes) and nodes[index + 1].op_type not in _MOVES
-        )  # the next one is done within this one
+        # What is fused into this one is not to be cut off from it.
+        fuses = index + 1 < len(nodes) and nodes[index + 1].op_type not in _MOVES
         yield next(iter(live)) if len(live) == 1 and not fuses else ""
 
 

@@ -7,7 +7,7 @@ not have. Nothing is copied that need not be.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,17 +76,3 @@ def from_value(value: Any) -> Array:
     array = np.empty(value.shape(), np.uint16)
     ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
     return array
-
-
-def alike(some: Sequence[Array], others: Sequence[Array]) -> bool:
-    """Whether these are the same answers but for rounding, a thousandth of the largest of a tensor."""
-    return len(some) == len(others) and all(map(_alike, some, others))
-
-
-def _alike(one: Array, other: Array) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if one.dtype.kind != "f":
-        return bool((one == other).all())
-    largest = np.abs(one[np.isfinite(one)]).max(initial=0.0)
-    return np.allclose(one, other, rtol=1e-3, atol=1e-3 * float(largest), equal_nan=True)

@@ -64,11 +64,12 @@ class Golden:
             self.outputs = outputs
             return True
         return self.outputs.keys() == outputs.keys() and all(
-            _alike(self.outputs[name], outputs[name]) for name in outputs
+            alike(self.outputs[name], outputs[name]) for name in outputs
         )
 
 
-def _alike(one: Array, other: Array) -> bool:
+def alike(one: Array, other: Array) -> bool:
+    """Whether these are the same answer, but for rounding where they are floating-point numbers."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if one.dtype.kind != "f":
