@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from gateway.devices import cgroup
@@ -27,11 +28,14 @@ class CpuReading:
     energy: Mapping[str, float] = field(default_factory=dict)
 
 
-def last_cache(root: Path = Path("/")) -> int:
-    """The bytes of the last cache over the logical processors that share it; 0 where nobody says. `root` is where /sys is."""
+def core_cache(root: Path = Path("/")) -> int:
+    """The bytes of cache that a run on one core can count on; 0 where nobody says. `root` is where /sys is.
+
+    That is the second level, over the logical processors that share it: the last one is everybody's.
+    """
     for cpu in sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*")):
-        if shares := [share for folder in cpu.glob("cache/index*") if (share := _share(folder))[1]]:
-            return max(shares)[1]
+        if shares := dict(filter(itemgetter(1), map(_share, cpu.glob("cache/index*")))):
+            return shares.get(2) or shares[max(shares)]
     return 0
 
 

@@ -25,7 +25,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument as OrtIn
 from gateway import errors
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, TensorConfig
-from gateway.devices.cpu import last_cache
+from gateway.devices.cpu import core_cache
 from gateway.engines import cuda_faults, depth_first, driver, providers, tensors
 from gateway.engines.base import EngineSpec
 from gateway.engines.isolated.golden import alike
@@ -251,7 +251,7 @@ def _may_be_depth_first(spec: EngineSpec, session: Session) -> bool:
 def _depth_first(spec: EngineSpec, path: Path, plain: Session) -> tuple[Session, tuple[str, ...]]:
     """A session that takes a batch's first layers row by row, where that pays; else `plain`, and a warning if it should."""
     try:
-        cache = last_cache()
+        cache = core_cache()
         model = depth_first.rewritten(path, spec.config.max_batch_size, cache) if cache else None
         if model is None:
             return plain, ()

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from gateway.devices.cpu import last_cache
+from gateway.devices.cpu import core_cache
 from gateway.engines import depth_first
 
 FLOAT = TensorProto.FLOAT
@@ -401,21 +401,22 @@ def write(folder: Path, **files: str) -> None:
         (folder / name).write_text(text)
 
 
-def test_the_last_cache_is_that_of_the_highest_level_by_core(tmp_path):
+def test_the_cache_of_a_core_is_its_part_of_the_second_level(tmp_path):
     cpu = tmp_path / "sys/devices/system/cpu/cpu0/cache"
     write(cpu / "index0", level="1\n", size="32K\n", shared_cpu_map="00000001\n")
     write(cpu / "index3", level="3\n", size="32768K\n", shared_cpu_map="00000000,0000ff00\n")
-    write(cpu / "index2", level="2\n", size="512K\n", shared_cpu_map="1\n")
-    assert last_cache(tmp_path) == (32 << 20) // 8
+    assert core_cache(tmp_path) == (32 << 20) // 8  # there is no second one
+    write(cpu / "index2", level="2\n", size="1024K\n", shared_cpu_map="3\n")
+    assert core_cache(tmp_path) == 512 << 10
 
 
 def test_a_processor_that_does_not_tell_is_passed_over(tmp_path):
     write(tmp_path / "sys/devices/system/cpu/cpu0/cache/index3", level="3\n", size="0K\n", shared_cpu_map="3\n")
     write(tmp_path / "sys/devices/system/cpu/cpu1/cache/index3", level="3\n", size="64K\n", shared_cpu_map="3\n")
-    assert last_cache(tmp_path) == 32 << 10
+    assert core_cache(tmp_path) == 32 << 10
 
 
 def test_a_cache_nobody_tells_of_is_none(tmp_path):
-    assert last_cache(tmp_path) == 0
+    assert core_cache(tmp_path) == 0
     write(tmp_path / "sys/devices/system/cpu/cpu0/cache/index0", level="?")
-    assert last_cache(tmp_path) == 0
+    assert core_cache(tmp_path) == 0

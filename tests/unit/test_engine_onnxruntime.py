@@ -336,7 +336,7 @@ def network(folder: Path, factor: float = 1.0, answers: int = 4) -> Path:
 
 @pytest.fixture
 def small_cache(monkeypatch) -> None:
-    monkeypatch.setattr(backend, "last_cache", lambda: 1 << 20)
+    monkeypatch.setattr(backend, "core_cache", lambda: 1 << 20)
 
 
 def depth_first(engine) -> bool:
@@ -428,7 +428,7 @@ async def test_a_process_whose_memory_is_limited_is_not_asked_for_more(tmp_path:
 
 
 async def test_where_nobody_tells_of_a_cache_nothing_is_changed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(backend, "last_cache", lambda: 0)
+    monkeypatch.setattr(backend, "core_cache", lambda: 0)
     (engine,) = await engines.create(spec(network(tmp_path / "m/1"), IMAGES))
     assert not depth_first(engine)
     await engine.close()
