@@ -26,7 +26,7 @@ from gateway import errors
 from gateway.config.fit import check_fit
 from gateway.config.model import ModelConfig, TensorConfig
 from gateway.devices.cpu import core_cache
-from gateway.engines import cuda_faults, depth_first, driver, providers, tensors
+from gateway.engines import cores, cuda_faults, depth_first, driver, providers, tensors
 from gateway.engines.base import EngineSpec
 from gateway.engines.isolated.golden import alike
 from gateway.types import Array, Batch, DataType, ModelIO, TensorSpec
@@ -41,6 +41,7 @@ _LEVELS = {  # Triton's optimization.graph.level
     "1": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
     "2": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
+_AFFINITIES = "session.intra_op_thread_affinities"
 _IMAGE = 1 << 14  # numbers: smaller inputs have no activations that leave a cache
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|cu|h):\d+ (?:[^()\n]*::[^()\n]*\([^()\n]*\)(?: const)? )?")
@@ -103,6 +104,8 @@ class OnnxModel:
         self._config = spec.config
         self._narrow = narrow
         self._wide = wide
+        places = () if _AFFINITIES in spec.config.parameters else cores.places(spec.cores)
+        self._home = places[0] if places else None  # of the thread that calls for a run on all cores
         self._outputs = [tensor.name for tensor in spec.config.outputs]
         self._text = _named(spec.config.inputs, DataType.BYTES)
         self._bf16 = _named(spec.config.inputs, DataType.BF16)
@@ -127,7 +130,8 @@ class OnnxModel:
                 values = session.run_with_ort_values(names, tensors.to_values(feed, self._bf16), self._options)
                 arrays = [tensors.from_value(value) for value in values]
             else:
-                arrays = session.run(names, feed, self._options)
+                with cores.stay(self._home if session is self._wide else None):
+                    arrays = session.run(names, feed, self._options)
         except Exception as problem:  # ONNX Runtime's exceptions have no other common base
             raise self._explain(problem) from problem
         return {name: self._decode(name, array) for name, array in zip(names, arrays, strict=True)}
@@ -314,6 +318,8 @@ def _options(config: ModelConfig, threads: int, *, alone: bool = False) -> Any:
         "session.force_spinning_stop": spins,  # when the run ends
         "session.inter_op.allow_spinning": "0",
     }
+    if alone and (places := cores.places(threads)):
+        entries[_AFFINITIES] = ";".join(str(core + 1) for core in places[1:])  # but the caller's; counted from 1
     entries |= {key: value for key, value in config.parameters.items() if key.startswith("session.")}
     for key, value in entries.items():
         options.add_session_config_entry(key, value)

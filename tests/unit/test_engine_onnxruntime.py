@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import aclosing
+import os
+import re
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from onnx import TensorProto, helper
 from gateway import engines, errors
 from gateway.config.build import build
 from gateway.config.parse import Source, parse_text
+from gateway.engines import cores
 from gateway.engines import onnxruntime as backend
 from gateway.engines.base import EngineSpec
 from gateway.engines.isolated.golden import alike
@@ -90,6 +93,46 @@ async def test_a_lone_run_takes_the_wide_session_and_all_engines_share_both(tmp_
     assert [option.get_session_config_entry("session.intra_op.allow_spinning") for option in options] == ["0", "1"]
     assert options[1].get_session_config_entry("session.force_spinning_stop") == "1"
     await close(created)
+
+
+@pytest.mark.parametrize(
+    ("usable", "cores", "places"), [({4, 7, 5}, 3, "6;8"), ({4, 7, 5}, 2, ""), ({0, 1}, 2, "2"), ({0, 1}, 1, "")]
+)
+def test_a_run_on_all_cores_has_a_core_for_each_of_its_threads(
+    tmp_path: Path, monkeypatch, usable: set[int], cores: int, places: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: usable)
+    options = backend._options(spec(relu(tmp_path), RELU).config, cores, alone=cores > 1)
+    try:
+        found = options.get_session_config_entry("session.intra_op_thread_affinities")
+    except RuntimeError:  # there is no such entry
+        found = ""
+    assert found == places
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no Linux")
+async def test_the_threads_of_a_run_on_all_cores_stay_where_they_are_put(tmp_path: Path) -> None:
+    def settled() -> set[str]:
+        lists = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
+        return {re.search(r"Cpus_allowed_list:\s*(\S+)", text)[1] for text in lists}
+
+    mine, before = sorted(os.sched_getaffinity(0)), settled()
+    (engine,) = await engines.create(spec(relu(tmp_path), RELU, threads=1, cores=len(mine)), 1)
+    assert settled() - before == {str(core) for core in mine[1:]}
+    await run(engine, cores=len(mine), IN=np.zeros((1, 2), "<f4"))
+    assert settled() - before == {str(core) for core in mine[1:]}  # the one that calls is free again
+    await engine.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no Linux")
+def test_a_thread_stays_on_a_core_for_a_while_if_it_may() -> None:
+    before = os.sched_getaffinity(0)
+    with suppress(KeyError), cores.stay(min(before)):
+        assert os.sched_getaffinity(0) == {min(before)}
+        raise KeyError
+    with cores.stay(None), cores.stay(1 << 12):  # nobody has so many
+        assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before
 
 
 @pytest.mark.parametrize(("threads", "cores", "parameter"), [(2, 2, ""), (1, 2, "1"), (1, 4, "3")])
