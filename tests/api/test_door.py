@@ -19,8 +19,11 @@ from gateway.queues.memory import MemoryQueue
 from gateway.service import Behind, Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
+from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
+from gateway.transport.header_rules import HeaderRules
 from gateway.transport.http import HttpApp, HttpServer
+from gateway.transport.http.door import InferDoor
 from gateway.transport.http.replies import Reply
 from gateway.types import InferRequest, InferResponse
 from tests.support import answer, model_config
@@ -180,3 +183,65 @@ async def test_a_fault_of_the_door_lets_the_request_in(monkeypatch: pytest.Monke
     monkeypatch.setattr(Full, "turn_away", broken)
     async with serving() as running:
         assert (await running.ask()).status_code == 200
+
+
+@dataclass
+class Scope:
+    path: str = "/v2/models/m/infer"
+    method: str = "POST"
+    headers: dict[str, str] = field(default_factory=lambda: {"content-length": "100"})
+
+
+@pytest.mark.parametrize(
+    ("scope", "early"),
+    [
+        (Scope(), True),
+        (Scope("/v2/models/m/versions/1/infer"), True),
+        (Scope(headers={"content-length": "101"}), False),
+        (Scope(headers={"content-length": "ten"}), False),
+        (Scope(headers={}), False),
+        (Scope("/v2/repository/index"), False),
+        (Scope("/v2/models/m/generate"), False),
+        (Scope(method="GET"), False),
+    ],
+)
+async def test_small_bodies_of_infer_requests_are_asked_for_at_once(scope: Scope, early: bool) -> None:
+    async with serving() as running:
+        door = InferDoor(running.service, Callers(), Refusals(), 100)
+        assert door.reads(scope) == early
+        known = InferDoor(running.service, Callers(header="x-tenant"), Refusals(), 100)
+        assert not known.reads(scope)  # it may be somebody who may not call
+
+
+async def test_where_paths_are_restricted_nothing_is_asked_for_before_it_is_known_who_calls() -> None:
+    async with serving() as running:
+        rules = HeaderRules({"inference": ("key", "value")})
+        async with HttpApp(running.service, running.service.infer, rules=rules) as app:
+            assert app.door is not None
+            assert not app.door.reads(Scope())
+
+
+async def test_bodies_come_while_the_event_loop_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    whole = HttpApp.__rsgi__
+
+    async def noting(self: HttpApp, scope: Any, protocol: Any, arrived: float | None = None, body: Any = None) -> None:
+        given.append(body is not None)
+        await whole(self, scope, protocol, arrived, body)
+
+    monkeypatch.setattr(HttpApp, "__rsgi__", noting)
+    async with serving() as running:
+        running.service.again = None
+        given.clear()
+        with requests.Session() as session:
+            url = f"{running.url}/v2/models/m/infer"
+
+            def ask(size: int, **headers: str) -> int:
+                return session.post(url, data=BODY.ljust(size), headers=headers, timeout=10).status_code
+
+            def asks() -> list[int]:
+                # The body of the one that is refused is read all the same, and its connection goes on.
+                return [ask(0), ask(1 << 20), ask(1 << 20, **{"x-request-timeout-ms": "soon"}), ask((1 << 20) + 1)]
+
+            assert await asyncio.to_thread(asks) == [200, 200, 400, 200]
+    assert given == [True, True, True, False]

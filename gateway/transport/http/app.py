@@ -29,6 +29,7 @@ from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.door import InferDoor, infer_target
 from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
 from gateway.transport.http.generate import GenerateEndpoint, generate_target
+from gateway.transport.http.handover import Body
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
@@ -74,7 +75,6 @@ class HttpApp:
         self._generate = GenerateEndpoint(service, infer, self._limits)
         self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._regions = regions
-        self._small = min(_SMALL_BODY, self._limits.max_request_bytes)
         self._disconnects = Disconnects()
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
@@ -84,7 +84,8 @@ class HttpApp:
         self.door: InferDoor | None = None
 
     async def __aenter__(self) -> Self:
-        self.door = InferDoor(self._service, self._callers, self._refusals)
+        early = 0 if self._restricted else min(_SMALL_BODY, self._limits.max_request_bytes)
+        self.door = InferDoor(self._service, self._callers, self._refusals, early)
         await self._disconnects.__aenter__()
         return self
 
@@ -97,12 +98,12 @@ class HttpApp:
         """Wait until every request that came in is answered."""
         await self._disconnects.finished()
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
         """See `RsgiApp`. A client that leaves cancels its request and gets no answer."""
         task = self._disconnects.begin(protocol)
         wire = WireTimes("HTTP", arrived) if self._traces.on else None
         try:
-            status, headers, body = await self._reply(scope, protocol, arrived, wire)
+            status, headers, body = await self._reply(scope, protocol, arrived, wire, given)
             if wire is not None:
                 wire.sending()
             if isinstance(body, bytes):
@@ -120,7 +121,9 @@ class HttpApp:
                 wire.sent()
                 wire.close()
 
-    async def _reply(self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None) -> Reply | Stream:
+    async def _reply(
+        self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None, given: Body
+    ) -> Reply | Stream:
         path: str = scope.path
         try:
             if self._restricted:
@@ -128,14 +131,11 @@ class HttpApp:
             if scope.method == "POST" and (target := infer_target(path)) is not None:
                 headers = scope.headers  # granian makes a new object each time
                 tenant = "" if self._callers.anonymous else self._callers.tenant(headers.get)
-                declared = headers.get("content-length")
-                size = self._small + 1 if declared is None else int(declared)
                 query = scope.query_string
                 job = query and wants_job(query)
                 told = self._told(headers) if self._reads else _NOTHING
                 caller = (tenant, deadline_of(headers.get, arrived), *told, wire)
-                # Most bodies are small, and can do without a coroutine of their own.
-                body = await protocol() if size <= self._small else await self._body(headers, protocol)
+                body = await (self._body(headers, protocol) if given is None else given)
                 if job:
                     return await self._jobs.submit(target, headers.get, body, caller, query)
                 return 200, *await self._endpoint.answer(target, headers.get, body, caller)

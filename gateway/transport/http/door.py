@@ -1,4 +1,4 @@
-"""Which infer requests are refused before they are read, and what they are told.
+"""Which infer requests are refused before they are read, what they are told, and which are read on the way.
 
 Reading a request to refuse it costs as much as a third of answering it, and those who are refused may come back at
 once. So requests like others that were refused a moment ago are answered on granian's thread, where they come in, and
@@ -35,8 +35,10 @@ class InferDoor:
     It is open to all until somebody was refused inside, and then for a while asks who would be too.
     """
 
-    def __init__(self, service: Service, callers: Callers, refusals: Refusals) -> None:
+    def __init__(self, service: Service, callers: Callers, refusals: Refusals, small: int = 0) -> None:
+        """`small` is how many bytes a body may have that is asked for before the event loop has its request."""
         self._service = service
+        self._small = small
         self._callers = callers
         self._refusals = refusals
         self._away: deque[tuple[str, str]] = deque()  # those that the loop has not heard of
@@ -59,7 +61,7 @@ class InferDoor:
         header = scope.headers.get
         timeout = header("x-request-timeout-ms")
         # A request that was made before may have its answer waiting.
-        if timeout is None or header(HEADER) is not None or not _is_small(header("content-length")):
+        if timeout is None or header(HEADER) is not None or not _within(header("content-length"), _ARRIVED):
             return None
         try:
             left = seconds_left(timeout)
@@ -74,6 +76,15 @@ class InferDoor:
             self._telling = True
             self._loop.call_soon_threadsafe(self._tell)
         return _refusal(math.ceil(1e3 * again))
+
+    def reads(self, scope: Any) -> bool:
+        """See `Door`. Where not everybody may call, a body is read when it is known who sends it."""
+        return (
+            self._callers.anonymous
+            and scope.method == "POST"
+            and infer_target(scope.path) is not None
+            and _within(scope.headers.get("content-length"), self._small)
+        )
 
     def _tell(self) -> None:
         """On the event loop: count them."""
@@ -107,5 +118,5 @@ def infer_target(path: str) -> tuple[str, str] | None:
     return (model, version) if model and word == "versions" and version.isascii() and version.isdecimal() else None
 
 
-def _is_small(length: str | None) -> bool:
-    return length is not None and length.isdecimal() and int(length) <= _ARRIVED
+def _within(length: str | None, most: int) -> bool:
+    return length is not None and length.isdecimal() and int(length) <= most

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeAlias
 
-from gateway.transport.http.handover import Door, RsgiApp
+from gateway.transport.http.handover import Body, Door, RsgiApp
 
 _CLOSE = ("connection", "close")
 _Headers: TypeAlias = list[tuple[str, str]]
@@ -23,9 +23,11 @@ class Farewell:
         """See `RsgiApp`."""
         return self._app.door
 
-    def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> Coroutine[Any, Any, None]:
+    def __rsgi__(
+        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None
+    ) -> Coroutine[Any, Any, None]:
         """See `RsgiApp`."""
-        return self._app.__rsgi__(scope, _Last(protocol) if self.leaving else protocol, arrived)
+        return self._app.__rsgi__(scope, _Last(protocol) if self.leaving else protocol, arrived, given)
 
     async def finished(self) -> None:
         """See `RsgiApp`."""

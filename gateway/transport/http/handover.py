@@ -2,7 +2,8 @@
 
 granian calls Python on a thread of its own, which makes a coroutine of each request and gives it to the loop. An
 application with a `door` is asked about each request on that thread first, so that a flood of requests that would be
-refused costs the loop nothing; and each request brings along when it came, however long it waits for the loop.
+refused costs the loop nothing, and bodies come in while their requests wait for it. Each request brings along when it
+came.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from gateway.transport.http.replies import Reply
 from gateway.transport.lag import Lag
 
 Watcher: TypeAlias = Any  # granian's CallbackWatcherHTTP: a request, and the end of it
+Body: TypeAlias = Awaitable[bytes] | None
+Answer: TypeAlias = Callable[[Any, Any, float, Body], Awaitable[None]]
 
 
 class Door(Protocol):
@@ -36,6 +39,9 @@ class Door(Protocol):
         anything, but change only what is its own. It must not wait.
         """
 
+    def reads(self, scope: Any) -> bool:
+        """Whether the application will read this request's body, in one piece; called there too."""
+
 
 class RsgiApp(Protocol):
     """An application in granian's own interface (RSGI 1), with two additions."""
@@ -44,8 +50,11 @@ class RsgiApp(Protocol):
     def door(self) -> Door | None:
         """Who is asked first; None for nobody."""
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
-        """Answer one request through `protocol`; it `arrived` then, in `time.monotonic` seconds."""
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
+        """Answer one request through `protocol`; it `arrived` then, in `time.monotonic` seconds.
+
+        `given` is the body if it was asked for already; it cannot be asked for again.
+        """
 
     async def finished(self) -> None:
         """Wait until no request is inside. `Counted` gives this to an application that does not keep count."""
@@ -63,36 +72,37 @@ def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Calla
 
 
 def _through(
-    door: Door, answer: Callable[[Any, Any, float], Awaitable[None]], loop: asyncio.AbstractEventLoop, context: Context
+    door: Door, answer: Answer, loop: asyncio.AbstractEventLoop, context: Context
 ) -> Callable[[Watcher], None]:
     """What granian calls with each request, on its thread."""
-    turn_away, call_soon, create_task = door.turn_away, loop.call_soon_threadsafe, loop.create_task
+    turn_away, reads, call_soon, create_task = door.turn_away, door.reads, loop.call_soon_threadsafe, loop.create_task
     lag, monotonic = Lag(), time.monotonic
 
-    def take(watcher: Watcher, arrived: float) -> None:
+    def take(watcher: Watcher, arrived: float, body: Body) -> None:
         lag.taken(arrived, monotonic())
-        watcher.taskref(create_task(_answered(answer, watcher, arrived)))
+        watcher.taskref(create_task(_answered(answer, watcher, arrived, body)))
 
     def hand_over(watcher: Watcher) -> None:
         now = monotonic()
-        if now < door.shut_until:
-            try:
-                reply = turn_away(watcher.scope, now, lag.behind(now))
-                if reply is not None:
-                    watcher.proto.response_bytes(*reply)
-                    watcher.done()
-                    return
-            except Exception as fault:  # noqa: BLE001 - whatever is wrong with the door, the request is let in
-                log_event("door_fault", logging.ERROR, fault)
+        body = None
+        try:
+            if now < door.shut_until and (reply := turn_away(watcher.scope, now, lag.behind(now))) is not None:
+                watcher.proto.response_bytes(*reply)
+                watcher.done()
+                return
+            if reads(watcher.scope):
+                body = watcher.proto()
+        except Exception as fault:  # noqa: BLE001 - whatever is wrong with the door, the request is let in
+            log_event("door_fault", logging.ERROR, fault)
         lag.handed(now)
-        call_soon(take, watcher, now, context=context)
+        call_soon(take, watcher, now, body, context=context)
 
     return hand_over
 
 
-async def _answered(answer: Callable[[Any, Any, float], Awaitable[None]], watcher: Watcher, arrived: float) -> None:
+async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body) -> None:
     try:
-        await answer(watcher.scope, watcher.proto, arrived)
+        await answer(watcher.scope, watcher.proto, arrived, body)
     except BaseException as fault:  # noqa: BLE001 - granian's to tell, as it does without a door
         watcher.err(fault)
     else:

@@ -23,7 +23,7 @@ from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
 from gateway.transport.http.farewell import Farewell
-from gateway.transport.http.handover import Door, RsgiApp, serving
+from gateway.transport.http.handover import Body, Door, RsgiApp, serving
 from gateway.transport.ports import listening, turn_away
 
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
@@ -138,7 +138,7 @@ class Counted:
         self._count = 0
         self._idle: asyncio.Event | None = None
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None) -> None:
+    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
         """See `RsgiApp`."""
         self._count += 1
         try:
