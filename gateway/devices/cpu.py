@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 from gateway.devices import cgroup
@@ -34,8 +33,8 @@ def core_cache(root: Path = Path("/")) -> int:
     That is the second level, over the logical processors that share it: the last one is everybody's.
     """
     for cpu in sorted(root.glob("sys/devices/system/cpu/cpu[0-9]*")):
-        if shares := dict(filter(itemgetter(1), map(_share, cpu.glob("cache/index*")))):
-            return shares.get(2) or shares[max(shares)]
+        if shares := [share for folder in cpu.glob("cache/index*") if (share := _share(folder))[1]]:
+            return dict(shares).get(2) or max(shares)[1]
     return 0
 
 

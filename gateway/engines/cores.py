@@ -1,8 +1,9 @@
 """A core for each thread of a run that has all of them.
 
 A kernel may put a thread that wakes up onto the core of the one that woke it and leave it there for milliseconds: a lone
-EfficientNet on two cores, 30 ms after the last one, took 9.4 ms of which one core did all the work, and takes 4.2 with its
-threads on cores of their own. Who shares the machine with others' work gets no such places, for others may be at home there.
+EfficientNet on two cores, 30 ms after the last one, took 9.4 ms because one core did all the work, and takes 4.2 with its
+threads on cores of their own. Where a run is to have fewer cores than its process may use, because of a quota or a flag, the
+kernel chooses which: it sees what else runs there. Places are those at the load of the model.
 """
 
 from __future__ import annotations

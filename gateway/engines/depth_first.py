@@ -40,7 +40,7 @@ _DOMAINS = ("", "ai.onnx")  # ONNX's own
 def rewritten(path: Path, rows: int, cache: int) -> bytes | None:
     """The model with its first layers row by row; None where that saves nothing, or cannot be done.
 
-    `rows` is the largest batch, `cache` how many bytes of cache a core has to itself. Raises `ImportError` without the
+    `rows` is the largest batch, `cache` how many bytes of cache a run on one core can count on. Raises `ImportError` without the
     package onnx, and anything for a file that is no model. Blocking: 0.1 s for 20 MB, and 0.2 s for the package.
     """
     import onnx

@@ -126,12 +126,8 @@ class OnnxModel:
         session = self._pick(batch.cores)
         feed = {name: self._encode(name, array) for name, array in inputs.items()}
         try:
-            if self._by_value:
-                values = session.run_with_ort_values(names, tensors.to_values(feed, self._bf16), self._options)
-                arrays = [tensors.from_value(value) for value in values]
-            else:
-                with cores.stay(self._home if session is self._wide else None):
-                    arrays = session.run(names, feed, self._options)
+            with cores.stay(self._home if session is self._wide else None):
+                arrays = self._run(session, names, feed)
         except Exception as problem:  # ONNX Runtime's exceptions have no other common base
             raise self._explain(problem) from problem
         return {name: self._decode(name, array) for name, array in zip(names, arrays, strict=True)}
@@ -139,6 +135,12 @@ class OnnxModel:
     def interrupt(self) -> None:
         """Have a run in progress end before its next operator."""
         self._options.terminate = True
+
+    def _run(self, session: Session, names: list[str], feed: dict[str, Any]) -> list[Array]:
+        if not self._by_value:
+            return session.run(names, feed, self._options)  # type: ignore[no-any-return]
+        values = session.run_with_ort_values(names, tensors.to_values(feed, self._bf16), self._options)
+        return [tensors.from_value(value) for value in values]
 
     def _pick(self, cores: int) -> Session:
         if self._wide is None or cores < self._cores:

@@ -70,6 +70,7 @@ class Callers:
         """Without `tokens` everybody may call. `header` is one that a proxy sets; whatever it says is believed."""
         self._tokens = tokens
         self._header = header.lower()
+        self.welcome = tokens is None  # everybody may call
         self.anonymous = tokens is None and not header  # everybody is the default tenant: no need to ask
 
     def tenant(self, header: Header) -> str:

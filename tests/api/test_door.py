@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from gateway.service import Behind, Service
 from gateway.service.service import ServiceOptions
 from gateway.statistics import Statistics
 from gateway.telemetry import Refusals
-from gateway.transport.auth import Callers
+from gateway.transport.auth import Callers, Tokens
 from gateway.transport.header_rules import HeaderRules
 from gateway.transport.http import HttpApp, HttpServer
 from gateway.transport.http.door import InferDoor
@@ -209,7 +210,9 @@ async def test_small_bodies_of_infer_requests_are_asked_for_at_once(scope: Scope
     async with serving() as running:
         door = InferDoor(running.service, Callers(), Refusals(), 100)
         assert door.reads(scope) == early
-        known = InferDoor(running.service, Callers(header="x-tenant"), Refusals(), 100)
+        named = InferDoor(running.service, Callers(header="x-tenant"), Refusals(), 100)
+        assert named.reads(scope) == early
+        known = InferDoor(running.service, Callers(Tokens({"0123456789abcdef": "acme"})), Refusals(), 100)
         assert not known.reads(scope)  # it may be somebody who may not call
 
 
@@ -219,29 +222,59 @@ async def test_where_paths_are_restricted_nothing_is_asked_for_before_it_is_know
         async with HttpApp(running.service, running.service.infer, rules=rules) as app:
             assert app.door is not None
             assert not app.door.reads(Scope())
+            assert not app.door.reads(Scope(headers={"content-length": "0"}))
 
 
-async def test_bodies_come_while_the_event_loop_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each request came to the application with its body asked for."""
     given: list[bool] = []
-    whole = HttpApp.__rsgi__
+    answer = HttpApp.__rsgi__
 
     async def noting(self: HttpApp, scope: Any, protocol: Any, arrived: float | None = None, body: Any = None) -> None:
         given.append(body is not None)
-        await whole(self, scope, protocol, arrived, body)
+        await answer(self, scope, protocol, arrived, body)
 
     monkeypatch.setattr(HttpApp, "__rsgi__", noting)
+    return given
+
+
+async def test_bodies_are_read_once_whoever_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = noted(monkeypatch)
     async with serving() as running:
         running.service.again = None
         given.clear()
         with requests.Session() as session:
-            url = f"{running.url}/v2/models/m/infer"
 
             def ask(size: int, **headers: str) -> int:
+                url = f"{running.url}/v2/models/m/infer"
                 return session.post(url, data=BODY.ljust(size), headers=headers, timeout=10).status_code
 
             def asks() -> list[int]:
-                # The body of the one that is refused is read all the same, and its connection goes on.
-                return [ask(0), ask(1 << 20), ask(1 << 20, **{"x-request-timeout-ms": "soon"}), ask((1 << 20) + 1)]
+                return [ask(0), ask(1 << 20), ask(0, **{"x-request-timeout-ms": "soon"}), ask((1 << 20) + 1)]
 
             assert await asyncio.to_thread(asks) == [200, 200, 400, 200]
     assert given == [True, True, True, False]
+
+
+async def test_a_body_comes_while_the_event_loop_is_busy() -> None:
+    body = BODY.ljust(1 << 20).encode()
+    async with serving() as running:
+        running.service.again = None
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=10) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+            head = f"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+            # The event loop waits here: what goes beyond the sockets' buffers was read without it.
+            client.sendall(head.encode() + body)
+            assert (await asyncio.to_thread(client.recv, 12)) == b"HTTP/1.1 200"
+
+
+async def test_a_refusal_does_not_wait_for_a_body_that_was_asked_for() -> None:
+    async with serving() as running:
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2])), timeout=10) as client:
+            head = "POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\nx-request-timeout-ms: soon\r\n\r\n{"
+            client.sendall(head.encode())
+
+            def said() -> bytes:
+                return b"".join(iter(lambda: client.recv(1 << 16), b""))  # until the connection ends
+
+            assert (await asyncio.to_thread(said)).startswith(b"HTTP/1.1 400")

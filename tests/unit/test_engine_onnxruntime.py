@@ -25,6 +25,8 @@ from gateway.types import Batch, DataType, TensorSpec
 
 FLOAT, INT64, STRING, BF16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BFLOAT16
 
+LINUX = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux keeps threads on cores")
+
 
 def value(name: str, kind: int, shape: list[int | str | None] | None):
     return helper.make_tensor_value_info(name, kind, shape)
@@ -95,6 +97,7 @@ async def test_a_lone_run_takes_the_wide_session_and_all_engines_share_both(tmp_
     await close(created)
 
 
+@LINUX
 @pytest.mark.parametrize(
     ("usable", "cores", "places"), [({4, 7, 5}, 3, "6;8"), ({4, 7, 5}, 2, ""), ({0, 1}, 2, "2"), ({0, 1}, 1, "")]
 )
@@ -110,21 +113,31 @@ def test_a_run_on_all_cores_has_a_core_for_each_of_its_threads(
     assert found == places
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no Linux")
-async def test_the_threads_of_a_run_on_all_cores_stay_where_they_are_put(tmp_path: Path) -> None:
-    def settled() -> set[str]:
-        lists = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
-        return {re.search(r"Cpus_allowed_list:\s*(\S+)", text)[1] for text in lists}
+def places() -> dict[str, str]:
+    """The cores that each thread of this process may use."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it may end meanwhile
+            found[task.name] = re.search(r"Cpus_allowed_list:\s*(\S+)", (task / "status").read_text())[1]
+    return found
 
-    mine, before = sorted(os.sched_getaffinity(0)), settled()
+
+@LINUX
+async def test_the_threads_of_a_run_on_all_cores_stay_where_they_are_put(tmp_path: Path, monkeypatch) -> None:
+    mine, before = sorted(os.sched_getaffinity(0)), places()
     (engine,) = await engines.create(spec(relu(tmp_path), RELU, threads=1, cores=len(mine)), 1)
-    assert settled() - before == {str(core) for core in mine[1:]}
+    new = [cores for thread, cores in places().items() if thread not in before]
+    assert {str(core) for core in mine[1:]} <= {*new}
+    moves, move = [], os.sched_setaffinity
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, to: moves.append(to) or move(thread, to))
     await run(engine, cores=len(mine), IN=np.zeros((1, 2), "<f4"))
-    assert settled() - before == {str(core) for core in mine[1:]}  # the one that calls is free again
+    assert moves == ([{mine[0]}, {*mine}] if mine[1:] else [])
+    await run(engine, cores=len(mine) - 1, IN=np.zeros((1, 2), "<f4"))
+    assert len(moves) in (0, 2)
     await engine.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no Linux")
+@LINUX
 def test_a_thread_stays_on_a_core_for_a_while_if_it_may() -> None:
     before = os.sched_getaffinity(0)
     with suppress(KeyError), cores.stay(min(before)):

@@ -84,7 +84,7 @@ class HttpApp:
         self.door: InferDoor | None = None
 
     async def __aenter__(self) -> Self:
-        early = 0 if self._restricted else min(_SMALL_BODY, self._limits.max_request_bytes)
+        early = -1 if self._restricted else min(_SMALL_BODY, self._limits.max_request_bytes)
         self.door = InferDoor(self._service, self._callers, self._refusals, early)
         await self._disconnects.__aenter__()
         return self
@@ -98,7 +98,9 @@ class HttpApp:
         """Wait until every request that came in is answered."""
         await self._disconnects.finished()
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
+    async def __rsgi__(
+        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body | None = None
+    ) -> None:
         """See `RsgiApp`. A client that leaves cancels its request and gets no answer."""
         task = self._disconnects.begin(protocol)
         wire = WireTimes("HTTP", arrived) if self._traces.on else None
@@ -116,13 +118,15 @@ class HttpApp:
             if not self._disconnects.gone(task):
                 raise
         finally:
+            if given is not None:
+                given.cancel()  # a body that was not waited for would keep its connection, however slowly it comes
             self._disconnects.end(task)
             if wire is not None:
                 wire.sent()
                 wire.close()
 
     async def _reply(
-        self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None, given: Body
+        self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None, given: Body | None
     ) -> Reply | Stream:
         path: str = scope.path
         try:

@@ -35,8 +35,8 @@ class InferDoor:
     It is open to all until somebody was refused inside, and then for a while asks who would be too.
     """
 
-    def __init__(self, service: Service, callers: Callers, refusals: Refusals, small: int = 0) -> None:
-        """`small` is how many bytes a body may have that is asked for before the event loop has its request."""
+    def __init__(self, service: Service, callers: Callers, refusals: Refusals, small: int = -1) -> None:
+        """`small` is how many bytes a body may have that is asked for before the event loop has its request; -1: none."""
         self._service = service
         self._small = small
         self._callers = callers
@@ -78,9 +78,9 @@ class InferDoor:
         return _refusal(math.ceil(1e3 * again))
 
     def reads(self, scope: Any) -> bool:
-        """See `Door`. Where not everybody may call, a body is read when it is known who sends it."""
+        """See `Door`. Where there are tokens, a body is read when it is known who sends it."""
         return (
-            self._callers.anonymous
+            self._callers.welcome
             and scope.method == "POST"
             and infer_target(scope.path) is not None
             and _within(scope.headers.get("content-length"), self._small)

@@ -24,7 +24,7 @@ class Farewell:
         return self._app.door
 
     def __rsgi__(
-        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None
+        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body | None = None
     ) -> Coroutine[Any, Any, None]:
         """See `RsgiApp`."""
         return self._app.__rsgi__(scope, _Last(protocol) if self.leaving else protocol, arrived, given)

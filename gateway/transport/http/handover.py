@@ -23,8 +23,16 @@ from gateway.transport.http.replies import Reply
 from gateway.transport.lag import Lag
 
 Watcher: TypeAlias = Any  # granian's CallbackWatcherHTTP: a request, and the end of it
-Body: TypeAlias = Awaitable[bytes] | None
-Answer: TypeAlias = Callable[[Any, Any, float, Body], Awaitable[None]]
+
+
+class Body(Awaitable[bytes], Protocol):
+    """A body that was asked for."""
+
+    def cancel(self) -> object:
+        """Nobody waits for it, if it has not come."""
+
+
+Answer: TypeAlias = Callable[[Any, Any, float, Body | None], Awaitable[None]]
 
 
 class Door(Protocol):
@@ -40,17 +48,19 @@ class Door(Protocol):
         """
 
     def reads(self, scope: Any) -> bool:
-        """Whether the application will read this request's body, in one piece; called there too."""
+        """Whether the application wants this request's body in one piece, if it does not refuse it; called there too."""
 
 
 class RsgiApp(Protocol):
-    """An application in granian's own interface (RSGI 1), with two additions."""
+    """An application in granian's own interface (RSGI 1), with additions."""
 
     @property
     def door(self) -> Door | None:
         """Who is asked first; None for nobody."""
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
+    async def __rsgi__(
+        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body | None = None
+    ) -> None:
         """Answer one request through `protocol`; it `arrived` then, in `time.monotonic` seconds.
 
         `given` is the body if it was asked for already; it cannot be asked for again.
@@ -78,7 +88,7 @@ def _through(
     turn_away, reads, call_soon, create_task = door.turn_away, door.reads, loop.call_soon_threadsafe, loop.create_task
     lag, monotonic = Lag(), time.monotonic
 
-    def take(watcher: Watcher, arrived: float, body: Body) -> None:
+    def take(watcher: Watcher, arrived: float, body: Body | None) -> None:
         lag.taken(arrived, monotonic())
         watcher.taskref(create_task(_answered(answer, watcher, arrived, body)))
 
@@ -100,7 +110,7 @@ def _through(
     return hand_over
 
 
-async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body) -> None:
+async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body | None) -> None:
     try:
         await answer(watcher.scope, watcher.proto, arrived, body)
     except BaseException as fault:  # noqa: BLE001 - granian's to tell, as it does without a door

@@ -138,7 +138,9 @@ class Counted:
         self._count = 0
         self._idle: asyncio.Event | None = None
 
-    async def __rsgi__(self, scope: Any, protocol: Any, arrived: float | None = None, given: Body = None) -> None:
+    async def __rsgi__(
+        self, scope: Any, protocol: Any, arrived: float | None = None, given: Body | None = None
+    ) -> None:
         """See `RsgiApp`."""
         self._count += 1
         try:
