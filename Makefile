@@ -14,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 
-.venv/serve.done: $(BIN)/python pyproject.toml
+.venv/serve.done: $(BIN)/python pyproject.toml deploy/native.py gateway/transport/http/arrays.c
 	$(BIN)/pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 
 from gateway.config.model import ModelConfig
-from gateway.errors import InvalidArgument, request_prefix
+from gateway.errors import GatewayError, InvalidArgument, request_prefix
 from gateway.transport.http.document import DocumentReader, too_large
 from gateway.transport.http.header import InputHeader, RequestHeader, ResponsePlan, read_header
 from gateway.transport.http.limits import HttpLimits
@@ -78,13 +78,22 @@ class Codec:
     def _decode_parts(
         self, text: bytes, blobs: bytes | memoryview, model: str, version: str
     ) -> tuple[InferRequest, ResponsePlan]:
-        header = read_header(self._reader.read(text), self._limits)
+        header = self._read(text)
         tensors = _tensors(header.inputs, blobs, model)
         if not header.id and len(text) <= _REMEMBERED_BYTES and all(each.array is None for each in header.inputs):
             self._remember(text, header)
         request = InferRequest(model, tensors, version, header.id, header.outputs, header.parameters)
         request.places = header.places
         return request, header.plan
+
+    def _read(self, text: bytes) -> RequestHeader:
+        document = self._reader.read_around(text)
+        if document is not None:
+            try:
+                return read_header(document, self._limits)
+            except GatewayError:
+                del document  # it holds the parser, which tells from the whole text what is wrong, if anything
+        return read_header(self._reader.read(text), self._limits)
 
     def _remember(self, text: bytes, header: RequestHeader) -> None:
         if len(self._forms) >= _REMEMBERED:

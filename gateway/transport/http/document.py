@@ -18,6 +18,7 @@ import orjson
 import simdjson
 
 from gateway.errors import GatewayError, Internal, InvalidArgument
+from gateway.transport.http.arrays import cut
 from gateway.types import Array
 
 NumberKind: TypeAlias = Literal["d", "i", "u"]
@@ -55,12 +56,32 @@ class DocumentReader:
         self._check(text)
         document = self._parse(text)
         if isinstance(document, simdjson.Object):
-            return {
-                key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)
-            }
+            return _members(document)
         if not isinstance(document, dict):
             raise Internal(_NO_OBJECT)
         return document
+
+    def read_around(self, text: bytes) -> dict[str, Any] | None:
+        """What `read` finds, but that the long arrays of `inputs` are `Cut`: their numbers are not looked at yet.
+
+        None where there are none, or where the rest of the text is not what it seemed: `read` knows.
+        """
+        found = cut(text) if len(text) <= self._max_bytes else None
+        if found is None or _depth_exceeds(found.text, self._max_depth - found.depth):
+            return None
+        try:
+            document = self._parse_large(found.text)
+        except (ValueError, RuntimeError):
+            return None
+        if not isinstance(document, simdjson.Object):
+            return None
+        members = _members(document)
+        inputs, placed = members.get("inputs"), 0
+        for each in inputs if isinstance(inputs, list) else ():
+            if isinstance(each, dict) and (array := found.arrays.get(each.get("data", ""))):
+                each["data"] = array
+                placed += 1
+        return members if placed == len(found.arrays) else None
 
     def members(self, text: bytes) -> Members:
         """As `read`, with every object as its `Members`; a text of nothing has none."""
@@ -157,6 +178,10 @@ def flatten(data: Any) -> list[Any]:
         else:
             open_lists.pop()
     return flat
+
+
+def _members(document: simdjson.Object) -> dict[str, Any]:
+    return {key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)}
 
 
 def _inputs(value: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gateway.errors import Internal, InvalidArgument, reserved_parameter
 from gateway.shm.errors import no_place_size
+from gateway.transport.http.arrays import Cut
 from gateway.transport.http.document import NumberKind, bad_member, flatten, numbers
 from gateway.transport.http.limits import HttpLimits
 from gateway.types import EMPTY_FINAL, Array, DataType, Parameter, Place, Places, RequestedOutput, element_count
@@ -194,18 +195,21 @@ def json_array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...])
     elif datatype is DataType.BOOL:
         flat = _booleans(data)
     else:
-        flat = _narrowed(numbers(data, _KINDS[datatype.dtype.kind]), datatype)
+        flat = _numbers(data, datatype, element_count(shape))
     if flat.size != element_count(shape):
         raise Internal("Unable to parse 'data': Shape does not match true shape of 'data' field")
     return flat.reshape(shape)
 
 
-def _narrowed(flat: Array, datatype: DataType) -> Array:
+def _numbers(data: Any, datatype: DataType, count: int) -> Array:
+    kind = _KINDS[datatype.dtype.kind]
+    if isinstance(data, Cut):
+        flat = data.numbers(datatype.dtype if kind == "d" else np.dtype(f"{kind}8"), count)
+    else:
+        flat = numbers(data, kind)
     # As in Triton, a number the type cannot hold wraps round or becomes infinite.
-    if datatype is not DataType.FP32:
-        return flat.astype(datatype.dtype, copy=False)
     with np.errstate(over="ignore"):
-        return flat.astype(np.float32)
+        return flat.astype(datatype.dtype, copy=False)
 
 
 def _objects(data: Any) -> Array:
