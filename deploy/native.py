@@ -2,7 +2,7 @@
 
 Without one, or with LOCKGATE_NATIVE=0, the package is installed without it and reads JSON with pysimdjson
 alone; with LOCKGATE_NATIVE=1 that is an error instead. No Python header is needed, so one library serves every
-version of Python.
+version of Python. `CC` names another compiler; one for another machine wants _PYTHON_HOST_PLATFORM as well.
 """
 
 from __future__ import annotations
@@ -12,56 +12,61 @@ import os
 import shlex
 import shutil
 import subprocess
-import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _FOLDER = Path("gateway/transport/http")
+_NAME = "_arrays.so"
 _COMPILERS = ("cc", "gcc", "clang")
 
 
 class NativeHook(BuildHookInterface[Any]):
-    """Puts `_arrays.so` beside `arrays.c`, and says for which platform the wheel then is."""
+    """Puts `_arrays.so` beside `arrays.c`: in the wheel, or in the source tree of an editable installation."""
 
     PLUGIN_NAME = "custom"
 
-    def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's signature
-        """Compile before the files of the wheel, or of an editable installation, are listed."""
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the files of the wheel are listed."""
         wanted = os.environ.get("LOCKGATE_NATIVE", "")
-        source, library = (Path(self.root) / _FOLDER / name for name in ("arrays.c", "_arrays.so"))
-        library.unlink(missing_ok=True)
+        source = Path(self.root) / _FOLDER / "arrays.c"
         if wanted == "0" or not source.is_file():
             return
-        problem = _compile(source, library)
-        if problem and wanted == "1":
-            raise RuntimeError(f"LOCKGATE_NATIVE=1, but arrays.c was not compiled: {problem}")
-        if problem:
+        self._made = tempfile.TemporaryDirectory()
+        library = Path(self._made.name, _NAME)
+        try:
+            _compile(source, library)
+            if version == "editable":
+                # By way of another name: a library that a process has in use is not to be written to.
+                shutil.copy(library, source.with_name(f"{_NAME}.new")).replace(source.with_name(_NAME))
+                return
+        except (OSError, ValueError, subprocess.SubprocessError) as problem:
+            if wanted == "1":
+                raise RuntimeError(f"LOCKGATE_NATIVE=1, but arrays.c was not compiled: {problem}") from problem
             self.app.display_warning(f"installed without compiled code, JSON will be read slower: {problem}")
             return
-        build_data["artifacts"].append(f"/{_FOLDER}/{library.name}")
+        build_data["force_include"][str(library)] = (_FOLDER / _NAME).as_posix()
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = f"py3-none-{self.build_config.builder.get_best_matching_tag().rsplit('-', 1)[1]}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002 - hatchling's signature
+        """The wheel is written."""
+        if hasattr(self, "_made"):
+            self._made.cleanup()
 
 
-def _compile(source: Path, library: Path) -> str:
-    """Compile; what went wrong, or nothing."""
+def _compile(source: Path, library: Path) -> None:
+    """Raises OSError, ValueError or SubprocessError."""
     compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, _COMPILERS), "")]
     if not shutil.which(compiler[0]):
-        return f"no C compiler ({', '.join(_COMPILERS)})"
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    made = library.with_name(f"{library.name}.{os.getpid()}")
+        raise OSError(f"no C compiler ({', '.join(_COMPILERS)})")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()  # see arrays.py
     flags = ["-O3", "-shared", "-fPIC", f'-DLOCKGATE_SOURCE="{digest}"']
-    try:
-        done = subprocess.run(
-            [*compiler, *flags, "-o", str(made), str(source)], check=False, capture_output=True, text=True, timeout=120
-        )
-        if done.returncode:
-            return f"{compiler[0]} ended with {done.returncode}: {done.stderr}"
-        made.replace(library)
-    except (OSError, subprocess.SubprocessError) as problem:
-        return str(problem)
-    finally:
-        made.unlink(missing_ok=True)
-    return ""
+    done = subprocess.run(
+        [*compiler, *flags, "-o", str(library), str(source)],
+        check=False, capture_output=True, text=True, errors="replace", timeout=120,
+    )  # fmt: skip
+    if done.returncode or not library.is_file():
+        raise OSError(f"{compiler[0]} ended with {done.returncode}: {done.stderr}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from loadtest import flat, flat_requests, repository_rig, repository_scale, samples
+from loadtest.baselines import bare
 from loadtest.bench import bodies, generators, instructions, plan, report, runner, statistics
 from loadtest.flat_clients import Answers, Tally, judge
 from loadtest.pacing import Level, Levels
@@ -313,3 +314,31 @@ def test_what_may_be_refused_of_a_model_that_comes_and_goes() -> None:
     assert list(repository_scale.kept(traffic).values()) == [True, False]
     traffic.tallies["reloaded"].wrong["Request for unknown model: 'reloaded' has no available versions"] += 1
     assert list(repository_scale.kept(traffic).values()) == [False, False]
+
+
+# --- the least server
+
+
+class Pieces:
+    """A socket whose client sends these, and goes."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = [*pieces, b""]
+
+    def recv_into(self, view: memoryview) -> int:
+        piece = self._pieces.pop(0)
+        view[: len(piece)] = piece
+        return len(piece)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 200, -256, -1])
+def test_the_bare_server_finds_the_tensor_however_the_request_is_cut(cut):
+    whole = bodies.http_binary(samples.sample("digits"))
+    headers = {"Host": "x", **whole.headers, "Content-Length": len(whole.body)}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    request = f"POST {whole.path} HTTP/1.1\r\n{lines}\r\n".encode() + whole.body
+    (tensor,) = samples.sample("digits").inputs.values()
+    client, buffer = Pieces(request[:cut], request[cut:]), bytearray(len(request) + 100)
+    start = bare._receive(client, buffer)
+    assert buffer[start : start + tensor.nbytes] == tensor.tobytes()
+    assert bare._receive(client, buffer) == 0

@@ -12,8 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || FLT_EVAL_METHOD != 0
-#error "arrays.c wants little-endian words and arithmetic in doubles; the gateway runs without it"
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__ || FLT_EVAL_METHOD != 0 || defined __FAST_MATH__
+#error "arrays.c wants little-endian words, and doubles that are rounded as doubles; the gateway runs without it"
 #endif
 
 enum kind { FLOAT, DOUBLE, INTEGER };
@@ -34,7 +34,7 @@ static const double TENS[2][23] = {
     {-1e0,  -1e1,  -1e2,  -1e3,  -1e4,  -1e5,  -1e6,  -1e7,  -1e8,  -1e9,  -1e10, -1e11,
      -1e12, -1e13, -1e14, -1e15, -1e16, -1e17, -1e18, -1e19, -1e20, -1e21, -1e22},
 };
-static const uint64_t SHIFTS[] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000};
+static const uint64_t POWERS[] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000};
 /* The most that n digits can be put behind without leaving 64 bits: (2^64 - 10^n) / 10^n, rounded down. */
 static const uint64_t ROOM[] = {UINT64_MAX,     1844674407370955160, 184467440737095515, 18446744073709550, 1844674407370954,
                                 184467440737094, 18446744073708,     1844674407369,      184467440736};
@@ -75,7 +75,7 @@ static inline const unsigned char *more_digits(const unsigned char *at, const un
         int bits = others ? __builtin_ctzll(others) & 0x38 : 64, count = bits / 8;
         if (!count) return at;
         if (*digits > ROOM[count]) return NULL;
-        *digits = *digits * SHIFTS[count] + eight_digits(values << (64 - bits)); /* zeros come in before the first */
+        *digits = *digits * POWERS[count] + eight_digits(values << (64 - bits)); /* zeros come in before the first */
         at += count;
         if (count < 8) return at;
     }
@@ -139,8 +139,9 @@ static inline int as_double(const struct number *found, double *value, int *exac
 static inline int store(const struct number *found, void *places, int64_t index, enum kind kind) {
     double value;
     int exact;
+    if (found->whole && found->digits > INT64_MAX) return 0; /* parsers differ about those */
     if (kind == INTEGER) {
-        if (!found->whole || found->digits > INT64_MAX) return 0;
+        if (!found->whole) return 0;
         ((int64_t *)places)[index] = found->negative ? -(int64_t)found->digits : (int64_t)found->digits;
         return 1;
     }

@@ -27,14 +27,16 @@ from gateway.types import Array
 SOURCE = Path(__file__).with_name("arrays.c")
 LIBRARY = Path(__file__).with_name("_arrays.so")
 
-_LONG = 1 << 12  # bytes of an array worth the trouble
-_QUOTES = 256  # of a text, looked at for arrays; with more it is mostly strings
+_LONG = 1 << 14  # bytes of an array worth the trouble
+_QUOTES = 256  # of a text, looked at for arrays; what comes behind them is left to the parser
 _DEEPEST = 8  # arrays around a number
-_OPENING = re.compile(rb'"data"[ \t\n\r]*:[ \t\n\r]*((?:\[[ \t\n\r]*){1,%d})' % _DEEPEST)
+# Possessive and bounded: white space by the megabyte takes no longer than anything else.
+_OPENING = re.compile(rb'"data"[ \t\n\r]{0,64}+:[ \t\n\r]{0,64}+((?:\[[ \t\n\r]{0,64}+){1,%d}+)' % _DEEPEST)
 _BEHIND = b" \t\n\r,{}]"  # what may stand between the last number and the next string
 _FARTHEST = 512  # bytes of that
 _CLOSING = re.compile(rb"[ \t\n\r]*\]")
 _NOT_PLAIN = "the array holds something else than as many plain numbers as its shape says"
+_AGAIN = "where cc, gcc or clang is installed, install the gateway again, with --no-cache-dir --force-reinstall"
 _MARK = secrets.token_hex(16)  # no client can send what stands for its array
 
 
@@ -92,9 +94,9 @@ def cut(text: bytes) -> Rest | None:
             parts += text[done : found.start], b'"', name.encode(), b'"'
             done = found.start + found.size
         if following < 0:
-            return Rest(b"".join((*parts, text[done:])), cuts) if cuts else None
+            break
         quote = following
-    return None
+    return Rest(b"".join((*parts, text[done:])), cuts) if cuts else None
 
 
 def available() -> bool:
@@ -123,14 +125,15 @@ def _array(text: bytes, quote: int, stop: int) -> Cut | None:
 def _functions() -> Mapping[np.dtype[np.generic], Callable[..., int]]:
     """What reads numbers of each type; nothing, which is logged once, without code compiled from the source."""
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        # Not CDLL, which lets go of the interpreter: to get it back would take longer than to read an array.
+        library = ctypes.PyDLL(str(LIBRARY))
         library.lockgate_source.restype = ctypes.c_char_p
         if library.lockgate_source().decode() != hashlib.sha256(SOURCE.read_bytes()).hexdigest():
-            return _missing("it was compiled from another arrays.c: install the gateway again")
+            return _missing(f"it was compiled from another arrays.c; {_AGAIN}")
         integers, size = library.lockgate_integers, ctypes.c_int64
         functions = {"f4": library.lockgate_floats, "f8": library.lockgate_doubles, "i8": integers, "u8": integers}
     except (OSError, AttributeError) as problem:
-        return _missing(f"{problem}; install the gateway where there is a C compiler (cc, gcc or clang)")
+        return _missing(f"{problem}; {_AGAIN}")
     for each in functions.values():
         each.restype = size
         each.argtypes = [ctypes.c_char_p, size, size, size, ctypes.c_void_p, size]

@@ -24,6 +24,7 @@ from gateway.types import Array
 NumberKind: TypeAlias = Literal["d", "i", "u"]
 
 _SMALL = 1 << 10  # below this orjson is as fast and leaves nothing behind in a parser
+_COUNTED = 0xFFFFFF  # elements; simdjson says this of all longer arrays, and `as_list` writes beyond the list it makes
 _PARSER_KEPT = 4 << 20  # a parser keeps some ten times its largest text for ever; larger texts get their own
 _NUMBERS: dict[NumberKind, tuple[str, type[np.generic]]] = {
     "d": ("number", np.float64),
@@ -56,7 +57,7 @@ class DocumentReader:
         self._check(text)
         document = self._parse(text)
         if isinstance(document, simdjson.Object):
-            return _members(document)
+            return _top_members(document)
         if not isinstance(document, dict):
             raise Internal(_NO_OBJECT)
         return document
@@ -67,7 +68,7 @@ class DocumentReader:
         None where there are none, or where the rest of the text is not what it seemed: `read` knows.
         """
         found = cut(text) if len(text) <= self._max_bytes else None
-        if found is None or _depth_exceeds(found.text, self._max_depth - found.depth):
+        if found is None or _depth_exceeds(found.text, self._max_depth - found.depth) or _too_many(found.text):
             return None
         try:
             document = self._parse_large(found.text)
@@ -75,7 +76,8 @@ class DocumentReader:
             return None
         if not isinstance(document, simdjson.Object):
             return None
-        members = _members(document)
+        members = _top_members(document)
+        # Each mark is in the text once: if all are found in inputs, none is anywhere else.
         inputs, placed = members.get("inputs"), 0
         for each in inputs if isinstance(inputs, list) else ():
             if isinstance(each, dict) and (array := found.arrays.get(each.get("data", ""))):
@@ -102,7 +104,7 @@ class DocumentReader:
 
     def _parse(self, text: bytes) -> Any:
         try:
-            return orjson.loads(text) if len(text) < _SMALL else self._parse_large(text)
+            return orjson.loads(text) if len(text) < _SMALL or _too_many(text) else self._parse_large(text)
         except (ValueError, RuntimeError) as problem:
             if "DEPTH_ERROR" in str(problem):
                 raise self._too_deep() from None
@@ -180,7 +182,7 @@ def flatten(data: Any) -> list[Any]:
     return flat
 
 
-def _members(document: simdjson.Object) -> dict[str, Any]:
+def _top_members(document: simdjson.Object) -> dict[str, Any]:
     return {key: _inputs(document[key]) if key == "inputs" else _plain(document[key]) for key in _keys(document)}
 
 
@@ -224,6 +226,11 @@ def _parse_slowly(text: bytes, members: Callable[[list[tuple[str, Any]]], Any] |
         reason = "Invalid encoding in string." if isinstance(problem, UnicodeError) else "Invalid value."
         raise Internal(f"failed to parse the request JSON buffer: {reason} at 0") from None
     return value
+
+
+def _too_many(text: bytes) -> bool:
+    """Whether an array in the text may be longer than simdjson can count."""
+    return len(text) > 2 * _COUNTED and text.count(b",") >= _COUNTED - 1
 
 
 def _depth_exceeds(text: bytes, limit: int) -> bool:

@@ -195,13 +195,13 @@ def json_array(data: Any, name: str, datatype: DataType, shape: tuple[int, ...])
     elif datatype is DataType.BOOL:
         flat = _booleans(data)
     else:
-        flat = _numbers(data, datatype, element_count(shape))
+        flat = _numeric(data, datatype, element_count(shape))
     if flat.size != element_count(shape):
         raise Internal("Unable to parse 'data': Shape does not match true shape of 'data' field")
     return flat.reshape(shape)
 
 
-def _numbers(data: Any, datatype: DataType, count: int) -> Array:
+def _numeric(data: Any, datatype: DataType, count: int) -> Array:
     kind = _KINDS[datatype.dtype.kind]
     if isinstance(data, Cut):
         flat = data.numbers(datatype.dtype if kind == "d" else np.dtype(f"{kind}8"), count)
