@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class NativeHook(BuildHookInterface[Any]):
         """Compile before the files of the wheel are listed."""
         wanted = os.environ.get("LOCKGATE_NATIVE", "")
         source = Path(self.root) / _FOLDER / "arrays.c"
+        if version == "editable":
+            with suppress(OSError):  # one that nobody may remove is used only if it fits the source
+                source.with_name(_NAME).unlink()
         if wanted == "0" or not source.is_file():
             return
         self._made = tempfile.TemporaryDirectory()
@@ -39,8 +43,7 @@ class NativeHook(BuildHookInterface[Any]):
         try:
             _compile(source, library)
             if version == "editable":
-                # By way of another name: a library that a process has in use is not to be written to.
-                shutil.copy(library, source.with_name(f"{_NAME}.new")).replace(source.with_name(_NAME))
+                shutil.copy(library, source.with_name(_NAME))
                 return
         except (OSError, ValueError, subprocess.SubprocessError) as problem:
             if wanted == "1":

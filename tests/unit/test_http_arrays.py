@@ -305,6 +305,7 @@ def test_a_wheel_with_compiled_code_is_for_a_platform(source, monkeypatch):
     "without", [{"PATH": ""}, {"PATH": "/usr/bin:/bin", "LOCKGATE_NATIVE": "0"}, {"CC": "false"}, {"CC": 'cc "'}]
 )
 def test_a_wheel_without_compiled_code_is_for_all(source, without):
+    (source / "gateway/transport/http/_arrays.so").write_bytes(b"somebody's")
     done = build(source, **{"PATH": "/usr/bin:/bin", **without})
     assert done.returncode == 0, done.stderr
     (wheel,) = (source / "dist").iterdir()
@@ -319,6 +320,10 @@ def test_a_wheel_is_built_without_writing_to_the_source(source):
     (source / "gateway/transport/http/_arrays.so").write_bytes(b"somebody's")
     assert build(source, PATH="/usr/bin:/bin").returncode == 0
     assert (source / "gateway/transport/http/_arrays.so").read_bytes() == b"somebody's"
+    (wheel,) = (source / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as file:
+        (library,) = [name for name in file.namelist() if name.endswith(".so")]
+        assert file.read(library) != b"somebody's"
 
 
 @pytest.mark.slow
