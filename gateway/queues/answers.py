@@ -18,10 +18,12 @@ from gateway.types import InferRequest, InferResponse
 class Answers:
     """The `Responses` of one request. A queue makes it a class of its own that knows what to do once it is over."""
 
-    __slots__ = ("_answers", "_timer", "_waiter", "done", "enqueued", "request")
+    __slots__ = ("_answers", "_loop", "_timer", "_waiter", "done", "enqueued", "request")
 
-    def __init__(self, request: InferRequest) -> None:
+    def __init__(self, request: InferRequest, loop: asyncio.AbstractEventLoop) -> None:
+        """`loop` is the one that runs; asking asyncio for it costs a system call on Python 3.11."""
         self.request = request
+        self._loop = loop
         self.enqueued = time.monotonic()
         self.done = False
         self._answers: deque[InferResponse | errors.GatewayError] | None = None  # those nobody waited for yet
@@ -59,7 +61,7 @@ class Answers:
         left = deadline - self.enqueued
         if left <= 0:
             raise errors.deadline_passed()
-        self._timer = asyncio.get_running_loop().call_later(left, self.fail, errors.deadline_passed())
+        self._timer = self._loop.call_later(left, self.fail, errors.deadline_passed())
 
     # --- who waits
 
@@ -71,7 +73,7 @@ class Answers:
         if not self._answers and self.done:
             self._close()
             raise StopAsyncIteration
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        waiter = self._waiter = self._loop.create_future()
         if self._answers:
             answer = self._answers.popleft()
             if isinstance(answer, errors.GatewayError):
@@ -82,6 +84,10 @@ class Answers:
 
     async def aclose(self) -> None:
         """Nobody waits any more."""
+        self.close()
+
+    def close(self) -> None:
+        """`aclose`, which has nothing to wait for."""
         self.done = True
         self._answers = None
         # An error that was raised holds the frames it passed, they hold this, and this must not hold the error: such

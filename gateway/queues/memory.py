@@ -142,7 +142,7 @@ class MemoryJob(Answers):
     __slots__ = ("_lane",)
 
     def __init__(self, request: InferRequest, lane: _LaneState) -> None:
-        super().__init__(request)
+        super().__init__(request, lane.loop)
         self._lane: _LaneState | None = lane  # None once the gateway has seen the last of it
 
     def release(self) -> None:
@@ -231,6 +231,7 @@ class _LaneState:
         self.unanswered: set[MemoryJob] = set()
         self.consumers: list[MemoryConsumer] = []
         self._emptied = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
 
     def add(self, job: MemoryJob) -> None:
         self.unanswered.add(job)

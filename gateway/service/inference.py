@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Protocol, Self
 
 from gateway import errors
+from gateway.queues.answers import Answers
 from gateway.service.route import Route
 from gateway.statistics.responses import Outcome
 from gateway.types import EMPTY_FINAL, InferRequest, InferResponse, Responses
@@ -42,13 +44,58 @@ class Inference:
         if self._ended:
             raise StopAsyncIteration
         try:
-            if self._responses is None:
-                self._started = self._latest = time.monotonic_ns()
-                self._responses, self._route = self._service.submit(self._request)
-            response = await self._responses.__anext__()
+            response = await (self._responses or self._submitted()).__anext__()
         except errors.GatewayError as error:
             self._fail(error)
             raise
+        self._take(response)
+        if response.final and not response.outputs and self._route.config.decoupled:
+            if not self._request.parameters.get(EMPTY_FINAL):
+                raise StopAsyncIteration
+        return response
+
+    async def aclose(self) -> None:
+        """Cancel the request if it is not answered."""
+        responses = self._close()
+        if responses is not None:
+            await responses.aclose()
+
+    # --- for those who need no task to wait
+
+    def begin(self) -> asyncio.Future[InferResponse] | None:
+        """What the first answer will be in; `finish` says what it is.
+
+        None if it takes a task to wait for it: then it is to be asked for as ever. Raises `GatewayError`.
+        """
+        responses = self._submitted()
+        return responses.__anext__() if isinstance(responses, Answers) else None
+
+    def finish(self, waiter: asyncio.Future[InferResponse]) -> InferResponse:
+        """The answer that `begin` gave this for, or the error; the request is over with that, even without either."""
+        try:
+            response = waiter.result()
+            self._take(response)
+        except errors.GatewayError as error:
+            self._fail(error)
+            raise
+        finally:
+            responses = self._close()
+            assert isinstance(responses, Answers)
+            responses.close()
+        return response
+
+    # --- within
+
+    def _submitted(self) -> Responses:
+        self._started = self._latest = time.monotonic_ns()
+        try:
+            self._responses, self._route = self._service.submit(self._request)
+        except errors.GatewayError:
+            self._ended = True  # refused, and counted, before it began
+            raise
+        return self._responses
+
+    def _take(self, response: InferResponse) -> None:
         if self._route.config.decoupled:
             self._count("success" if response.outputs else "empty_response")
         if response.final:
@@ -56,27 +103,23 @@ class Inference:
             self._route.statistics.record_success(
                 time.monotonic_ns() - self._started, response.timings, self._request.rows
             )
-            if not response.outputs and self._route.config.decoupled and not self._request.parameters.get(EMPTY_FINAL):
-                raise StopAsyncIteration
-        return response
 
-    async def aclose(self) -> None:
-        """Cancel the request if it is not answered."""
+    def _close(self) -> Responses | None:
+        """Note the end, unless that was done. Returns what is left to be closed."""
         if self._ended:
-            return
+            return None
         self._ended = True
         if self._responses is None:
-            return
+            return None
         if not self._answered:
             self._route.statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
             if self._route.config.decoupled:
                 self._count("cancel")
         self._service.end(self._request, self._route)
-        await self._responses.aclose()
+        return self._responses
 
     def _fail(self, error: errors.GatewayError) -> None:
-        if self._responses is None:
-            self._ended = True  # refused, and counted, before it began
+        if self._ended:
             return
         self._answered = True
         self._route.statistics.record_refusal(error, time.monotonic_ns() - self._started)

@@ -55,7 +55,7 @@ class RedisCall(Answers):
     )
 
     def __init__(self, request: InferRequest, lane: Lane, stream: str, identity: bytes, calls: Calls) -> None:
-        super().__init__(request)
+        super().__init__(request, calls.loop)
         self.part: Part | None = None  # of a sequence
         self.lane = lane
         self.stream = stream
@@ -87,6 +87,7 @@ class Calls:
         self._calls: dict[bytes, RedisCall] = {}
         self._unanswered: dict[Lane, set[RedisCall]] = defaultdict(set)
         self._emptied = asyncio.Event()
+        self.loop = asyncio.get_running_loop()
         self._down_since: float | None = None
         self._suspicious = False
 

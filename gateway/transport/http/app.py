@@ -25,11 +25,12 @@ from gateway.transport.auth import Callers
 from gateway.transport.header_rules import NO_RULES, HeaderRules
 from gateway.transport.http.bridge import AsgiApp, call_asgi
 from gateway.transport.http.control import health
+from gateway.transport.http.direct import Direct
 from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.door import InferDoor, infer_target
 from gateway.transport.http.endpoint import InferEndpoint, body_too_large, deadline_of, read_body
 from gateway.transport.http.generate import GenerateEndpoint, generate_target
-from gateway.transport.http.handover import Body
+from gateway.transport.http.handover import Body, Head
 from gateway.transport.http.jobs import PATH as JOBS
 from gateway.transport.http.jobs import JobsEndpoint, Stream, wants_job
 from gateway.transport.http.limits import HttpLimits
@@ -76,6 +77,7 @@ class HttpApp:
         self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._regions = regions
         self._disconnects = Disconnects()
+        self._direct = Direct(self._endpoint, self._disconnects, self._failure)
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
         self._arriving = 0  # bytes of large bodies that are read in pieces
@@ -102,7 +104,9 @@ class HttpApp:
         self, scope: Any, protocol: Any, arrived: float | None = None, given: Body | None = None
     ) -> None:
         """See `RsgiApp`. A client that leaves cancels its request and gets no answer."""
-        task = self._disconnects.begin(protocol)
+        task = asyncio.current_task()
+        assert task is not None
+        self._disconnects.begin(task, protocol)
         wire = WireTimes("HTTP", arrived) if self._traces.on else None
         try:
             status, headers, body = await self._reply(scope, protocol, arrived, wire, given)
@@ -144,15 +148,24 @@ class HttpApp:
                     return await self._jobs.submit(target, headers.get, body, caller, query)
                 return 200, *await self._endpoint.answer(target, headers.get, body, caller)
             return await self._other(scope, protocol, arrived, wire)
-        except GatewayError as error:
-            self._refusals.note(type(error).__name__, wire="http", reason=error.message)
-            if self.door is not None:
-                self.door.refused(error)
-            return error_reply(error)
         except ProtocolClosed:
             raise
-        except Exception as fault:  # noqa: BLE001 - a fault of ours must not end the connection without a word
-            return fault_reply(fault, path)
+        except Exception as problem:  # noqa: BLE001 - a fault of ours must not end the connection without a word
+            return self._failure(problem, path)
+
+    def begin(self, scope: Any, protocol: Any, head: Head, arrived: float, body: Body) -> bool:
+        """See `RsgiApp`. Without a task are answered those that nothing of the gateway has to look at but the model."""
+        if self._reads or self._traces.on or not self._callers.anonymous or scope.query_string:
+            return False
+        return self._direct.begin(protocol, head, arrived, body)
+
+    def _failure(self, problem: Exception, path: str) -> Reply:
+        if not isinstance(problem, GatewayError):
+            return fault_reply(problem, path)
+        self._refusals.note(type(problem).__name__, wire="http", reason=problem.message)
+        if self.door is not None:
+            self.door.refused(problem)
+        return error_reply(problem)
 
     async def _other(self, scope: Any, protocol: Any, arrived: float | None, wire: WireTimes | None) -> Reply | Stream:
         path: str = scope.path

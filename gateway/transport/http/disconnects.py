@@ -9,25 +9,32 @@ from __future__ import annotations
 import asyncio
 import logging
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from gateway.telemetry import log_event
 
-Protocol = Any  # granian.rsgi.HTTPProtocol
+_Client = Any  # granian.rsgi.HTTPProtocol
 
 _INTERVAL = 0.02  # seconds
 
 
+class Cancels(Protocol):
+    """What works on a request: its task, or what does without one."""
+
+    def cancel(self) -> object:
+        """Nobody waits for it any more."""
+
+
 class Disconnects:
-    """The requests in flight of one listener, by task; an async context manager that owns their watchers."""
+    """The requests in flight of one listener; an async context manager that owns their watchers."""
 
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._timer: asyncio.TimerHandle | None = None
-        self._new: dict[asyncio.Task[Any], Protocol] = {}
-        self._seen: dict[asyncio.Task[Any], Protocol] = {}
-        self._watchers: dict[asyncio.Task[Any], asyncio.Task[None]] = {}
-        self._gone: set[asyncio.Task[Any]] = set()
+        self._new: dict[Cancels, _Client] = {}
+        self._seen: dict[Cancels, _Client] = {}
+        self._watchers: dict[Cancels, asyncio.Task[None]] = {}
+        self._gone: set[Cancels] = set()
         self._emptied: asyncio.Event | None = None  # while somebody waits for it
 
     async def __aenter__(self) -> Self:
@@ -43,25 +50,22 @@ class Disconnects:
             watcher.cancel()
         await self._group.__aexit__(kind, error, trace)
 
-    def begin(self, protocol: Protocol) -> asyncio.Task[Any]:
-        """Have the current task, which is returned, cancelled if its client leaves before `end`."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._new[task] = protocol
+    def begin(self, request: Cancels, protocol: _Client) -> None:
+        """Have what works on a request cancelled if its client leaves before `end`."""
+        self._new[request] = protocol
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep)
-        return task
 
-    def gone(self, task: asyncio.Task[Any]) -> bool:
-        """Whether the task was cancelled because its client left, and for no other reason."""
-        return task in self._gone
+    def gone(self, request: Cancels) -> bool:
+        """Whether it was cancelled because its client left, and for no other reason."""
+        return request in self._gone
 
-    def end(self, task: asyncio.Task[Any]) -> None:
+    def end(self, request: Cancels) -> None:
         """The request is over; to be called exactly once."""
-        if self._new.pop(task, None) is None:
-            self._seen.pop(task, None)
-            self._gone.discard(task)
-            watcher = self._watchers.pop(task, None)
+        if self._new.pop(request, None) is None:
+            self._seen.pop(request, None)
+            self._gone.discard(request)
+            watcher = self._watchers.pop(request, None)
             if watcher is not None:
                 watcher.cancel()
         if self._emptied is not None and not self._new and not self._seen and not self._watchers:
@@ -75,16 +79,16 @@ class Disconnects:
         self._emptied = None
 
     def _sweep(self) -> None:
-        for task, protocol in self._seen.items():
-            self._watchers[task] = self._group.create_task(self._watch(task, protocol))
+        for request, protocol in self._seen.items():
+            self._watchers[request] = self._group.create_task(self._watch(request, protocol))
         self._seen, self._new = self._new, {}
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep) if self._seen else None
 
-    async def _watch(self, task: asyncio.Task[Any], protocol: Protocol) -> None:
+    async def _watch(self, request: Cancels, protocol: _Client) -> None:
         try:
             await protocol.client_disconnect()
         except Exception as fault:  # noqa: BLE001 - whatever granian raises, only this request goes unwatched
             log_event("disconnect_unwatched", logging.WARNING, fault)
             return
-        self._gone.add(task)
-        task.cancel()
+        self._gone.add(request)
+        request.cancel()

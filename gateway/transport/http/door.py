@@ -19,6 +19,7 @@ from gateway.service import Behind, Service
 from gateway.telemetry import Refusals
 from gateway.transport.auth import Callers
 from gateway.transport.http.endpoint import seconds_left
+from gateway.transport.http.handover import Head
 from gateway.transport.http.replies import Reply, error_reply
 from gateway.transport.idempotency import HEADER
 
@@ -77,14 +78,12 @@ class InferDoor:
             self._loop.call_soon_threadsafe(self._tell)
         return _refusal(math.ceil(1e3 * again))
 
-    def reads(self, scope: Any) -> bool:
+    def reads(self, scope: Any) -> Head | None:
         """See `Door`. Where there are tokens, a body is read when it is known who sends it."""
-        return (
-            self._callers.welcome
-            and scope.method == "POST"
-            and infer_target(scope.path) is not None
-            and _within(scope.headers.get("content-length"), self._small)
-        )
+        if not self._callers.welcome or scope.method != "POST" or (target := infer_target(scope.path)) is None:
+            return None
+        header = scope.headers.get
+        return (target, header) if _within(header("content-length"), self._small) else None
 
     def _tell(self) -> None:
         """On the event loop: count them."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import TypeAlias
 
+from gateway.config.model import ModelConfig
 from gateway.errors import Internal, InvalidArgument, Unsupported
 from gateway.middleware.wire_times import WireTimes
 from gateway.service import Service
@@ -19,7 +20,7 @@ from gateway.transport.http.compression import accepted, compress, decompress
 from gateway.transport.http.header import ResponsePlan
 from gateway.transport.http.limits import HttpLimits
 from gateway.transport.idempotency import checked
-from gateway.types import Infer, InferRequest, Parameter
+from gateway.types import Infer, InferRequest, InferResponse, Parameter, Responses
 
 Caller: TypeAlias = tuple[str, float | None, Mapping[str, Parameter], Mapping[str, str], WireTimes | None]
 """Of a request: its tenant, its deadline, the headers that are parameters of it, its trace context, and when it came where
@@ -43,36 +44,56 @@ class InferEndpoint:
         if caller[-1] is not None:
             caller[-1].received()
         request, plan = await self.read(target, header, body)
-        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
-        if forwarded:
-            request.parameters = {**request.parameters, **forwarded}
-        responses = self._infer(request)
-        try:
-            response = await anext(responses)
-        except StopAsyncIteration:
-            raise Internal(f"model '{target[0]}' ended without an answer") from None
-        finally:
-            await responses.aclose()
-        headers, answer = encode(response, plan)
+        headers, answer = encode(await only(self._asked(request, caller), target), plan)
         accept = header("accept-encoding")
         return (headers, answer) if accept is None else await packed(headers, answer, accept)
 
+    def begin(
+        self, target: tuple[str, str], header: Header, body: bytes, caller: Caller
+    ) -> tuple[Responses, ResponsePlan]:
+        """What is asked in a body that is not compressed, to be waited for and to be closed, and how to write it."""
+        request, plan = self._decoded(target, header, body, self._config(target))
+        return self._asked(request, caller), plan
+
     async def read(self, target: tuple[str, str], header: Header, body: bytes) -> tuple[InferRequest, ResponsePlan]:
         """The request in a body, and how its response is to be written."""
-        model, version = target
-        # An unknown model is reported before a bad body, as in Triton.
-        config = self._service.model_config(model, version)
-        if config.decoupled:
-            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        config = self._config(target)
         encoding = header("content-encoding")
         if encoding is not None:
             body = await decompress(body, encoding, self._limits.max_input_size)
-        length = header("inference-header-content-length")
-        request, plan = self._codec.decode(body, length, model, version, config)
+        return self._decoded(target, header, body, config)
+
+    def _config(self, target: tuple[str, str]) -> ModelConfig:
+        # An unknown model is reported before a bad body, as in Triton.
+        config = self._service.model_config(*target)
+        if config.decoupled:
+            raise Unsupported("HTTP end point doesn't support models with decoupled transaction policy")
+        return config
+
+    def _decoded(
+        self, target: tuple[str, str], header: Header, body: bytes, config: ModelConfig
+    ) -> tuple[InferRequest, ResponsePlan]:
+        request, plan = self._codec.decode(body, header("inference-header-content-length"), *target, config)
         key = header("idempotency-key")
         if key is not None:
             request.idempotency_key = checked(key)
         return request, plan
+
+    def _asked(self, request: InferRequest, caller: Caller) -> Responses:
+        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
+        if forwarded:
+            request.parameters = {**request.parameters, **forwarded}
+        return self._infer(request)
+
+
+async def only(responses: Responses, target: tuple[str, str]) -> InferResponse:
+    """The one answer of a model, after which there are no more."""
+    try:
+        return await responses.__anext__()
+    except StopAsyncIteration:
+        raise Internal(f"model '{target[0]}' ended without an answer") from None
+    finally:
+        await responses.aclose()
 
 
 async def packed(headers: Headers, answer: bytes, accept: str) -> tuple[Headers, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, TypeAlias
 
-from gateway.transport.http.handover import Body, Door, RsgiApp
+from gateway.transport.http.handover import Body, Door, Head, RsgiApp
 
 _CLOSE = ("connection", "close")
 _Headers: TypeAlias = list[tuple[str, str]]
@@ -28,6 +28,10 @@ class Farewell:
     ) -> Coroutine[Any, Any, None]:
         """See `RsgiApp`."""
         return self._app.__rsgi__(scope, _Last(protocol) if self.leaving else protocol, arrived, given)
+
+    def begin(self, scope: Any, protocol: Any, head: Head, arrived: float, body: Body) -> bool:
+        """See `RsgiApp`."""
+        return self._app.begin(scope, _Last(protocol) if self.leaving else protocol, head, arrived, body)
 
     async def finished(self) -> None:
         """See `RsgiApp`."""

@@ -3,7 +3,7 @@
 granian calls Python on a thread of its own, which makes a coroutine of each request and gives it to the loop. An
 application with a `door` is asked about each request on that thread first, so that a flood of requests that would be
 refused costs the loop nothing, and bodies come in while their requests wait for it. Each request brings along when it
-came.
+came. A request that needs no coroutine gets none.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from granian import _futures
 
 from gateway.service import Behind
 from gateway.telemetry import log_event
+from gateway.transport.auth import Header
 from gateway.transport.http.replies import Reply
 from gateway.transport.lag import Lag
 
@@ -26,11 +27,23 @@ Watcher: TypeAlias = Any  # granian's CallbackWatcherHTTP: a request, and the en
 
 
 class Body(Awaitable[bytes], Protocol):
-    """A body that was asked for."""
+    """A body that was asked for: a future of granian's."""
+
+    def done(self) -> bool:
+        """Whether it has come, or never will."""
+
+    def result(self) -> bytes:
+        """The body. Raises `ProtocolClosed` when the client has gone, CancelledError after `cancel`."""
+
+    def add_done_callback(self, call: Callable[[Body], None], context: Context) -> None:
+        """Call this on the event loop, in that context, when it is done."""
 
     def cancel(self) -> object:
         """Nobody waits for it, if it has not come."""
 
+
+Head: TypeAlias = tuple[tuple[str, str], Header]
+"""Of an infer request: model and version, and what finds a header."""
 
 Answer: TypeAlias = Callable[[Any, Any, float, Body | None], Awaitable[None]]
 
@@ -47,8 +60,8 @@ class Door(Protocol):
         anything, but change only what is its own. It must not wait.
         """
 
-    def reads(self, scope: Any) -> bool:
-        """Whether the application wants this request's body in one piece, if it does not refuse it; called there too."""
+    def reads(self, scope: Any) -> Head | None:
+        """The head of a request whose body the application wants in one piece, if it does not refuse it; called there too."""
 
 
 class RsgiApp(Protocol):
@@ -66,6 +79,12 @@ class RsgiApp(Protocol):
         `given` is the body if it was asked for already; it cannot be asked for again.
         """
 
+    def begin(self, scope: Any, protocol: Any, head: Head, arrived: float, body: Body) -> bool:
+        """See to a request whose body was asked for, without a task; False if that cannot be, and nothing was done.
+
+        Called on the event loop. Raises nothing.
+        """
+
     async def finished(self) -> None:
         """Wait until no request is inside. `Counted` gives this to an application that does not keep count."""
 
@@ -78,34 +97,33 @@ def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Calla
     app = serving.get(None)
     if app is None or app.door is None:
         return _granians(loop, context, callback)  # type: ignore[no-any-return]
-    return _through(app.door, app.__rsgi__, loop, context)
+    return _through(app, app.door, loop, context)
 
 
-def _through(
-    door: Door, answer: Answer, loop: asyncio.AbstractEventLoop, context: Context
-) -> Callable[[Watcher], None]:
+def _through(app: RsgiApp, door: Door, loop: asyncio.AbstractEventLoop, context: Context) -> Callable[[Watcher], None]:
     """What granian calls with each request, on its thread."""
     turn_away, reads, call_soon, create_task = door.turn_away, door.reads, loop.call_soon_threadsafe, loop.create_task
-    lag, monotonic = Lag(), time.monotonic
+    lag, monotonic, begin, answer = Lag(), time.monotonic, app.begin, app.__rsgi__
 
-    def take(watcher: Watcher, arrived: float, body: Body | None) -> None:
+    def take(watcher: Watcher, arrived: float, head: Head | None, body: Body | None) -> None:
         lag.taken(arrived, monotonic())
-        watcher.taskref(create_task(_answered(answer, watcher, arrived, body)))
+        if head is None or body is None or not begin(watcher.scope, watcher.proto, head, arrived, body):
+            watcher.taskref(create_task(_answered(answer, watcher, arrived, body)))
 
     def hand_over(watcher: Watcher) -> None:
         now = monotonic()
-        body = None
+        head = body = None
         try:
             if now < door.shut_until and (reply := turn_away(watcher.scope, now, lag.behind(now))) is not None:
                 watcher.proto.response_bytes(*reply)
                 watcher.done()
                 return
-            if reads(watcher.scope):
+            if (head := reads(watcher.scope)) is not None:
                 body = watcher.proto()
         except Exception as fault:  # noqa: BLE001 - whatever is wrong with the door, the request is let in
             log_event("door_fault", logging.ERROR, fault)
         lag.handed(now)
-        call_soon(take, watcher, now, body, context=context)
+        call_soon(take, watcher, now, head, body, context=context)
 
     return hand_over
 

@@ -23,7 +23,7 @@ from granian.net import SocketHolder  # type: ignore[attr-defined]
 from granian.server.embed import Server
 
 from gateway.transport.http.farewell import Farewell
-from gateway.transport.http.handover import Body, Door, RsgiApp, serving
+from gateway.transport.http.handover import Body, Door, Head, RsgiApp, serving
 from gateway.transport.ports import listening, turn_away
 
 _IDLE_MS = 75_000  # how long a connection may idle, or take to send a request's headers
@@ -149,6 +149,10 @@ class Counted:
             self._count -= 1
             if self._idle is not None and not self._count:
                 self._idle.set()
+
+    def begin(self, scope: Any, protocol: Any, head: Head, arrived: float, body: Body) -> bool:  # noqa: ARG002
+        """See `RsgiApp`."""
+        return False
 
     async def finished(self) -> None:
         """See `RsgiApp`."""
