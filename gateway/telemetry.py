@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 Field: TypeAlias = str | int | float | bool | None
 LogFormat: TypeAlias = Literal["text", "json"]
 _LOGGER = "gateway"
+_log = logging.getLogger(_LOGGER)
 _MAX_FIELD = 2000
 
 
@@ -43,9 +44,8 @@ def log_event(event: str, level: int = logging.INFO, trace_of: BaseException | N
 
     DEBUG events appear with `--log-verbose` 1 or more. A field cannot be called time, level, source, event or trace.
     """
-    logger = logging.getLogger(_LOGGER)
-    if logger.isEnabledFor(level):
-        logger.log(level, Event(event, fields), exc_info=trace_of)
+    if _log.isEnabledFor(level):
+        _log.log(level, Event(event, fields), exc_info=trace_of)
 
 
 def send_to_file(path: Path) -> None:

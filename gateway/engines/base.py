@@ -7,10 +7,10 @@ Promises every engine keeps (tests/contract/test_engine.py): blocking work never
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from gateway.artefacts import Artefact
 from gateway.config.model import ModelConfig
@@ -57,6 +57,41 @@ class DeviceOutOfMemory(MemoryError):
     """The device has not the memory for this batch, or for this model; the engine stays usable, a smaller batch may fit."""
 
 
+class Results(Protocol):
+    """What an engine gives to one batch; closing it gives up what is still to come. Any async generator of them will do."""
+
+    def __aiter__(self) -> AsyncIterator[BatchResult]: ...
+
+    def __anext__(self) -> Awaitable[BatchResult]: ...
+
+    def aclose(self) -> Awaitable[None]:
+        """Give up the rest."""
+
+
+class Once:
+    """The `Results` of a model of one answer, with none of what asyncio does for a generator."""
+
+    __slots__ = ("_result",)
+
+    def __init__(self, result: Coroutine[Any, Any, BatchResult]) -> None:
+        self._result: Coroutine[Any, Any, BatchResult] | None = result  # until it is asked for
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def __anext__(self) -> Awaitable[BatchResult]:
+        """The result, once."""
+        result, self._result = self._result, None
+        if result is None:
+            raise StopAsyncIteration
+        return result
+
+    async def aclose(self) -> None:
+        """A result that nobody has asked for will not be."""
+        if self._result is not None:
+            self._result.close()
+
+
 class Engine(Protocol):
     """One instance's way to run batches. What it says of itself may change where it is a chain (`FallbackEngine.tend`)."""
 
@@ -88,7 +123,7 @@ class Engine(Protocol):
     def contained(self) -> bool:
         """Whether this process outlives whatever a run does."""
 
-    def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+    def run(self, batch: Batch) -> Results:
         """Run a batch; a model of one answer yields once. Raises `GatewayError`, or anything on a crash."""
 
     async def close(self) -> None:

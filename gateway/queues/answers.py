@@ -71,7 +71,7 @@ class Answers:
     def __anext__(self) -> asyncio.Future[InferResponse]:
         """The next answer, or the error."""
         if not self._answers and self.done:
-            self._close()
+            self.close()
             raise StopAsyncIteration
         waiter = self._waiter = self._loop.create_future()
         if self._answers:
@@ -93,9 +93,6 @@ class Answers:
         # An error that was raised holds the frames it passed, they hold this, and this must not hold the error: such
         # rings are collected so rarely that a thousand late requests left 10 MB of them.
         self._waiter = None
-        self._close()
-
-    def _close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -23,19 +23,27 @@ class MemoryQueue:
     def __init__(self) -> None:
         self._lanes: dict[Lane, _LaneState] = {}
         self._pools: dict[str, PoolState] = {}
+        self.pool = self._pools.get  # see `Queue.pool`; each request asks several times, and this is no frame of Python
         self._orders: deque[MemoryOrder] = deque()
         self._order_waiter: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # once there is a request
         self._closed = False
 
     def submit(self, lane: Lane, request: InferRequest) -> MemoryJob:
         """See `Queue.submit`."""
         if self._closed:
             raise errors.stopping()
-        state = self._lane(lane)
-        job = MemoryJob(request, state)
+        state = self._lanes.get(lane) or self._lane(lane)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        job = MemoryJob(request, self._loop)
+        job.lane = state
         if request.deadline is not None:
             job.expire_at(request.deadline)
-        state.add(job)
+        state.unanswered.add(job)
+        state.waiting.append(job)
+        if len(state.waiting) == 1:  # else whoever was woken for the first of them takes the rest too
+            state.wake()
         return job
 
     def consumer(
@@ -61,10 +69,6 @@ class MemoryQueue:
     def withdraw(self, model: str) -> None:
         """See `Queue.withdraw`."""
         self._pools.pop(model, None)
-
-    def pool(self, model: str) -> PoolState | None:
-        """See `Queue.pool`."""
-        return self._pools.get(model)
 
     def pools(self) -> list[PoolState]:
         """See `Queue.pools`."""
@@ -139,21 +143,21 @@ class MemoryOrder:
 class MemoryJob(Answers):
     """One request: `Job` for the worker, `Responses` for the gateway."""
 
-    __slots__ = ("_lane",)
+    __slots__ = ("lane",)
 
-    def __init__(self, request: InferRequest, lane: _LaneState) -> None:
-        super().__init__(request, lane.loop)
-        self._lane: _LaneState | None = lane  # None once the gateway has seen the last of it
+    lane: _LaneState | None  # None once the gateway has seen the last of it
 
     def release(self) -> None:
         """See `Job.release`."""
-        if not self.done and self._lane is not None:
-            self._lane.put_back(self)
+        if not self.done and self.lane is not None:
+            self.lane.put_back(self)
 
     def _leave(self) -> None:
-        if self._lane is not None:
-            self._lane.remove(self)
-            self._lane = None
+        lane, self.lane = self.lane, None
+        if lane is not None:
+            lane.unanswered.remove(self)
+            if not lane.unanswered:
+                lane.emptied.set()
 
 
 class MemoryConsumer:
@@ -230,23 +234,11 @@ class _LaneState:
         self.waiting: deque[MemoryJob] = deque()
         self.unanswered: set[MemoryJob] = set()
         self.consumers: list[MemoryConsumer] = []
-        self._emptied = asyncio.Event()
-        self.loop = asyncio.get_running_loop()
-
-    def add(self, job: MemoryJob) -> None:
-        self.unanswered.add(job)
-        self.waiting.append(job)
-        if len(self.waiting) == 1:  # else whoever was woken for the first of them takes the rest too
-            self.wake()
+        self.emptied = asyncio.Event()
 
     def put_back(self, job: MemoryJob) -> None:
         self.waiting.appendleft(job)
         self.wake()
-
-    def remove(self, job: MemoryJob) -> None:
-        self.unanswered.remove(job)
-        if not self.unanswered:
-            self._emptied.set()
 
     def wake(self) -> None:
         for consumer in self.consumers:
@@ -255,8 +247,8 @@ class _LaneState:
 
     async def empty(self) -> None:
         while self.unanswered:
-            self._emptied.clear()
-            await self._emptied.wait()
+            self.emptied.clear()
+            await self.emptied.wait()
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

@@ -63,6 +63,11 @@ class Registry(Generic[W]):
         state = self._lanes.get(lane)
         return state is not None and state.waiting > 0 and device in state.seats and state.seats[device].free
 
+    def waits(self, lane: LaneKey) -> bool:
+        """Whether jobs of the lane wait here."""
+        state = self._lanes.get(lane)
+        return state is not None and state.waiting > 0
+
     def is_quiet(self, lane: LaneKey) -> bool:
         """Whether no job of a lane waits or runs."""
         state = self._lanes.get(lane)

@@ -49,9 +49,9 @@ class Inference:
             self._fail(error)
             raise
         self._take(response)
-        if response.final and not response.outputs and self._route.config.decoupled:
-            if not self._request.parameters.get(EMPTY_FINAL):
-                raise StopAsyncIteration
+        ends = response.final and not response.outputs and self._route.config.decoupled
+        if ends and not self._request.parameters.get(EMPTY_FINAL):
+            raise StopAsyncIteration
         return response
 
     async def aclose(self) -> None:
@@ -79,6 +79,7 @@ class Inference:
             self._fail(error)
             raise
         finally:
+            del waiter  # which holds the error that holds this frame
             responses = self._close()
             assert isinstance(responses, Answers)
             responses.close()

@@ -27,12 +27,12 @@ class Lag:
         if not self._oldest:
             self._oldest = now
 
-    def taken(self, handed: float, now: float) -> None:
-        """The loop has taken what was handed over at a moment."""
+    def taken(self, handed: float, now: float, count: int = 1) -> None:
+        """The loop has taken this and what was handed over before it, so many in all; `handed` is when."""
         self._seconds = now - handed
         self._taken = now
         self._oldest = 0.0
-        self._took += 1
+        self._took += count
 
     def behind(self, now: float) -> Behind:
         """How far the loop is behind: at least as long as what is on its way waits already."""

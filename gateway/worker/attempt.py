@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 
 import msgspec
 
 from gateway import errors
 from gateway.config.model import ModelConfig
-from gateway.engines.base import Engine, identity
+from gateway.engines.base import Engine, Results, identity
 from gateway.queues.base import Job
 from gateway.scheduling import batch as batching
 from gateway.statistics import VersionStatistics
@@ -59,7 +59,7 @@ class Runner:
         statistics: VersionStatistics,
         digest: str,
         *,
-        run: Callable[[Batch], AsyncGenerator[BatchResult, None]] | None = None,
+        run: Callable[[Batch], Results] | None = None,
     ) -> None:
         """`run` does what the engine's does, where more is to be done than that."""
         self._engine = engine

@@ -155,7 +155,8 @@ class Slots:
         if early := self._early.get(seat.place):
             return early.popleft()
         self._idle.setdefault(seat.place, deque()).append(seat)
-        self._wake(seat.place[1])
+        if self.scheduler.waits(seat.place[0]):
+            self._wake(seat.place[1])
         return None
 
     def leave(self, seat: Seat) -> None:

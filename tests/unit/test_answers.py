@@ -16,7 +16,7 @@ class Asked(Answers):
 
 
 async def ask():
-    answers = Asked(request())
+    answers = Asked(request(), asyncio.get_running_loop())
     asyncio.get_running_loop().call_soon(answers.fail, errors.deadline_passed())
     try:
         await anext(answers)

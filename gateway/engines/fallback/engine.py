@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 from gateway import errors
 from gateway.artefacts import Artefact
-from gateway.engines.base import Engine, EngineCrashed, identity
+from gateway.engines.base import Engine, EngineCrashed, Results, identity
 from gateway.engines.chain import Chain
 from gateway.engines.fallback.link import LiveLink, Start
 from gateway.engines.fallback.tender import Tender
@@ -213,7 +213,7 @@ class FallbackEngine:
         failed.append((link, self._judge(link, batch, error)))
         return ()
 
-    def _runs(self, link: LiveLink, batch: Batch, limit: float | None) -> AsyncGenerator[BatchResult, None]:
+    def _runs(self, link: LiveLink, batch: Batch, limit: float | None) -> Results:
         """A run on one link. Raises `_TooSlow` when nothing has come of it after `limit` seconds."""
         if link is not self._tender.links[0] and batch.predicted is not None:
             batch = replace(batch, predicted=None)  # it is the first link's time
@@ -292,7 +292,7 @@ def _limit(following: LiveLink | None, batch: Batch) -> float | None:
     return left if left > 0 else None
 
 
-async def _in_time(results: AsyncGenerator[BatchResult, None], limit: float) -> AsyncGenerator[BatchResult, None]:
+async def _in_time(results: Results, limit: float) -> AsyncGenerator[BatchResult, None]:
     """These, if the first comes within `limit` seconds. Raises `_TooSlow` if it does not."""
     async with aclosing(results):
         try:

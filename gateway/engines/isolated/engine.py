@@ -15,7 +15,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 
 from gateway import errors
-from gateway.engines.base import EngineCrashed, EngineSpec
+from gateway.engines.base import EngineCrashed, EngineSpec, Once, Results
 from gateway.engines.calling import call
 from gateway.engines.isolated import limits
 from gateway.engines.isolated.breaker import Breaker
@@ -98,8 +98,12 @@ class IsolatedEngine:
         self._keeper = self._tasks.create_task(self._keep(life))
         self._children.at_end(self._stop)
 
-    async def run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
+    def run(self, batch: Batch) -> Results:
         """See `Engine.run`."""
+        life = self._life
+        return self._run(batch) if life is None or life.ready.answers else Once(self._computed(life, batch))
+
+    async def _run(self, batch: Batch) -> AsyncGenerator[BatchResult, None]:
         life = await self._begin()
         if not life.ready.answers:
             yield await self._computed(life, batch)

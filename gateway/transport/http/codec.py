@@ -21,7 +21,7 @@ from gateway.errors import GatewayError, InvalidArgument, request_prefix
 from gateway.transport.http.document import DocumentReader, too_large
 from gateway.transport.http.header import InputHeader, RequestHeader, ResponsePlan, read_header
 from gateway.transport.http.limits import HttpLimits
-from gateway.types import Array, Buffer, DataType, InferRequest, InferResponse, Tensor, element_count
+from gateway.types import Array, DataType, InferRequest, InferResponse, Tensor, element_count, wires
 
 Headers = list[tuple[str, str]]
 
@@ -57,7 +57,11 @@ class Codec:
         """
         if header_length is None:
             return self._decode_parts(body, b"", model, version)
-        length = _header_length(header_length, len(body))
+        length = _natural(header_length)
+        if not 0 <= length <= len(body):
+            raise InvalidArgument(
+                f"inference header size should be in range (0, {len(body)}), got: {header_length[:40]}"
+            )
         # Clients repeat a header byte for byte; not reading it again saves more time than all else here takes.
         form = self._forms.get(body[:length]) if length <= _REMEMBERED_BYTES else None
         if form is not None and form.size == len(body):
@@ -160,13 +164,9 @@ def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]
 
 def _encode_known(response: InferResponse) -> tuple[Headers, bytes] | None:
     """A response without id and parameters, all of it binary; None if its shapes do not tell its sizes."""
-    kinds: list[tuple[str, DataType, tuple[int, ...]]] = []
-    parts: list[Buffer] = [b""]
-    for name, tensor in response.outputs.items():
-        kinds.append((name, tensor.datatype, tensor.shape))
-        parts.append(tensor.wire)
-    headers, parts[0] = _binary_head(response.model_name, response.model_version, tuple(kinds))
-    return (headers, b"".join(parts)) if parts[0] else None
+    kinds = tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()])
+    headers, text = _binary_head(response.model_name, response.model_version, kinds)
+    return (headers, b"".join([text, *wires(response.outputs.values())])) if text else None
 
 
 @lru_cache(_REMEMBERED)
@@ -190,13 +190,6 @@ def _binary_headers(text: bytes) -> Headers:
         ("content-type", "application/octet-stream"),
         ("inference-header-content-length", str(len(text))),
     ]
-
-
-def _header_length(value: str, size: int) -> int:
-    length = _natural(value)
-    if not 0 <= length <= size:
-        raise InvalidArgument(f"inference header size should be in range (0, {size}), got: {value[:40]}")
-    return length
 
 
 @lru_cache(_REMEMBERED)

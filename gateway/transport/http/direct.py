@@ -22,29 +22,36 @@ from gateway.transport.http.disconnects import Disconnects
 from gateway.transport.http.endpoint import InferEndpoint, deadline_of, only
 from gateway.transport.http.handover import Body, Head
 from gateway.transport.http.replies import Reply
-from gateway.types import NO_CONTEXT, NO_PARAMETERS, InferResponse
+from gateway.types import InferResponse, Responses
 
 
 class Direct:
     """Answers infer requests of nobody in particular. `failure` is what an error is answered with, on a path."""
 
     def __init__(
-        self, endpoint: InferEndpoint, disconnects: Disconnects, failure: Callable[[Exception, str], Reply]
+        self,
+        endpoint: InferEndpoint,
+        disconnects: Disconnects,
+        failure: Callable[[Exception, str], Reply],
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self.endpoint = endpoint
         self.disconnects = disconnects
         self.failure = failure
+        self._tasks = tasks
         self.context = copy_context()  # one for all: to copy it for each costs more than it could be good for
 
     def begin(self, protocol: Any, head: Head, arrived: float, body: Body) -> bool:
         """Answer a request whose body is on its way; False if that takes a task."""
         header = head[1]
-        if header("content-encoding") is not None:
+        try:
+            accept = header("accept-encoding")
+            if header("content-encoding") is not None or (accept is not None and accepted(accept) != "identity"):
+                return False
+            deadline = deadline_of(header, arrived)
+        except Exception:  # noqa: BLE001 - whatever is wrong with it, the application says it
             return False
-        accept = header("accept-encoding")
-        if accept is not None and accepted(accept) != "identity":
-            return False
-        request = _Request(self, protocol, head, arrived, body)
+        request = _Request(self, protocol, head, deadline, body)
         self.disconnects.begin(request, protocol)
         if body.done():
             request.read(body)
@@ -52,19 +59,24 @@ class Direct:
             body.add_done_callback(request.read, context=self.context)
         return True
 
+    def task(self, responses: Responses, target: tuple[str, str]) -> asyncio.Future[Any]:
+        """What comes of responses that have more to wait for than a future; see `_response`."""
+        return self._tasks.create_task(_outcome(responses, target))
+
 
 class _Request:
     """One request on its way."""
 
-    __slots__ = ("_arrived", "_body", "_head", "_home", "_inference", "_plan", "_protocol", "_waiter")
+    __slots__ = ("_body", "_deadline", "_head", "_home", "_inference", "_plan", "_protocol", "_waiter")
 
-    def __init__(self, home: Direct, protocol: Any, head: Head, arrived: float, body: Body) -> None:
+    def __init__(self, home: Direct, protocol: Any, head: Head, deadline: float | None, body: Body) -> None:
         self._home = home
         self._protocol = protocol
         self._head = head
-        self._arrived = arrived
+        self._deadline = deadline
         self._body: Body | None = body  # until it has come
-        self._waiter: asyncio.Future[InferResponse] | None = None  # once it was submitted
+        self._inference: Inference | None = None
+        self._waiter: asyncio.Future[Any] | None = None  # once it was submitted
 
     def read(self, body: Body) -> None:
         """The body has come, or will not."""
@@ -72,17 +84,16 @@ class _Request:
         self._body = None  # which may hold this, and the collector does not see what is held by granian's objects
         try:
             whole = body.result()
-            caller = ("", deadline_of(header, self._arrived), NO_PARAMETERS, NO_CONTEXT, None)
-            responses, self._plan = home.endpoint.begin(target, header, whole, caller)
-            self._inference = responses if isinstance(responses, Inference) else None
-            waiter = responses.begin() if isinstance(responses, Inference) else None
-            if waiter is None:
-                self._inference = None
-                waiter = asyncio.get_running_loop().create_task(only(responses, target))
+            responses, self._plan = home.endpoint.begin(target, header, whole, self._deadline)
+            if isinstance(responses, Inference) and (waiter := responses.begin()) is not None:
+                self._inference = responses
+            else:
+                waiter = home.task(responses, target)
         except (ProtocolClosed, asyncio.CancelledError):
             home.disconnects.end(self)  # the client left while its body was read
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
-            self._end(home.failure(problem, self._path))
+            self._protocol.response_bytes(*home.failure(problem, self._path))
+            home.disconnects.end(self)
         else:
             self._waiter = waiter
             waiter.add_done_callback(self._answered, context=home.context)
@@ -94,22 +105,33 @@ class _Request:
         elif self._waiter is not None:
             self._waiter.cancel()
 
-    def _answered(self, waiter: asyncio.Future[InferResponse]) -> None:
+    def _answered(self, waiter: asyncio.Future[Any]) -> None:
         try:
-            response = waiter.result() if self._inference is None else self._inference.finish(waiter)
-            reply = (200, *encode(response, self._plan))
+            response = _response(waiter.result()) if self._inference is None else self._inference.finish(waiter)
+            self._protocol.response_bytes(200, *encode(response, self._plan))
         except asyncio.CancelledError:
-            self._home.disconnects.end(self)
+            pass  # the client has gone
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
-            self._end(self._home.failure(problem, self._path))
-        else:
-            self._end(reply)
-
-    def _end(self, reply: Reply) -> None:
-        self._protocol.response_bytes(*reply)
+            self._protocol.response_bytes(*self._home.failure(problem, self._path))
+        del waiter  # which holds the error, which holds this frame
+        self._waiter = None
         self._home.disconnects.end(self)
 
     @property
     def _path(self) -> str:
         model, version = self._head[0]
         return f"/v2/models/{model}" + (f"/versions/{version}" if version else "") + "/infer"
+
+
+async def _outcome(responses: Responses, target: tuple[str, str]) -> InferResponse | Exception:
+    """What came of it, as a value: an error would end all tasks of the group."""
+    try:
+        return await only(responses, target)
+    except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
+        return problem
+
+
+def _response(outcome: InferResponse | Exception) -> InferResponse:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome

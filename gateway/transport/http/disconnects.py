@@ -26,10 +26,13 @@ class Cancels(Protocol):
 
 
 class Disconnects:
-    """The requests in flight of one listener; an async context manager that owns their watchers."""
+    """The requests in flight of one listener; an async context manager that owns their watchers.
+
+    Others may have tasks of requests in `tasks` too. What is left when it ends is cancelled.
+    """
 
     def __init__(self) -> None:
-        self._group = asyncio.TaskGroup()
+        self.tasks = asyncio.TaskGroup()
         self._timer: asyncio.TimerHandle | None = None
         self._new: dict[Cancels, _Client] = {}
         self._seen: dict[Cancels, _Client] = {}
@@ -38,7 +41,7 @@ class Disconnects:
         self._emptied: asyncio.Event | None = None  # while somebody waits for it
 
     async def __aenter__(self) -> Self:
-        await self._group.__aenter__()
+        await self.tasks.__aenter__()
         return self
 
     async def __aexit__(
@@ -46,9 +49,9 @@ class Disconnects:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for watcher in self._watchers.values():
-            watcher.cancel()
-        await self._group.__aexit__(kind, error, trace)
+        for left in (*self._watchers.values(), *self._watchers, *self._seen, *self._new):
+            left.cancel()
+        await self.tasks.__aexit__(kind, error, trace)
 
     def begin(self, request: Cancels, protocol: _Client) -> None:
         """Have what works on a request cancelled if its client leaves before `end`."""
@@ -80,7 +83,7 @@ class Disconnects:
 
     def _sweep(self) -> None:
         for request, protocol in self._seen.items():
-            self._watchers[request] = self._group.create_task(self._watch(request, protocol))
+            self._watchers[request] = self.tasks.create_task(self._watch(request, protocol))
         self._seen, self._new = self._new, {}
         self._timer = asyncio.get_running_loop().call_later(_INTERVAL, self._sweep) if self._seen else None
 

@@ -44,16 +44,23 @@ class InferEndpoint:
         if caller[-1] is not None:
             caller[-1].received()
         request, plan = await self.read(target, header, body)
-        headers, answer = encode(await only(self._asked(request, caller), target), plan)
+        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
+        if forwarded:
+            request.parameters = {**request.parameters, **forwarded}
+        headers, answer = encode(await only(self._infer(request), target), plan)
         accept = header("accept-encoding")
         return (headers, answer) if accept is None else await packed(headers, answer, accept)
 
     def begin(
-        self, target: tuple[str, str], header: Header, body: bytes, caller: Caller
+        self, target: tuple[str, str], header: Header, body: bytes, deadline: float | None
     ) -> tuple[Responses, ResponsePlan]:
-        """What is asked in a body that is not compressed, to be waited for and to be closed, and how to write it."""
+        """What nobody in particular asks in a body that is not compressed, and how its response is to be written.
+
+        The responses are to be waited for, and to be closed.
+        """
         request, plan = self._decoded(target, header, body, self._config(target))
-        return self._asked(request, caller), plan
+        request.deadline = deadline
+        return self._infer(request), plan
 
     async def read(self, target: tuple[str, str], header: Header, body: bytes) -> tuple[InferRequest, ResponsePlan]:
         """The request in a body, and how its response is to be written."""
@@ -78,12 +85,6 @@ class InferEndpoint:
         if key is not None:
             request.idempotency_key = checked(key)
         return request, plan
-
-    def _asked(self, request: InferRequest, caller: Caller) -> Responses:
-        request.tenant, request.deadline, forwarded, request.trace_context, request.trace = caller
-        if forwarded:
-            request.parameters = {**request.parameters, **forwarded}
-        return self._infer(request)
 
 
 async def only(responses: Responses, target: tuple[str, str]) -> InferResponse:

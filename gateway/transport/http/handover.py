@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context, ContextVar
 from typing import Any, Protocol, TypeAlias
@@ -97,35 +98,53 @@ def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Calla
     app = serving.get(None)
     if app is None or app.door is None:
         return _granians(loop, context, callback)  # type: ignore[no-any-return]
-    return _through(app, app.door, loop, context)
+    return _Way(app, app.door, loop, context).hand_over
 
 
-def _through(app: RsgiApp, door: Door, loop: asyncio.AbstractEventLoop, context: Context) -> Callable[[Watcher], None]:
-    """What granian calls with each request, on its thread."""
-    turn_away, reads, call_soon, create_task = door.turn_away, door.reads, loop.call_soon_threadsafe, loop.create_task
-    lag, monotonic, begin, answer = Lag(), time.monotonic, app.begin, app.__rsgi__
+class _Way:
+    """From granian's thread to the loop. What comes while the loop is at something else is taken in one go."""
 
-    def take(watcher: Watcher, arrived: float, head: Head | None, body: Body | None) -> None:
-        lag.taken(arrived, monotonic())
-        if head is None or body is None or not begin(watcher.scope, watcher.proto, head, arrived, body):
-            watcher.taskref(create_task(_answered(answer, watcher, arrived, body)))
+    def __init__(self, app: RsgiApp, door: Door, loop: asyncio.AbstractEventLoop, context: Context) -> None:
+        self._begin, self._answer = app.begin, app.__rsgi__
+        self._door = door
+        self._context = context
+        self._call_soon, self._create_task = loop.call_soon_threadsafe, loop.create_task  # as granian's own does
+        self._lag = Lag()
+        self._waiting: deque[tuple[Watcher, float, Head | None, Body | None]] = deque()
+        self._told = False  # the loop knows that it has to look
 
-    def hand_over(watcher: Watcher) -> None:
-        now = monotonic()
+    def hand_over(self, watcher: Watcher) -> None:
+        """Called by granian with each request, on its thread."""
+        now = time.monotonic()
+        door, lag = self._door, self._lag
         head = body = None
         try:
-            if now < door.shut_until and (reply := turn_away(watcher.scope, now, lag.behind(now))) is not None:
+            if now < door.shut_until and (reply := door.turn_away(watcher.scope, now, lag.behind(now))) is not None:
                 watcher.proto.response_bytes(*reply)
                 watcher.done()
                 return
-            if (head := reads(watcher.scope)) is not None:
+            if (head := door.reads(watcher.scope)) is not None:
                 body = watcher.proto()
         except Exception as fault:  # noqa: BLE001 - whatever is wrong with the door, the request is let in
             log_event("door_fault", logging.ERROR, fault)
         lag.handed(now)
-        call_soon(take, watcher, now, head, body, context=context)
+        self._waiting.append((watcher, now, head, body))
+        if not self._told:
+            self._told = True
+            self._call_soon(self._take, context=self._context)
 
-    return hand_over
+    def _take(self) -> None:
+        """On the loop."""
+        self._told = False  # whoever comes from now on tells anew,
+        waiting, begin = self._waiting, self._begin
+        count = len(waiting)  # and has to wait for the next turn: others want the loop too
+        if not count:
+            return  # who told came in time for the last turn
+        self._lag.taken(waiting[count - 1][1], time.monotonic(), count)
+        for _ in range(count):
+            watcher, arrived, head, body = waiting.popleft()
+            if head is None or body is None or not begin(watcher.scope, watcher.proto, head, arrived, body):
+                watcher.taskref(self._create_task(_answered(self._answer, watcher, arrived, body)))
 
 
 async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body | None) -> None:
