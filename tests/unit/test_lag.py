@@ -34,3 +34,12 @@ def test_what_was_measured_long_ago_tells_nothing():
     assert lag.behind(100.7).seconds == 0.0
     lag.handed(100.7)
     assert lag.behind(100.75).seconds == pytest.approx(0.05)
+
+
+def test_many_that_are_taken_at_once_wait_no_more():
+    lag = Lag()
+    for _ in range(5):
+        lag.handed(100.0)
+    assert lag.behind(100.1).requests == 5
+    lag.taken(100.0, 100.1, 4)
+    assert lag.behind(100.1).requests == 1

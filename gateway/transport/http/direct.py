@@ -89,8 +89,9 @@ class _Request:
                 self._inference = responses
             else:
                 waiter = home.task(responses, target)
-        except (ProtocolClosed, asyncio.CancelledError):
-            home.disconnects.end(self)  # the client left while its body was read
+        except (ProtocolClosed, asyncio.CancelledError) as left:  # the client, while its body was read
+            left.__traceback__ = None  # the body holds this error, which holds this frame, which holds the body
+            home.disconnects.end(self)
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
             self._protocol.response_bytes(*home.failure(problem, self._path))
             home.disconnects.end(self)
