@@ -48,7 +48,12 @@ class Inference:
         except errors.GatewayError as error:
             self._fail(error)
             raise
-        self._take(response)
+        if self._route.config.decoupled:
+            self._count("success" if response.outputs else "empty_response")
+        if response.final:
+            self._answered = True
+            took = time.monotonic_ns() - self._started
+            self._route.statistics.record_success(took, response.timings, self._request.rows)
         ends = response.final and not response.outputs and self._route.config.decoupled
         if ends and not self._request.parameters.get(EMPTY_FINAL):
             raise StopAsyncIteration
@@ -56,32 +61,46 @@ class Inference:
 
     async def aclose(self) -> None:
         """Cancel the request if it is not answered."""
-        responses = self._close()
-        if responses is not None:
-            await responses.aclose()
+        if self._ended:
+            return
+        self._ended = True
+        if self._responses is None:
+            return
+        if not self._answered:
+            self._route.statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
+            if self._route.config.decoupled:
+                self._count("cancel")
+        self._service.end(self._request, self._route)
+        await self._responses.aclose()
 
     # --- for those who need no task to wait
 
     def begin(self) -> asyncio.Future[InferResponse] | None:
-        """What the first answer will be in; `finish` says what it is.
+        """What the one answer will be in; `finish` says what it is.
 
         None if it takes a task to wait for it: then it is to be asked for as ever. Raises `GatewayError`.
         """
         responses = self._submitted()
-        return responses.__anext__() if isinstance(responses, Answers) else None
+        return responses.__anext__() if isinstance(responses, Answers) and not self._route.config.decoupled else None
 
     def finish(self, waiter: asyncio.Future[InferResponse]) -> InferResponse:
         """The answer that `begin` gave this for, or the error; the request is over with that, even without either."""
+        responses, route = self._responses, self._route
+        assert isinstance(responses, Answers)
+        self._ended = True
+        took = time.monotonic_ns() - self._started
         try:
             response = waiter.result()
-            self._take(response)
+            route.statistics.record_success(took, response.timings, self._request.rows)
         except errors.GatewayError as error:
-            self._fail(error)
+            route.statistics.record_refusal(error, took)
+            raise
+        except BaseException:
+            route.statistics.record_failure("CANCELED", took)
             raise
         finally:
             del waiter  # which holds the error that holds this frame
-            responses = self._close()
-            assert isinstance(responses, Answers)
+            self._service.end(self._request, route)
             responses.close()
         return response
 
@@ -94,29 +113,6 @@ class Inference:
         except errors.GatewayError:
             self._ended = True  # refused, and counted, before it began
             raise
-        return self._responses
-
-    def _take(self, response: InferResponse) -> None:
-        if self._route.config.decoupled:
-            self._count("success" if response.outputs else "empty_response")
-        if response.final:
-            self._answered = True
-            self._route.statistics.record_success(
-                time.monotonic_ns() - self._started, response.timings, self._request.rows
-            )
-
-    def _close(self) -> Responses | None:
-        """Note the end, unless that was done. Returns what is left to be closed."""
-        if self._ended:
-            return None
-        self._ended = True
-        if self._responses is None:
-            return None
-        if not self._answered:
-            self._route.statistics.record_failure("CANCELED", time.monotonic_ns() - self._started)
-            if self._route.config.decoupled:
-                self._count("cancel")
-        self._service.end(self._request, self._route)
         return self._responses
 
     def _fail(self, error: errors.GatewayError) -> None:

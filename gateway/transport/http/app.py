@@ -116,10 +116,8 @@ class HttpApp:
                 protocol.response_bytes(status, headers, body)
             else:
                 await _send(protocol.response_stream(status, headers), body)
-        except ProtocolClosed as left:  # the client, while its body was read
-            left.__traceback__ = (
-                None  # a body that was given holds this error, which holds the frames that hold the body
-            )
+        except ProtocolClosed:
+            pass  # the client left while its body was read
         except asyncio.CancelledError:
             if not self._disconnects.gone(task):
                 raise

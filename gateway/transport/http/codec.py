@@ -133,9 +133,15 @@ class Codec:
 def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]:
     """Write the response's headers, which are not to be changed, and body. Raises InvalidArgument for an output that JSON cannot carry."""
     binary = all(map(plan.listed.get, response.outputs)) if plan.listed else plan.binary
-    plain = binary and not response.id and not response.parameters and not response.placed
-    if plain and (known := _encode_known(response)) is not None:
-        return known
+    if binary and not response.id and not response.parameters and not response.placed:
+        kinds = tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()])
+        headers, text = _binary_head(response.model_name, response.model_version, kinds)
+        if text:
+            return headers, b"".join([text, *wires(response.outputs.values())])
+    return _encode_each(response, plan)
+
+
+def _encode_each(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]:
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes | bytearray | memoryview] = []
     for name, tensor in response.outputs.items():
@@ -160,13 +166,6 @@ def encode(response: InferResponse, plan: ResponsePlan) -> tuple[Headers, bytes]
     if not blobs:
         return [("content-type", "application/json")], text
     return _binary_headers(text), b"".join((text, *blobs))
-
-
-def _encode_known(response: InferResponse) -> tuple[Headers, bytes] | None:
-    """A response without id and parameters, all of it binary; None if its shapes do not tell its sizes."""
-    kinds = tuple([(name, tensor.datatype, tensor.shape) for name, tensor in response.outputs.items()])
-    headers, text = _binary_head(response.model_name, response.model_version, kinds)
-    return (headers, b"".join([text, *wires(response.outputs.values())])) if text else None
 
 
 @lru_cache(_REMEMBERED)

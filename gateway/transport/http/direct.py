@@ -19,7 +19,7 @@ from gateway.service.inference import Inference
 from gateway.transport.http.codec import encode
 from gateway.transport.http.compression import accepted
 from gateway.transport.http.disconnects import Disconnects
-from gateway.transport.http.endpoint import InferEndpoint, deadline_of, only
+from gateway.transport.http.endpoint import InferEndpoint, only, seconds_left
 from gateway.transport.http.handover import Body, Head
 from gateway.transport.http.replies import Reply
 from gateway.types import InferResponse, Responses
@@ -48,7 +48,8 @@ class Direct:
             accept = header("accept-encoding")
             if header("content-encoding") is not None or (accept is not None and accepted(accept) != "identity"):
                 return False
-            deadline = deadline_of(header, arrived)
+            timeout = header("x-request-timeout-ms")
+            deadline = None if timeout is None else arrived + seconds_left(timeout)
         except Exception:  # noqa: BLE001 - whatever is wrong with it, the application says it
             return False
         request = _Request(self, protocol, head, deadline, body)
