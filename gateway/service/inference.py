@@ -75,13 +75,14 @@ class Inference:
 
     # --- for those who need no task to wait
 
-    def begin(self) -> asyncio.Future[InferResponse] | None:
-        """What the one answer will be in; `finish` says what it is.
+    def begin(self) -> asyncio.Future[InferResponse]:
+        """What the one answer will be in; `finish`, which must be called then, says what it is. Raises `GatewayError`.
 
-        None if it takes a task to wait for it: then it is to be asked for as ever. Raises `GatewayError`.
+        Not for models that are made of others, nor for decoupled ones.
         """
         responses = self._submitted()
-        return responses.__anext__() if isinstance(responses, Answers) and not self._route.config.decoupled else None
+        assert isinstance(responses, Answers), "it takes a task to wait for these"
+        return responses.__anext__()
 
     def finish(self, waiter: asyncio.Future[InferResponse]) -> InferResponse:
         """The answer that `begin` gave this for, or the error; the request is over with that, even without either."""
@@ -91,18 +92,22 @@ class Inference:
         took = time.monotonic_ns() - self._started
         try:
             response = waiter.result()
-            route.statistics.record_success(took, response.timings, self._request.rows)
         except errors.GatewayError as error:
             route.statistics.record_refusal(error, took)
             raise
         except BaseException:
             route.statistics.record_failure("CANCELED", took)
             raise
+        else:
+            if response.final:
+                route.statistics.record_success(took, response.timings, self._request.rows)
+            else:
+                route.statistics.record_failure("CANCELED", took)
+            return response
         finally:
             del waiter  # which holds the error that holds this frame
             self._service.end(self._request, route)
             responses.close()
-        return response
 
     # --- within
 

@@ -140,3 +140,19 @@ async def test_a_door_that_fails_lets_everybody_in(way: _Way, app: App, loop: Lo
     await asyncio.sleep(0)
     assert not app.begun
     assert len(loop.tasks) == 1
+
+
+def test_whatever_becomes_of_one_the_others_are_taken(way: _Way, app: App, loop: Loop) -> None:
+    def failing() -> None:
+        app.meanwhile = lambda: None
+        raise RuntimeError("a fault")
+
+    app.meanwhile = failing
+    for number in range(3):
+        way.hand_over(Watcher(number))
+    with pytest.raises(RuntimeError):
+        loop.turn()
+    assert app.begun == ["body 0"]
+    loop.turn()
+    assert app.begun == ["body 0", "body 1", "body 2"]
+    assert not loop.calls

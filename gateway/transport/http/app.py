@@ -116,8 +116,9 @@ class HttpApp:
                 protocol.response_bytes(status, headers, body)
             else:
                 await _send(protocol.response_stream(status, headers), body)
-        except ProtocolClosed:
-            pass  # the client left while its body was read
+        except ProtocolClosed as left:  # the client, while its body was read
+            # A body that was given holds this error, which would hold the frames that hold the body.
+            left.__traceback__ = None
         except asyncio.CancelledError:
             if not self._disconnects.gone(task):
                 raise

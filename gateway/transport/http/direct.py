@@ -81,43 +81,55 @@ class _Request:
 
     def read(self, body: Body) -> None:
         """The body has come, or will not."""
+        if self._body is None:
+            return  # the client has gone
         home, (target, header) = self._home, self._head
         self._body = None  # which may hold this, and the collector does not see what is held by granian's objects
         try:
             whole = body.result()
-            responses, self._plan = home.endpoint.begin(target, header, whole, self._deadline)
-            if isinstance(responses, Inference) and (waiter := responses.begin()) is not None:
+            responses, self._plan, composed = home.endpoint.begin(target, header, whole, self._deadline)
+            if isinstance(responses, Inference) and not composed:
+                waiter = responses.begin()
                 self._inference = responses
             else:
-                waiter = home.task(responses, target)
+                waiter = home.task(responses, target)  # which begins them: one that is cancelled before has not
         except (ProtocolClosed, asyncio.CancelledError) as left:  # the client, while its body was read
             left.__traceback__ = None  # the body holds this error, which holds this frame, which holds the body
             home.disconnects.end(self)
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
-            self._protocol.response_bytes(*home.failure(problem, self._path))
-            home.disconnects.end(self)
+            self._fail(problem)
         else:
             self._waiter = waiter
             waiter.add_done_callback(self._answered, context=home.context)
 
     def cancel(self) -> None:
         """The client has gone."""
-        if self._body is not None:
-            self._body.cancel()
-        elif self._waiter is not None:
+        if self._waiter is not None:
             self._waiter.cancel()
+        elif self._body is not None:
+            self._body.cancel()
+            self._body = None
+            self._home.disconnects.end(self)
 
     def _answered(self, waiter: asyncio.Future[Any]) -> None:
         try:
             response = _response(waiter.result()) if self._inference is None else self._inference.finish(waiter)
             self._protocol.response_bytes(200, *encode(response, self._plan))
         except asyncio.CancelledError:
-            pass  # the client has gone
+            self._home.disconnects.end(self)  # the client has gone
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
+            self._fail(problem)
+        else:
+            self._home.disconnects.end(self)
+        finally:
+            del waiter  # which holds the error, which holds this frame
+            self._waiter = None
+
+    def _fail(self, problem: Exception) -> None:
+        try:
             self._protocol.response_bytes(*self._home.failure(problem, self._path))
-        del waiter  # which holds the error, which holds this frame
-        self._waiter = None
-        self._home.disconnects.end(self)
+        finally:
+            self._home.disconnects.end(self)
 
     @property
     def _path(self) -> str:
@@ -134,6 +146,9 @@ async def _outcome(responses: Responses, target: tuple[str, str]) -> InferRespon
 
 
 def _response(outcome: InferResponse | Exception) -> InferResponse:
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    try:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+    finally:
+        del outcome  # the error holds this frame

@@ -53,14 +53,15 @@ class InferEndpoint:
 
     def begin(
         self, target: tuple[str, str], header: Header, body: bytes, deadline: float | None
-    ) -> tuple[Responses, ResponsePlan]:
+    ) -> tuple[Responses, ResponsePlan, bool]:
         """What nobody in particular asks in a body that is not compressed, and how its response is to be written.
 
-        The responses are to be waited for, and to be closed.
+        The responses are to be waited for, and to be closed. The last tells whether the model is made of others.
         """
-        request, plan = self._decoded(target, header, body, self._config(target))
+        config = self._config(target)
+        request, plan = self._decoded(target, header, body, config)
         request.deadline = deadline
-        return self._infer(request), plan
+        return self._infer(request), plan, bool(config.steps)
 
     async def read(self, target: tuple[str, str], header: Header, body: bytes) -> tuple[InferRequest, ResponsePlan]:
         """The request in a body, and how its response is to be written."""

@@ -141,10 +141,15 @@ class _Way:
         if not count:
             return  # who told came in time for the last turn
         self._lag.taken(waiting[count - 1][1], time.monotonic(), count)
-        for _ in range(count):
-            watcher, arrived, head, body = waiting.popleft()
-            if head is None or body is None or not begin(watcher.scope, watcher.proto, head, arrived, body):
-                watcher.taskref(self._create_task(_answered(self._answer, watcher, arrived, body)))
+        try:
+            for _ in range(count):
+                watcher, arrived, head, body = waiting.popleft()
+                if head is None or body is None or not begin(watcher.scope, watcher.proto, head, arrived, body):
+                    watcher.taskref(self._create_task(_answered(self._answer, watcher, arrived, body)))
+        finally:
+            if waiting and not self._told:  # whatever became of one, the others are taken
+                self._told = True
+                self._call_soon(self._take, context=self._context)
 
 
 async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body | None) -> None:
