@@ -271,13 +271,15 @@ def many(rig: Rig, pace: Pace) -> Outcome:
                 early = rig.process.resources()
         late = rig.process.resources()
     assert early is not None
+    after = late
+
+    def quiet() -> bool:
+        nonlocal after  # to look once more would find the connection of the last look, which may not have ended yet
+        after = rig.process.resources()
+        return all(now <= was for now, was in zip(after[1:], before[1:], strict=True))
+
     with suppress(FleetError):
-        wait_until(
-            lambda: all(now <= was for now, was in zip(rig.process.resources()[1:], before[1:], strict=True)),
-            "quiet",
-            _QUIET,
-        )
-    after = rig.process.resources()
+        wait_until(quiet, "quiet", _QUIET)
     outcome.figures |= {
         "poisons": tag,
         "mib_at_start_a_tenth_end": [round(each[0] / 2**20, 1) for each in (before, early, late)],
