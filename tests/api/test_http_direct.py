@@ -270,50 +270,42 @@ async def test_a_stop_waits_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> N
         assert (await asked).status_code == 200
 
 
+async def leave_in_the_turn_of_the_body(running: Running, monkeypatch: pytest.MonkeyPatch, *, first: bool) -> None:
+    """A client leaves, which is noticed just before its body is seen, or just after."""
+    read = _Request.read
+    gone = asyncio.Event()
+
+    def reading(self: _Request, body: Any) -> None:
+        if first:
+            self.cancel()  # as the watcher does
+        read(self, body)
+        self.cancel()
+        gone.set()
+
+    monkeypatch.setattr(_Request, "read", reading)
+    running.hold = True
+    with running.connect() as client:
+        client.sendall((HEAD + BODY).encode())
+        await gone.wait()
+        async with asyncio.timeout(10):
+            await running.app.finished()
+    service = running.app._service
+    assert (service._open, service._inflight_bytes, running.statistics.pending) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("wrap", [lambda infer: infer, wrapped], ids=["future", "task"])
 async def test_a_client_that_leaves_in_the_turn_of_its_body_gives_up_its_place(
     monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Infer], Infer]
 ) -> None:
     async with serving(monkeypatch, wrap) as running:
-        running.hold = True
-        read = _Request.read
-        gone = asyncio.Event()
-
-        def reading(self: _Request, body: Any) -> None:
-            read(self, body)
-            self.cancel()  # as the watcher does
-            gone.set()
-
-        monkeypatch.setattr(_Request, "read", reading)
-        with running.connect() as client:
-            client.sendall((HEAD + BODY).encode())
-            await gone.wait()
-            async with asyncio.timeout(10):
-                await running.app.finished()
-        service = running.app._service
-        assert (service._open, service._inflight_bytes, running.statistics.pending) == (0, 0, 0)
+        await leave_in_the_turn_of_the_body(running, monkeypatch, first=False)
 
 
 async def test_a_client_that_has_gone_before_its_body_is_seen_asks_for_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving(monkeypatch) as running:
-        running.hold = True
-        read = _Request.read
-        gone = asyncio.Event()
-
-        def reading(self: _Request, body: Any) -> None:
-            self.cancel()
-            read(self, body)
-            gone.set()
-
-        monkeypatch.setattr(_Request, "read", reading)
-        with running.connect() as client:
-            client.sendall((HEAD + BODY).encode())
-            await gone.wait()
-            async with asyncio.timeout(10):
-                await running.app.finished()
-        assert running.app._service._open == 0
+        await leave_in_the_turn_of_the_body(running, monkeypatch, first=True)
         assert not running.held
         assert sum(running.statistics.failures.values()) == 0
 
