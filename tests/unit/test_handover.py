@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.transport.http.handover import _Way
+from gateway.transport.http.handover import _Handover
 
 HEAD = (("m", ""), {}.get)
 
@@ -84,11 +84,11 @@ def loop() -> Loop:
 
 
 @pytest.fixture
-def way(app: App, loop: Loop) -> _Way:
-    return _Way(app, app, loop, CONTEXT)  # type: ignore[arg-type]
+def way(app: App, loop: Loop) -> _Handover:
+    return _Handover(app, app, loop, CONTEXT)  # type: ignore[arg-type]
 
 
-def test_what_comes_together_is_taken_in_one_turn_and_in_order(way: _Way, app: App, loop: Loop) -> None:
+def test_what_comes_together_is_taken_in_one_turn_and_in_order(way: _Handover, app: App, loop: Loop) -> None:
     for number in range(5):
         way.hand_over(Watcher(number))
     assert len(loop.calls) == 1
@@ -98,7 +98,7 @@ def test_what_comes_together_is_taken_in_one_turn_and_in_order(way: _Way, app: A
     assert way._lag.behind(0.0).requests == 0
 
 
-def test_who_comes_meanwhile_waits_for_the_next_turn(way: _Way, app: App, loop: Loop) -> None:
+def test_who_comes_meanwhile_waits_for_the_next_turn(way: _Handover, app: App, loop: Loop) -> None:
     app.meanwhile = lambda: way.hand_over(Watcher(9))
     way.hand_over(Watcher(0))
     loop.turn()
@@ -109,7 +109,7 @@ def test_who_comes_meanwhile_waits_for_the_next_turn(way: _Way, app: App, loop: 
     assert not loop.calls
 
 
-def test_a_turn_with_nothing_to_take_does_nothing(way: _Way, app: App, loop: Loop) -> None:
+def test_a_turn_with_nothing_to_take_does_nothing(way: _Handover, app: App, loop: Loop) -> None:
     """Granian's thread tells of a request that the loop, which had just begun to look, takes already."""
     way.hand_over(Watcher(0))
     way._told = False  # the loop begins to look
@@ -122,7 +122,7 @@ def test_a_turn_with_nothing_to_take_does_nothing(way: _Way, app: App, loop: Loo
     assert way._lag.behind(0.0).requests == 0
 
 
-def test_who_cannot_begin_so_gets_a_task_that_granian_knows(way: _Way, app: App, loop: Loop) -> None:
+def test_who_cannot_begin_so_gets_a_task_that_granian_knows(way: _Handover, app: App, loop: Loop) -> None:
     app.refused.add("body 1")
     watchers = [Watcher(0), Watcher(1), Watcher(2, asked=False)]
     for watcher in watchers:
@@ -133,7 +133,7 @@ def test_who_cannot_begin_so_gets_a_task_that_granian_knows(way: _Way, app: App,
     assert watchers[0].task is None
 
 
-async def test_a_door_that_fails_lets_everybody_in(way: _Way, app: App, loop: Loop) -> None:
+async def test_a_door_that_fails_lets_everybody_in(way: _Handover, app: App, loop: Loop) -> None:
     app.reads = lambda _scope: 1 / 0  # type: ignore[method-assign,return-value,assignment]
     way.hand_over(Watcher(0))
     loop.turn()
@@ -142,7 +142,7 @@ async def test_a_door_that_fails_lets_everybody_in(way: _Way, app: App, loop: Lo
     assert len(loop.tasks) == 1
 
 
-def test_whatever_becomes_of_one_the_others_are_taken(way: _Way, app: App, loop: Loop) -> None:
+def test_whatever_becomes_of_one_the_others_are_taken(way: _Handover, app: App, loop: Loop) -> None:
     def failing() -> None:
         app.meanwhile = lambda: None
         raise RuntimeError("a fault")

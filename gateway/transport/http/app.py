@@ -77,7 +77,7 @@ class HttpApp:
         self._jobs = JobsEndpoint(self._endpoint, jobs)
         self._regions = regions
         self._disconnects = Disconnects()
-        self._direct = Direct(self._endpoint, self._disconnects, self._failure, self._disconnects.tasks)
+        self._direct = Direct(self._endpoint, self._disconnects, self._failure)
         self._asgi: AsgiApp | None = None
         self._building = asyncio.Lock()
         self._arriving = 0  # bytes of large bodies that are read in pieces

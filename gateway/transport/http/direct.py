@@ -19,7 +19,7 @@ from gateway.service.inference import Inference
 from gateway.transport.http.codec import encode
 from gateway.transport.http.compression import accepted
 from gateway.transport.http.disconnects import Disconnects
-from gateway.transport.http.endpoint import InferEndpoint, only, seconds_left
+from gateway.transport.http.endpoint import InferEndpoint, deadline_of, only
 from gateway.transport.http.handover import Body, Head
 from gateway.transport.http.replies import Reply
 from gateway.types import InferResponse, Responses
@@ -29,16 +29,12 @@ class Direct:
     """Answers infer requests of nobody in particular. `failure` is what an error is answered with, on a path."""
 
     def __init__(
-        self,
-        endpoint: InferEndpoint,
-        disconnects: Disconnects,
-        failure: Callable[[Exception, str], Reply],
-        tasks: asyncio.TaskGroup,
+        self, endpoint: InferEndpoint, disconnects: Disconnects, failure: Callable[[Exception, str], Reply]
     ) -> None:
         self.endpoint = endpoint
         self.disconnects = disconnects
         self.failure = failure
-        self._tasks = tasks
+        self._tasks: asyncio.TaskGroup = disconnects.tasks
         self.context = copy_context()  # one for all: to copy it for each costs more than it could be good for
 
     def begin(self, protocol: Any, head: Head, arrived: float, body: Body) -> bool:
@@ -48,8 +44,7 @@ class Direct:
             accept = header("accept-encoding")
             if header("content-encoding") is not None or (accept is not None and accepted(accept) != "identity"):
                 return False
-            timeout = header("x-request-timeout-ms")
-            deadline = None if timeout is None else arrived + seconds_left(timeout)
+            deadline = deadline_of(header, arrived)
         except Exception:  # noqa: BLE001 - whatever is wrong with it, the application says it
             return False
         request = _Request(self, protocol, head, deadline, body)
@@ -89,18 +84,18 @@ class _Request:
             whole = body.result()
             responses, self._plan, composed = home.endpoint.begin(target, header, whole, self._deadline)
             if isinstance(responses, Inference) and not composed:
-                waiter = responses.begin()
+                self._waiter = responses.begin()
                 self._inference = responses
             else:
-                waiter = home.task(responses, target)  # which begins them: one that is cancelled before has not
+                self._waiter = home.task(responses, target)  # which begins them: one cancelled before that has not
+            self._waiter.add_done_callback(self._answered, context=home.context)
         except (ProtocolClosed, asyncio.CancelledError) as left:  # the client, while its body was read
             left.__traceback__ = None  # the body holds this error, which holds this frame, which holds the body
-            home.disconnects.end(self)
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
-            self._fail(problem)
-        else:
-            self._waiter = waiter
-            waiter.add_done_callback(self._answered, context=home.context)
+            self._protocol.response_bytes(*home.failure(problem, self._path))
+        finally:
+            if self._waiter is None:
+                home.disconnects.end(self)
 
     def cancel(self) -> None:
         """The client has gone."""
@@ -116,19 +111,12 @@ class _Request:
             response = _response(waiter.result()) if self._inference is None else self._inference.finish(waiter)
             self._protocol.response_bytes(200, *encode(response, self._plan))
         except asyncio.CancelledError:
-            self._home.disconnects.end(self)  # the client has gone
+            pass  # the client has gone
         except Exception as problem:  # noqa: BLE001 - whatever it is, the client is told
-            self._fail(problem)
-        else:
-            self._home.disconnects.end(self)
+            self._protocol.response_bytes(*self._home.failure(problem, self._path))
         finally:
             del waiter  # which holds the error, which holds this frame
             self._waiter = None
-
-    def _fail(self, problem: Exception) -> None:
-        try:
-            self._protocol.response_bytes(*self._home.failure(problem, self._path))
-        finally:
             self._home.disconnects.end(self)
 
     @property

@@ -94,14 +94,14 @@ serving: ContextVar[RsgiApp] = ContextVar("serving")
 """The application that a server is about to be started for. One of which granian does not ask here has no door."""
 
 
-def _handover(loop: asyncio.AbstractEventLoop, context: Context, callback: Callable[..., Any]) -> Callable[..., None]:
+def _schedule(loop: asyncio.AbstractEventLoop, context: Context, callback: Callable[..., Any]) -> Callable[..., None]:
     app = serving.get(None)
     if app is None or app.door is None:
         return _granians(loop, context, callback)  # type: ignore[no-any-return]
-    return _Way(app, app.door, loop, context).hand_over
+    return _Handover(app, app.door, loop, context).hand_over
 
 
-class _Way:
+class _Handover:
     """From granian's thread to the loop. What comes while the loop is at something else is taken in one go."""
 
     def __init__(self, app: RsgiApp, door: Door, loop: asyncio.AbstractEventLoop, context: Context) -> None:
@@ -166,4 +166,4 @@ async def _answered(answer: Answer, watcher: Watcher, arrived: float, body: Body
 _NAME = "_cbsched_aioschedule"
 _granians: Callable[..., Any] = getattr(_futures, _NAME, lambda *_: None)
 if hasattr(_futures, _NAME):
-    setattr(_futures, _NAME, _handover)
+    setattr(_futures, _NAME, _schedule)
