@@ -178,6 +178,27 @@ async def test_tritons_parameters_reach_the_session(tmp_path: Path) -> None:
     await engine.close()
 
 
+@pytest.mark.parametrize(
+    ("batches", "tensor", "parameter", "kept"),
+    [
+        ("8", "dims: [1]", "", True),
+        ("64", "dims: [1]", "", True),
+        ("65", "dims: [1]", "", False),
+        ("8", "dims: [-1]", "", False),
+        ("8", "dims: [1] allow_ragged_batch: true", "", False),
+        ("8", "dims: [1]", "0", False),
+        ("8", "dims: [-1]", "1", True),
+    ],
+)
+def test_patterns_of_memory_are_kept_where_there_are_few(
+    tmp_path: Path, batches: str, tensor: str, parameter: str, kept: bool
+) -> None:
+    text = LOOKUP.replace("8", batches, 1).replace("dims: [1]", tensor, 1)
+    if parameter:
+        text += f" parameters {{ key: 'enable_mem_pattern' value {{ string_value: '{parameter}' }} }}"
+    assert backend._options(spec(lookup(tmp_path), text).config, 1).enable_mem_pattern == kept
+
+
 @pytest.mark.parametrize(("level", "name"), [(0, "ALL"), (1, "EXTENDED")])
 async def test_graph_levels(tmp_path: Path, level: int, name: str) -> None:
     (engine,) = await engines.create(spec(relu(tmp_path), f"{RELU} optimization {{ graph {{ level: {level} }} }}"))
