@@ -22,6 +22,7 @@ from gateway.engines import onnxruntime as backend
 from gateway.engines.base import EngineSpec
 from gateway.engines.isolated.golden import alike
 from gateway.types import Batch, DataType, TensorSpec
+from tests.support import until
 
 FLOAT, INT64, STRING, BF16 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.STRING, TensorProto.BFLOAT16
 
@@ -126,8 +127,12 @@ def places() -> dict[str, str]:
 async def test_the_threads_of_a_run_on_all_cores_stay_where_they_are_put(tmp_path: Path, monkeypatch) -> None:
     mine, before = sorted(os.sched_getaffinity(0)), places()
     (engine,) = await engines.create(spec(relu(tmp_path), RELU, threads=1, cores=len(mine)), 1)
-    new = [cores for thread, cores in places().items() if thread not in before]
-    assert {str(core) for core in mine[1:]} <= {*new}
+
+    def placed() -> bool:
+        new = {cores for thread, cores in places().items() if thread not in before}
+        return {str(core) for core in mine[1:]} <= new
+
+    await until(placed)  # each thread goes to its core when it first gets to run, which may be later
     moves, move = [], os.sched_setaffinity
     monkeypatch.setattr(os, "sched_setaffinity", lambda thread, to: moves.append(to) or move(thread, to))
     await run(engine, cores=len(mine), IN=np.zeros((1, 2), "<f4"))
